@@ -1,0 +1,89 @@
+"""What a run says of itself: its log lines, wandb, and out_dir/metrics.jsonl (train.py writes it, report.py reads it).
+
+metrics.jsonl has one JSON object a line, each with "kind" (start, train, eval) and "step". A resumed run first drops
+the lines past its own step, so that the file is that of a run which never stopped, but for the times in it and one
+more start line. No torch here.
+"""
+
+import json
+import os
+from pathlib import Path
+
+NAME = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends to out_dir/metrics.jsonl, and to wandb if there is a run. `step`: where a resumed run begins."""
+
+    def __init__(self, out_dir, step=None, wandb_run=None):
+        self.wandb_run = wandb_run
+        path = Path(out_dir) / NAME
+        drop_lines_after(path, -1 if step is None else step)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, kind, step, **numbers):
+        self.file.write(json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n")
+        self.file.flush()
+        if self.wandb_run and kind != "start":
+            plain = {f"{kind}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+            self.wandb_run.log(plain, step=step)
+
+    def sync(self):
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+        if self.wandb_run:
+            self.wandb_run.finish()
+
+
+def drop_lines_after(path, step):
+    """Cuts the file behind the last whole line of a step up to `step`: the rest will be written again."""
+    if not path.exists():
+        return
+    keep = 0
+    with open(path, "rb+") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break  # a line that was being written when the process was killed
+            keep += len(line)
+        file.truncate(keep)
+
+
+def start_wandb(project, name, run_id, out_dir, config):
+    """-> (wandb run, None), or (None, the reason why there is none). The same run_id continues the same run."""
+    try:
+        import wandb
+    except ImportError:
+        return None, "it is not installed (pip install wandb)"
+    try:
+        run = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=str(out_dir), config=config)
+    except (wandb.errors.Error, OSError) as error:
+        return None, str(error).strip().splitlines()[0]
+    return run, None
+
+
+def log_line(step, max_iters, numbers):
+    """One line for the screen from the numbers of a "train" line of the metrics."""
+    loss, norm = numbers["loss"], numbers["grad_norm"]
+    columns = [
+        f"step {step:>{len(str(max_iters))}}",
+        "loss   -   " if loss is None else f"loss {loss:7.4f}",
+        f"lr {numbers['lr']:.2e}",
+        "grad norm  -  " if norm is None else f"grad norm {norm:5.2f}",
+        f"{numbers['ms_per_step']:,.0f} ms/step",
+        f"{numbers['tokens_per_s']:,.0f} tokens/s",
+        f"MFU {numbers['mfu']:.1%}" if "mfu" in numbers else "",
+        f"{numbers['skipped']} skipped" if numbers["skipped"] else "",
+        f"{duration((max_iters - step) * numbers['ms_per_step'] / 1000)} left",
+    ]
+    return " | ".join(column for column in columns if column)
+
+
+def duration(seconds):
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

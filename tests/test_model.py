@@ -1,0 +1,213 @@
+import math
+
+import pytest
+import torch
+
+import model as model_module
+from model import GPT, GPTConfig, ModelError, pick_device, pick_dtype
+
+TINY = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**{**TINY, **changes}))
+
+
+def random_ids(*shape, high=96, seed=1):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "changes, parameters, without_positions",  # nanoGPT's and FACTS' counts
+    [
+        ({}, 124_475_904, 123_689_472),
+        ({"bias": False}, 124_373_760, 123_587_328),
+        ({"bias": False, "n_embd": 384}, 40_953_216, 40_560_000),
+    ],
+)
+def test_parameter_counts_are_those_of_gpt2(changes, parameters, without_positions):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**changes))
+    assert model.num_params() == parameters
+    assert model.num_params(positions=False) == without_positions
+
+
+def test_flops_give_the_utilisation_of_the_founding_run():
+    with torch.device("meta"):
+        flops = GPT(GPTConfig(bias=False, n_embd=384)).flops_per_token()
+    assert flops == 6 * 40_560_000 + 12 * 12 * 384 * 1024
+    assert 134.1e3 * flops / 58.3e12 == pytest.approx(0.69, abs=0.005)  # 3.91 s a step of 524,288 on an RTX 4070
+
+
+def to_transformers(model):
+    """The same weights in transformers' GPT2LMHeadModel, whose linear layers are stored transposed."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
+        attn_implementation="eager",
+    )
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    ours = model.state_dict()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if name not in ours:
+                assert name.endswith("bias") and not c.bias
+                parameter.zero_()
+            else:
+                weight = ours[name]
+                parameter.copy_(weight.t() if ".c_" in name and weight.dim() == 2 else weight)
+    return theirs
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", ["tanh", "none"])
+def test_logits_equal_those_of_transformers(bias, gelu):
+    model = tiny(bias=bias, gelu=gelu).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from the zeros and ones of the initialisation
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7)))
+        idx = random_ids(3, 32)
+        torch.testing.assert_close(model(idx), to_transformers(model)(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_the_two_gelus_differ():
+    idx = random_ids(1, 8)
+    a, b = tiny(gelu="tanh"), tiny(gelu="none")
+    b.load_state_dict(a.state_dict())
+    assert not torch.equal(a(idx), b(idx))
+
+
+def test_first_loss_is_that_of_even_odds():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=4, n_embd=256))
+    idx, targets = random_ids(4, 64, high=50257), random_ids(4, 64, high=50257, seed=2)
+    with torch.no_grad():
+        assert model(idx, targets).item() == pytest.approx(math.log(50304) + 0.0002 * 256, abs=0.05)
+
+
+def test_loss_is_float32_and_the_mean_of_the_targets_log_probabilities():
+    model, idx, targets = tiny(), random_ids(2, 16), random_ids(2, 16, seed=2)
+    expected = -model(idx).double().log_softmax(-1).gather(2, targets[..., None])[..., 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(idx, targets).dtype == torch.float32
+    torch.testing.assert_close(model(idx, targets, reduction="none").double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(idx, targets).double(), expected.mean(), atol=1e-5, rtol=0)
+
+
+def test_a_token_sees_no_later_one():
+    model, idx = tiny().eval(), random_ids(1, 32)
+    changed = idx.clone()
+    changed[0, 20:] = 0
+    torch.testing.assert_close(model(idx)[0, :20], model(changed)[0, :20])
+
+
+def test_one_batch_is_overfitted():
+    model = tiny()
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
+    idx, targets = random_ids(4, 32), random_ids(4, 32, seed=2)
+    for _ in range(300):
+        loss = model(idx, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.1
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    model = tiny(bias=True)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    decay, other = optimizer.param_groups
+    assert (decay["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
+    grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    assert all(p.dim() >= 2 for p in decay["params"]) and all(p.dim() < 2 for p in other["params"])
+    assert sum(p is model.lm_head.weight for p in decay["params"]) == 1
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for p in decay["params"]]
+    assert order == [name for name, p in model.named_parameters() if p.dim() >= 2]
+
+
+def test_residual_projections_start_smaller():
+    model = GPT(GPTConfig(block_size=16, vocab_size=96, n_layer=8, n_head=4, n_embd=256))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+
+
+def test_greedy_generation_takes_the_likeliest_of_the_last_block_size_ids():
+    model, idx = tiny().eval(), random_ids(1, 5)
+    ids = model.generate(idx, 40, temperature=0)
+    assert ids.shape == (1, 45) and torch.equal(ids[:, :5], idx)
+    for n in range(5, 45):
+        assert ids[0, n] == model(ids[:, max(0, n - 32) : n])[0, -1].argmax()
+
+
+def test_generation_draws_among_the_top_k_with_their_probabilities():
+    model, idx = tiny().eval(), random_ids(1, 4)
+    logits = model(idx)[0, -1].detach() * 2  # temperature 0.5
+    top = logits.topk(5)
+    expected = top.values.double().softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = [model.generate(idx, 1, 0.5, 5, generator=generator)[0, -1].item() for _ in range(2000)]
+    counts = torch.tensor([drawn.count(i) for i in top.indices.tolist()], dtype=torch.float64)
+    assert counts.sum() == 2000
+    chi_square = ((counts - 2000 * expected) ** 2 / (2000 * expected)).sum().item()
+    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
+
+
+def test_generation_ends_behind_the_stop_id():
+    model, idx = tiny().eval(), random_ids(1, 5)
+    ids = model.generate(idx, 20, temperature=0)[0].tolist()
+    stop = ids[9]
+    assert model.generate(idx, 20, temperature=0, stop_id=stop)[0].tolist() == ids[: ids.index(stop, 5) + 1]
+
+
+def test_padding_ids_are_never_drawn():
+    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
+    torch.nn.init.zeros_(model.transformer.wpe.weight)
+    torch.nn.init.ones_(model.transformer.wte.weight)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[50257:] = 100.0  # the likeliest by far
+    assert model(torch.zeros(1, 1, dtype=torch.int64))[0, -1].argmax() >= 50257
+    for temperature in (0, 1.0):
+        assert model.generate(torch.zeros(1, 1, dtype=torch.int64), 50, temperature).max() < 50257
+
+
+def test_too_long_a_sequence_and_bad_shapes_are_sentences():
+    with pytest.raises(ModelError, match="block_size=32"):
+        tiny()(random_ids(1, 33))
+    with pytest.raises(ModelError, match="n_head=3"):
+        GPTConfig(n_embd=32, n_head=3)
+    with pytest.raises(ModelError, match="gelu"):
+        GPTConfig(gelu="relu")
+
+
+def test_a_card_that_torch_cannot_use_is_not_passed_over(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    with pytest.raises(ModelError, match=r"NVIDIA driver.*--device=cpu"):
+        pick_device("auto")
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ModelError, match="no CUDA device"):
+        pick_device("cuda")
+    with pytest.raises(ModelError, match="not a device"):
+        pick_device("gpu")
+
+
+def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    assert pick_dtype("float16", cpu) == torch.float16
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
+        assert pick_dtype("auto", cpu) == dtype
