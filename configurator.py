@@ -10,13 +10,14 @@ import ast
 import dataclasses
 import difflib
 import glob
-import operator
+import math
 import os
 import re
 import shutil
 import sys
 import textwrap
 import typing
+from operator import add, floordiv, mod, mul, neg, pos, pow, sub, truediv
 
 ALIASES = {  # what a key is called elsewhere
     "learning_rate": "lr max_lr peak_lr",
@@ -24,9 +25,8 @@ ALIASES = {  # what a key is called elsewhere
     "grad_clip": "clip_grad max_grad_norm gradient_clip_val",
     "weight_decay": "wd",
     "warmup_iters": "warmup warmup_steps num_warmup_steps",
-    "lr_decay_iters": "decay_steps lr_decay_steps",
     "max_iters": "steps max_steps num_steps train_steps iters num_iterations",
-    "batch_size": "micro_batch_size micro_batch bs device_batch_size per_device_train_batch_size",
+    "batch_size": "micro_batch_size micro_batch device_batch_size per_device_train_batch_size",
     "block_size": "context_length context ctx_len seq_len seq_length sequence_length n_ctx",
     "n_layer": "n_layers num_layers layers depth num_hidden_layers",
     "n_head": "n_heads num_heads heads num_attention_heads",
@@ -34,27 +34,23 @@ ALIASES = {  # what a key is called elsewhere
     "out_dir": "output_dir save_dir checkpoint_dir",
     "dtype": "precision",
     "start": "prompt",
-    "max_new_tokens": "num_tokens max_length max_tokens",
+    "max_new_tokens": "num_tokens max_tokens max_length",
     "workers": "num_workers num_proc",
 }
 BOOLS = {"true": True, "True": True, "false": False, "False": False}
 NEEDS = {bool: "True or False is", int: "a whole number is", float: "a number is", str: "text in quotes is"}
-MAX_CHARS = 1_000_000  # of a config file, and of a text in it
-CODE = (  # what is not read, what to write instead
-    (ast.Import | ast.ImportFrom, "an import", "write each value out as key = value"),
-    (ast.FunctionDef | ast.ClassDef | ast.Lambda, "a definition", "write each value out as key = value"),
-    (ast.If | ast.IfExp | ast.For | ast.While | ast.With | ast.Try, "control flow", "write this run's value"),
-    (ast.Call, "a call", "write the value that it gives"),
-    (ast.Attribute | ast.Subscript, "a look-up", "write the value that it gives"),
-    (ast.JoinedStr, "an f-string", "write the text out, or join two strings with +"),
-    (ast.AugAssign, "an update", "write key = key + value"),
-    (ast.AnnAssign, "an annotation", "write key = value without the type"),
-    (ast.Assign, "more than one value", "write key = value, one key a line"),
-    (ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp, "a comprehension", "write the values out"),
-    (ast.Compare | ast.BoolOp | ast.UnaryOp, "a condition", "write True or False"),
-    (ast.List | ast.Tuple, "a list of more than strings", "write ('a', 'b')"),
-    (ast.AST, "not a value that a key can have", "write key = a number, True, False or text in quotes"),
+OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv, ast.Mod: mod}
+OPERATORS |= {ast.Pow: pow, ast.UAdd: pos, ast.USub: neg}
+NOT_READ = (  # and what to write instead
+    (ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef, "write each value out as key = value"),
+    (ast.If | ast.IfExp | ast.For | ast.While | ast.With | ast.Try, "write the value that this run needs"),
+    (ast.Call | ast.Attribute | ast.Subscript | ast.ListComp, "write the value that this gives"),
+    (ast.JoinedStr, "write the text out, or join two strings with +"),
+    (ast.AugAssign, "write key = key + value"),
+    (ast.AnnAssign, "write key = value, without the type"),
+    (ast.AST, "write key = value, the value a number, True, False, text in quotes, or a list of texts"),
 )
+MAX_CHARS = 1_000_000  # of a config file, and of one text
 
 
 class ConfigError(ValueError):
@@ -97,10 +93,10 @@ def load_config(ConfigClass, argv=None):
                 sources[name] = source
             except ConfigError as error:
                 problems.append(f"{source}: {written}{error}")
-                refused.update([name, nearest_key(name, fields)])
+                refused |= {name, nearest_key(name, fields)}
 
     config = ConfigClass(**values)
-    object.__setattr__(config, "_sources", sources)  # for describe(); no field, so asdict() does not have it
+    object.__setattr__(config, "_sources", sources)  # for describe(); no field, so asdict() is without it
     if hasattr(config, "problems"):  # a check on a refused key would judge a value that nobody asked for
         problems += [text for text in config.problems() if not refused & set(re.findall(r"\w+", text))]
     if problems:
@@ -108,8 +104,8 @@ def load_config(ConfigClass, argv=None):
     return config
 
 
-# A setting is (source, written, names, expression): where it stands, the words of it that open a message, the
-# keys that it sets ("" for none that can be known), and a parsed expression or the ConfigError that it is.
+# A setting is (source, written, names, expression): where it stands, its words, the keys that it sets ("" for
+# what sets none), and the parsed expression, or the ConfigError that it is.
 
 
 def read_file(path):
@@ -118,40 +114,39 @@ def read_file(path):
         with open(path, "rb") as file:
             data = file.read(MAX_CHARS + 1)
         if len(data) > MAX_CHARS or b"\0" in data:
-            raise ConfigError("this is no page of text; a config file is lines of key = value")
+            raise ConfigError("not a page of UTF-8 text; a config file is lines of key = value")
         text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         lines = text.encode().split(b"\n")
         return [read_statement(statement, path, lines) for statement in ast.parse(text, path).body]
     except OSError as error:
-        near = did_you_mean(path, glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py")))
-        problem = ConfigError(f"cannot be read as a config file ({error.strerror}); {near or 'check the path'}")
+        others = set(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))) - {path}
+        near = difflib.get_close_matches(path, sorted(others), cutoff=0)
+        problem = f"no config file ({error.strerror}); check the path (nearest: {', '.join(near) or 'none'})"
     except UnicodeDecodeError as error:
         path = f"{path}:{data[: error.start].count(10) + 1}"
-        problem = ConfigError("not UTF-8; save the file as UTF-8 text")
+        problem = "not UTF-8; save the file as UTF-8 text"
     except SyntaxError as error:
         path = f"{path}:{error.lineno or 1}"
-        problem = ConfigError(f"{error.msg}; a config file is lines of key = value")
+        problem = f"{error.msg}; a config file is lines of key = value"
     except (RecursionError, MemoryError):
-        problem = ConfigError("too deeply nested to be read; write plain lines of key = value")
+        problem = "too deeply nested to be read; write plain lines of key = value"
     except ConfigError as error:
-        problem = error
-    return [(path, "", [""], problem)]
+        problem = str(error)
+    return [(path, "", [""], ConfigError(problem))]
 
 
 def read_statement(statement, path, lines):
-    source = f"{path}:{statement.lineno}"
     end = statement.end_col_offset if statement.end_lineno == statement.lineno else None
-    written = shorten(lines[statement.lineno - 1][statement.col_offset : end].decode()) + ": "
+    written = lines[statement.lineno - 1][statement.col_offset : end].decode()
+    names, expression = [""], not_read(statement.value if isinstance(statement, ast.Expr) else statement)
     match statement:
         case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
-            return source, written, [], None
+            names = []
         case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
-            return source, written, [target.id for target in targets], statement.value
+            names, expression = [target.id for target in targets], statement.value
         case ast.AugAssign(target=ast.Name(id=name)) | ast.AnnAssign(target=ast.Name(id=name)):
-            return source, written, [name], not_read(statement)
-        case ast.Expr(value=value):
-            return source, written, [""], not_read(value)
-    return source, written, [""], not_read(statement)
+            names = [name]
+    return f"{path}:{statement.lineno}", shorten(written.rstrip(":")) + ": ", names, expression
 
 
 def read_arguments(arguments, fields, types):
@@ -166,25 +161,24 @@ def read_arguments(arguments, fields, types):
             inputs.append(ast.Constant(argument))
             continue
         else:
-            name, expression = (
-                "",
-                ConfigError("not understood; write --key=value (a config file ends in .py)"),
-            )
+            name, expression = "", ConfigError("not understood; write --key=value (a config file ends in .py)")
         settings.append(("command line", shorten(argument or "''") + ": ", [name], expression))
     if inputs:
-        settings.append(("command line", "inputs: ", takes_inputs, ast.Tuple(inputs)))
+        settings.append(("command line", "", takes_inputs, ast.Tuple(inputs)))
     return settings
 
 
 def read_option(name, text, kind):
     """The expression for --name=text, or for a bare --name (text None). A str is taken as it stands."""
     if kind is None:
-        return None  # an unknown key
+        return None  # resolve() will say that there is no such key
     if kind is bool:
-        value = True if text is None else BOOLS.get(text)
-        return ConfigError(f"write --{name}=true or --{name}=false") if value is None else ast.Constant(value)
-    if text is None or kind not in NEEDS:
-        return ConfigError(f"write --{name}=value" if kind in NEEDS else "write these without dashes")
+        known = text is None or text in BOOLS
+        return ast.Constant(text is None or BOOLS[text]) if known else ConfigError("write true or false")
+    if kind not in NEEDS:
+        return ConfigError("write these without dashes")
+    if text is None:
+        return ConfigError(f"a value is needed; write --{name}=value")
     if kind is str:
         return ast.Constant(text)
     try:
@@ -193,16 +187,16 @@ def read_option(name, text, kind):
             return tree
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass  # whatever it is, it is no number
-    return ConfigError(f"{NEEDS[kind]} needed")
+    return ConfigError(f"{NEEDS[kind]} needed, not {shown(text)}; write --{name}=value")
 
 
 def not_read(node):
-    what, instead = next(row[1:] for row in CODE if isinstance(node, row[0]))
-    return ConfigError(f"{what}; onecard reads config files and does not run them: {instead}")
+    remedy = next(remedy for kind, remedy in NOT_READ if isinstance(node, kind))
+    return ConfigError(f"onecard reads config files and does not run them; {remedy}")
 
 
 def resolve(name, expression, known, fields, types):
-    """The value that an expression gives to a key: of its type, and permitted. Raises ConfigError."""
+    """The value that an expression gives to a key: of the key's type, and permitted. Raises ConfigError."""
     if isinstance(expression, ConfigError):
         raise expression
     if name not in fields:
@@ -215,15 +209,15 @@ def resolve(name, expression, known, fields, types):
         value = coerce(evaluate(expression, known), types[name])
     except RecursionError:
         raise ConfigError("too deeply nested to be read; write the value itself") from None
-    rules = fields[name].metadata
-    choices, low, high = (rules.get(rule) for rule in ("choices", "low", "high"))
+    choices, low, high = (fields[name].metadata.get(rule) for rule in ("choices", "low", "high"))
     if choices is not None and value not in choices:
         permitted = [str(choice) for choice in choices]
-        near = did_you_mean(str(value), permitted)
-        raise ConfigError("; ".join(filter(None, ["permitted are " + ", ".join(permitted), near])))
-    if (low is not None and value < low) or (high is not None and value > high):
-        bounds = [f"{low} or more"] * (low is not None) + [f"{high} or less"] * (high is not None)
-        raise ConfigError(f"{shown(value)} is out of bounds; write {' and '.join(bounds)}")
+        near = did_you_mean(str(value), permitted) or "write one of these"
+        raise ConfigError(f"permitted are {', '.join(permitted)}; {near}")
+    if low is not None and value < low:
+        raise ConfigError(f"{shown(value)} is too small; write {low} or more")
+    if high is not None and value > high:
+        raise ConfigError(f"{shown(value)} is too large; write {high} or less")
     return value
 
 
@@ -248,57 +242,38 @@ def evaluate(node, names):
 
 
 def calculate(function, values):
-    texts = function is operator.add and all(type(value) is str for value in values)
-    if not texts and not all(type(value) in (int, float) for value in values):  # True is no number here
-        raise ConfigError(f"{' and '.join(map(shown, values))} do not go together; write the value itself")
+    """function(*values) for numbers (True is none), or + of two strings. Raises ConfigError."""
+    kinds = {type(value) for value in values}
+    if not kinds <= {int, float} and (function is not add or kinds != {str}):
+        raise ConfigError(f"no arithmetic on {' and '.join(map(shown, values))}; write the value itself")
     try:
+        if function is pow and kinds == {int} and (abs(values[0]).bit_length() - 1) * values[1] > 1024:
+            return bounded(math.inf)  # without computing it
         return bounded(function(*values))
     except ZeroDivisionError:
         raise ConfigError("division by zero; write another divisor") from None
     except OverflowError:
-        raise ConfigError("larger than a float can be; write a smaller number") from None
-
-
-def power(base, exponent):
-    both_whole = type(base) is int and type(exponent) is int
-    if both_whole and (abs(base).bit_length() - 1) * exponent > 1024:  # asked before it is computed
-        raise OverflowError
-    return base**exponent
-
-
-OPERATORS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: power,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
+        return bounded(math.inf)
 
 
 def bounded(value):
-    """value, if it is a finite real number of a float's range, a text of a page's length, or no number."""
-    if isinstance(value, complex):
-        raise ConfigError("not a real number; write the value itself")
-    if type(value) in (int, float) and not abs(value) <= sys.float_info.max:  # so is nan refused
-        raise ConfigError("not finite, or larger than a float can be; write a smaller number")
+    """value, if it is a finite real number of a float's range, or a text of a page's length. Raises ConfigError."""
+    if isinstance(value, complex) or (type(value) in (int, float) and not abs(value) <= sys.float_info.max):
+        raise ConfigError("not a finite real number, or beyond 1.8e308; write the value itself")
     if type(value) is str and len(value) > MAX_CHARS:
-        raise ConfigError("longer than a page of text; write a shorter text")
+        raise ConfigError("longer than a page of text; write a shorter one")
     return value
 
 
 def coerce(value, kind):
-    """value as a `kind` where nothing is lost by it; bool is no number. Raises ConfigError."""
+    """value as a `kind` where nothing is lost by it; a bool is no number. Raises ConfigError."""
     if type(value) is kind or (type(value) is tuple and kind not in NEEDS):
         return value
     if kind is float and type(value) is int and int(float(value)) == value:
         return float(value)
     if kind is int and type(value) is float and value.is_integer() and abs(value) <= 2**53:
         return int(value)
-    raise ConfigError(f"{NEEDS.get(kind, 'a list of strings is')} needed, not {shown(value)}")
+    raise ConfigError(f"{NEEDS.get(kind, 'a list of texts is')} needed, not {shown(value)}")
 
 
 def nearest_key(name, fields):
@@ -329,17 +304,17 @@ def help_text(ConfigClass):
     fields, types = dataclasses.fields(ConfigClass), typing.get_type_hints(ConfigClass)
     inputs = "".join(f" [{field.name} ...]" for field in fields if field.metadata.get("inputs"))
     lines = [f"usage: python {os.path.basename(sys.argv[0])} [config.py ...]{inputs} [--key=value ...]", ""]
-    left = max(len(field.name) for field in fields) + 6
+    indent = " " * (max(len(field.name) for field in fields) + 6)
     columns = max(60, min(110, shutil.get_terminal_size().columns))
     for field in fields:
-        rules = field.metadata
-        facts = [types[field.name].__name__, f"default {shown(field.default)}"]
+        rules = {"default": shown(field.default), **field.metadata}
         if rules.get("choices") is not None:
-            facts.append("one of " + ", ".join(map(str, rules["choices"])))
-        facts += [f"{rule} {rules[rule]}" for rule in ("low", "high") if rules.get(rule) is not None]
-        name = field.name if rules.get("inputs") else f"--{field.name}"
-        text = f"{rules.get('help', '')} [{'; '.join(facts)}]"
-        lines.append(textwrap.fill(text, columns, initial_indent=f"  {name:{left - 2}}", subsequent_indent=" " * left))
+            rules["choices"] = " ".join(map(str, rules["choices"]))
+        shown_rules = ("default", "choices", "low", "high")
+        facts = [f"{rule} {rules[rule]}" for rule in shown_rules if rules.get(rule) is not None]
+        name = f"  {field.name}" if rules.get("inputs") else f"  --{field.name}"
+        text = f"{rules.get('help', '')} ({', '.join([types[field.name].__name__, *facts])})"
+        lines.append(textwrap.fill(text, columns, initial_indent=name.ljust(len(indent)), subsequent_indent=indent))
     return "\n".join(lines)
 
 
@@ -353,17 +328,14 @@ def describe(config):
             rows.append((field.name, shown(value), sources.get(field.name, "this program")))
         else:
             defaults.append(f"{field.name}={shown(value)}")
-    widths = [min(40, max(len(row[column]) for row in rows)) for column in (0, 1)] if rows else []
-    lines = ["  {:{}}  {:{}}  {}".format(row[0], widths[0], row[1], widths[1], row[2]) for row in rows]
-    if defaults:
-        text = "defaults: " + ", ".join(defaults)
-        wrapped = textwrap.wrap(text, 106, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-        lines += ["  " + line for line in wrapped]
-    return "\n".join(lines)
+    name_width, value_width = (min(40, max([len(row[i]) for row in rows], default=0)) for i in (0, 1))
+    lines = [f"  {name:{name_width}}  {value:{value_width}}  {source}" for name, value, source in rows]
+    text = textwrap.TextWrapper(110, "  ", "    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines + text.wrap("defaults: " + ", ".join(defaults or ["none"])))
 
 
 def run_script(main, *user_errors):
-    """Call main(). ConfigError and user_errors: told on stderr, exit 2. Ctrl-C: exit 130. Never a traceback."""
+    """Call main(). ConfigError and user_errors are told on stderr, exit 2; Ctrl-C is exit 130, no traceback."""
     script = os.path.basename(sys.argv[0])
     try:
         try:
@@ -378,8 +350,8 @@ def run_script(main, *user_errors):
         raise SystemExit(130) from None
     except BrokenPipeError:
         try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # such as `| head`: nobody reads what is left
+            print(flush=True)
+        except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
-        raise  # another pipe: no quiet end
+        raise  # it was another pipe, which is a fault of ours
