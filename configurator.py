@@ -79,6 +79,7 @@ def load_config(ConfigClass, argv=None):
         raise SystemExit(0)
     fields = {field.name: field for field in dataclasses.fields(ConfigClass)}
     types = typing.get_type_hints(ConfigClass)
+    assert {*types.values()} <= {*NEEDS, tuple[str, ...]}, "a key has a type that cannot be read"
     values = {name: field.default for name, field in fields.items()}
     sources, problems, refused = {}, [], set()
 
@@ -310,8 +311,8 @@ def help_text(ConfigClass):
         rules = {"default": shown(field.default), **field.metadata}
         if rules.get("choices") is not None:
             rules["choices"] = " ".join(map(str, rules["choices"]))
-        shown_rules = ("default", "choices", "low", "high")
-        facts = [f"{rule} {rules[rule]}" for rule in shown_rules if rules.get(rule) is not None]
+        words = {"default": "default", "choices": "one of", "low": "at least", "high": "at most"}
+        facts = [f"{word} {rules[rule]}" for rule, word in words.items() if rules.get(rule) is not None]
         name = f"  {field.name}" if rules.get("inputs") else f"  --{field.name}"
         text = f"{rules.get('help', '')} ({', '.join([types[field.name].__name__, *facts])})"
         lines.append(textwrap.fill(text, columns, initial_indent=name.ljust(len(indent)), subsequent_indent=indent))

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -638,7 +637,7 @@ def test_help_lists_every_key_with_type_default_choices_and_help(argv, capsys, m
     for field in dataclasses.fields(Config):
         line = f"--{field.name} {field.metadata['help']} ({field.type}, default {field.default!r}"
         assert line in words
-    assert "choices float16 bfloat16 float32 auto)" in words and "low 1, high 4096" in words
+    assert "one of float16 bfloat16 float32 auto)" in words and "at least 1, at most 4096" in words
 
 
 def test_help_names_the_inputs(capsys):
@@ -690,7 +689,7 @@ def test_a_script_ends_with_2_and_one_line_a_problem_for_a_mistake_of_the_user()
 
 def test_a_script_ends_with_130_and_no_traceback_when_interrupted():
     result = run("--do=interrupt")
-    assert result.returncode in (130, -signal.SIGINT) and "Traceback" not in result.stderr
+    assert result.returncode == 130 and "Traceback" not in result.stderr
 
 
 def test_faults_of_the_program_keep_their_traceback_and_exits_their_code():
