@@ -16,46 +16,55 @@ import dataclasses
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import sysconfig
+import textwrap
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
-from shards import ShardError, ShardWriter, hash_file, layout, write_json, write_manifest
+from shards import (
+    MANIFEST,
+    ShardError,
+    ShardWriter,
+    check_shard,
+    hash_file,
+    layout,
+    open_tokens,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from tokenizer import TokenizerError, check_parity, load_tokenizer, mend, pieces
 
-BYTES_PER_TOKEN = 4.67  # FineWeb's; turns shard_tokens into bytes of text, which is what a footer knows
-BATCH_ROWS = 256
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+BYTES_PER_TOKEN = 4.67  # FineWeb's; turns shard_tokens into bytes of text, which is what a footer knows
+BATCH_BYTES = 4 << 20  # of text, about, that a worker holds at a time
 TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after so many bytes
-
-
-class PrepareError(ValueError):
-    """A user's mistake: which file or key, why, and what to do."""
-
-
-class DamagedError(PrepareError):
-    """A file that cannot be read: it is left out, and the others are prepared."""
+LOOK_TOKENS = 50_000_000  # that --inspect reads
+HUB_TRIES = 5  # on top of those that huggingface_hub itself makes
 
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    inputs: tuple[str, ...] = key((), "files, folders, globs; none: the quickstart's text", inputs=True)
+    inputs: tuple[str, ...] = key((), "files, folders, globs, hf:// paths; none: the quickstart", inputs=True)
     dataset: str = key("", "name of the dataset: the folder data_dir/dataset")
     data_dir: str = key("data", "the folder of all datasets")
     text_column: str = key("text", "column of a parquet file, or key of a .jsonl line, with the text")
@@ -64,11 +73,29 @@ class PrepareConfig:
     max_tokens: int = key(0, "stop with the row group that reaches so many; 0: take all", low=0)
     workers: int = key(0, "processes; 0: one a core", low=0)
     encoder: str = key("auto", "auto is fastokens if installed", choices=("auto", "tiktoken", "fastokens"))
+    task: str = key("", "3/16: only the third sixteenth of the units; then --merge, when all are done")
+    merge: bool = key(False, "complete a dataset whose tasks are done")
+    verify: bool = key(False, "check every byte of a finished dataset")
+    inspect: bool = key(False, "show what is in a finished dataset")
 
     def problems(self):
+        found = []
         if self.inputs and not self.dataset:
-            return ["dataset: the files need a name to be prepared under; write --dataset=fineweb, say"]
-        return []
+            found.append(f"dataset: no name under which to prepare {self.inputs[0]}; write --dataset=fineweb, say")
+        task = re.fullmatch(r"(\d+)/(\d+)", self.task)
+        if self.task and not (task and 1 <= int(task[1]) <= int(task[2])):
+            found.append(f"task: {self.task!r} is none; the tasks of sixteen are 1/16 to 16/16")
+        if self.task and (self.max_tokens or self.merge):
+            found.append("task: max_tokens and merge need all units; leave out --task")
+        return found
+
+
+class PrepareError(ValueError):
+    """A user's mistake: which file or key, why, and what to do."""
+
+
+class DamagedError(PrepareError):
+    """A file that cannot be read: it is left out, the others are prepared, and the exit code is 1."""
 
 
 # ---- which files -------------------------------------------------------------------------------------------
@@ -78,54 +105,87 @@ def find_files(inputs):
     """The files that the inputs stand for, in order. Raises PrepareError with a line for each that is none."""
     files, problems = [], []
     for name in inputs:
-        if Path(name).is_dir():
-            below = sorted(p for p in Path(name).rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-            found = [p for p in below if p.suffix == ".parquet"] or below
-            why = f"no {', '.join(SUFFIXES[:2])} or .txt file below this folder"
-        else:
-            found = [Path(name)] if Path(name).is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
-            why = "no such file; check the path, from this folder"
+        found = find_hub(name) if name.startswith("hf://") else find_local(name)
+        if not found:
+            problems.append(f"{name}: no such file, or a folder without any; it takes {', '.join(SUFFIXES)}")
+        problems += [f"{path}: not one of {', '.join(SUFFIXES)}" for path in found if not path.endswith(SUFFIXES)]
         files += found
-        problems += [] if found else [f"{name}: {why}"]
-        problems += [f"{p}: not one of {', '.join(SUFFIXES)}" for p in found if not p.name.endswith(SUFFIXES)]
     if problems:
         raise PrepareError("\n".join(problems))
-    return [path.as_posix() for path in files]
+    return files
+
+
+def find_local(name):
+    path = Path(name)
+    if path.is_dir():
+        below = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+        found = [p for p in below if p.suffix == ".parquet"] or below
+    else:
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
+    return [p.as_posix() for p in found]
+
+
+def find_hub(name):
+    """The parquet files of an hf:// path (a file, folder or glob)."""
+    with reading(name):
+        system = hub()
+        if not glob.has_magic(name) and system.isdir(name):
+            name = name.rstrip("/") + "/**/*.parquet"
+        return [f"hf://{path}" for path in sorted(system.glob(name)) if path.endswith(".parquet")]
+
+
+def hub():
+    """Hugging Face's file system: it reads ranges of files, and tries again by itself."""
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError as error:
+        raise PrepareError("hf:// paths need huggingface_hub; pip install -e '.[hub]'") from error
+    return HfFileSystem()
+
+
+def open_file(path):
+    return hub().open(path, "rb") if path.startswith("hf://") else open(path, "rb")
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Makes a DamagedError that names the file out of whatever its reading raises."""
+    try:
+        yield
+    except PrepareError:
+        raise
+    except Exception as error:
+        known = isinstance(error, OSError | pa.ArrowException)
+        if not known and not path.startswith("hf://"):  # huggingface_hub's HTTP client differs by version
+            raise
+        raise DamagedError(f"{path}: cannot be read, cut short or damaged ({error}); copy it again") from error
 
 
 def examine(path, config):
     """(source, its units) of one file: what identifies it, and its ranges of about shard_tokens each.
 
-    A parquet file is known by its size and footer, a text file by its content: never by its name. Raises
+    A parquet file is known by its size and footer, a text file by its content; never by its name. Raises
     PrepareError if there is no text in it, DamagedError if it cannot be read.
     """
-    size, shard_bytes = os.path.getsize(path), config.shard_tokens * BYTES_PER_TOKEN
-    source = {"path": path, "bytes": size}
-    if not path.endswith(".parquet"):
-        with open(path, "rb") as file:
-            source["id"] = hash_file(file)
-        return source, cut_bytes(path, size, shard_bytes)
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 8))
+    shard_bytes, column = config.shard_tokens * BYTES_PER_TOKEN, config.text_column
+    with reading(path), open_file(path) as file:
+        size, footer_bytes = file.seek(0, os.SEEK_END), None
+        if path.endswith(".parquet"):
+            parquet = pq.ParquetFile(file)
+            file.seek(size - 8)
             footer_bytes = int.from_bytes(file.read(4), "little") + 8
-            file.seek(max(0, size - footer_bytes))
-            source["id"] = hashlib.sha256(size.to_bytes(8, "little") + file.read()).hexdigest()
-            footer = pq.ParquetFile(file)
-            schema, metadata = footer.schema_arrow, footer.metadata
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(f"{path}: cut short or no parquet file ({error}); copy it again") from error
-    if config.text_column not in schema.names:
-        raise PrepareError(
-            f"{path}: no column {config.text_column!r}; it has {', '.join(schema.names)}: "
-            "name the one with the text by --text_column="
-        )
-    kind = schema.field(config.text_column).type
+        file.seek(size - (footer_bytes or size))
+        source = {"path": path, "bytes": size, "id": f"{size:x}-{hash_file(file)}"}
+    if not footer_bytes:
+        return source, cut_bytes(path, size, shard_bytes)
+    if column not in parquet.schema_arrow.names:
+        names = ", ".join(parquet.schema_arrow.names)
+        raise PrepareError(f"{path}: no column {column!r} among {names}; name the text by --text_column=")
+    kind = parquet.schema_arrow.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise PrepareError(f"{path}: column {config.text_column!r} is {kind}, not text; name another: --text_column=")
-    source["rows"] = metadata.num_rows
-    return source, cut_groups(text_sizes(metadata, config.text_column), shard_bytes)
+    if str(kind) not in ("string", "large_string", "string_view"):
+        raise PrepareError(f"{path}: column {column!r} holds {kind}, not text; name another by --text_column=")
+    return source | {"rows": parquet.metadata.num_rows}, cut_groups(text_sizes(parquet.metadata, column), shard_bytes)
 
 
 def text_sizes(metadata, column):
@@ -136,77 +196,102 @@ def text_sizes(metadata, column):
 
 
 def cut_groups(groups, shard_bytes):
-    """Units of about equal size, none much above shard_bytes; a row group larger than that is cut by its rows."""
+    """Units of about equal size, near shard_bytes; a row group that is larger is cut by its rows."""
     total = sum(size for _, size in groups)
     target = total / max(1, round(total / shard_bytes))
-    units, row = [], 0
+    units, row, joins = [], 0, False
     for number, (rows, size) in enumerate(groups):
         parts = min(max(1, round(size / shard_bytes)), max(1, rows))
-        last = units[-1] if units else None
-        if parts == 1 and last and not last["part"] and last["bytes"] + size / 2 <= target:
-            last["row_groups"][1], last["rows"][1] = number + 1, row + rows
-            last["bytes"] += size
+        if parts == 1 and joins and units[-1]["bytes"] + size / 2 <= target:
+            units[-1]["row_groups"][1], units[-1]["rows"][1] = number + 1, row + rows
+            units[-1]["bytes"] += size
         else:
-            for part in range(parts):
-                span = [row + rows * part // parts, row + rows * (part + 1) // parts]
-                unit = {"row_groups": [number, number + 1], "rows": span, "bytes": size // parts}
-                units.append(unit | {"part": parts > 1})
-        row += rows
-    return [{name: unit[name] for name in unit if name != "part"} for unit in units]
+            ends = [row + rows * part // parts for part in range(parts + 1)]
+            for start, stop in itertools.pairwise(ends):
+                units.append({"row_groups": [number, number + 1], "rows": [start, stop], "bytes": size // parts})
+        joins, row = parts == 1, row + rows
+    return units
 
 
 def cut_bytes(path, size, shard_bytes):
-    """Units of a text file: the lines or documents that begin in a range of bytes; a compressed file is one unit."""
+    """Units of a text file: the lines that begin in a range of bytes; a compressed file is one unit."""
     if path.endswith((".gz", ".zst")):
-        return [{"range": [0, None], "bytes": 3 * size}]  # 3: a usual ratio; only the bar and the estimate use it
+        return [{"range": [0, None], "bytes": 3 * size}]  # 3: a usual ratio; only for the bar and the estimate
     parts = max(1, round(size / shard_bytes))
-    return [
-        {"range": [size * part // parts, size * (part + 1) // parts], "bytes": size // parts} for part in range(parts)
-    ]
+    ends = [size * part // parts for part in range(parts + 1)]
+    return [{"range": [start, stop], "bytes": stop - start} for start, stop in itertools.pairwise(ends)]
 
 
 # ---- what is in a file -------------------------------------------------------------------------------------
 
 
 def read_texts(path, unit, column):
-    """The rows of a unit, in batches: (positions, values, end of a row group).
+    """The rows of a unit in batches of about BATCH_BYTES: (positions, values, end of a row group or None).
 
-    A value is bytes, str or None; its position is its row in a parquet file, its byte in a text file.
+    A value is bytes, str or None; its position is its row in a parquet file, its byte in a text file. Raises
+    DamagedError.
     """
     if "row_groups" in unit:
         yield from read_parquet(path, unit, column)
         return
-    read = read_jsonl if ".jsonl" in path else read_txt
-    positions, values = [], []
-    for position, value in read(path, *unit["range"], column):
-        positions.append(position)
-        values.append(value)
-        if len(values) == BATCH_ROWS or len(value or "") > 1 << 20:
-            yield positions, values, True
-            positions, values = [], []
-    yield positions, values, True
+    positions, values, size = [], [], 0
+    with reading(path):
+        for position, value in (read_jsonl if ".jsonl" in path else read_txt)(path, *unit["range"], column):
+            positions.append(position)
+            values.append(value)
+            size += len(value or "")
+            if size > BATCH_BYTES:
+                yield positions, values, position + 1
+                positions, values, size = [], [], 0
+        yield positions, values, None
 
 
 def read_parquet(path, unit, column):
-    (first_group, last_group), (start, stop) = unit["row_groups"], unit["rows"]
-    parquet = pq.ParquetFile(path, buffer_size=1 << 20)  # pages, not whole column chunks, are held
-    row = sum(parquet.metadata.row_group(i).num_rows for i in range(first_group))
-    for group in range(first_group, last_group):
-        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
-            skip, take = max(0, start - row), max(0, min(len(batch), stop - row))
-            texts = batch.column(0)[skip:take]
-            if isinstance(texts, pa.DictionaryArray):
-                texts = texts.dictionary_decode()
-            yield range(row + skip, row + take), texts.cast(pa.large_binary()).to_pylist(), False
+    """Row group by row group; from the hub each is fetched whole, and again where the connection fails."""
+    row, tries = unit["rows"][0], 0
+    while True:
+        try:
+            with reading(path), open_file(path) as file:
+                for rows, values, group_end in parquet_batches(file, path, unit, column, row):
+                    yield rows, values, group_end
+                    row, tries = rows.stop, 0
+            return
+        except DamagedError:
+            tries += 1
+            if not path.startswith("hf://") or tries > HUB_TRIES:
+                raise
+            time.sleep(2**tries)
+
+
+def parquet_batches(file, path, unit, column, start):
+    """(range of rows, values, end of the row group or None) of a unit's rows from `start` on."""
+    remote = path.startswith("hf://")
+    parquet = pq.ParquetFile(
+        file, pre_buffer=remote, buffer_size=0 if remote else 1 << 20, page_checksum_verification=True
+    )
+    (first, last), (_, stop) = unit["row_groups"], unit["rows"]
+    row = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
+    rows_a_batch = max(1, min(1024, BATCH_BYTES * (stop - unit["rows"][0]) // max(1, unit["bytes"])))
+    for group in range(first, last):
+        end = row + parquet.metadata.row_group(group).num_rows
+        if end <= start:
+            row = end
+            continue
+        for batch in parquet.iter_batches(rows_a_batch, row_groups=[group], columns=[column]):
+            begin, finish = max(row, start), min(row + len(batch), stop)
+            if begin < finish:
+                texts = batch.column(0)[begin - row : finish - row]
+                texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
+                values = texts.cast(pa.large_binary()).to_pylist()
+                yield range(begin, finish), values, group + 1 if finish == min(end, stop) else None
             row += len(batch)
-        yield range(0), [], True
 
 
 def read_lines(path, start, stop):
     """(position, line) of the lines that begin in these bytes."""
-    compression = {"gz": "gzip", "st": "zstd"}.get(path[-2:])
-    with open(path, "rb") as plain:
-        file = io.BufferedReader(pa.input_stream(plain, compression=compression)) if compression else plain
+    compression = "gzip" if path.endswith(".gz") else "zstd" if path.endswith(".zst") else None
+    with open_file(path) as plain:
+        file = io.BufferedReader(pa.input_stream(plain, compression)) if compression else plain
         if start:
             file.seek(start - 1)
             start += len(file.readline()) - 1
@@ -220,8 +305,7 @@ def read_jsonl(path, start, stop, column):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            value = row.get(column)
+            value = json.loads(line).get(column)
         except (ValueError, AttributeError) as error:
             raise DamagedError(f"{path}: the line at byte {position:,} is no JSON object ({error})") from error
         if not isinstance(value, str | None):
@@ -230,35 +314,85 @@ def read_jsonl(path, start, stop, column):
 
 
 def read_txt(path, start, stop, _):
-    position, lines, size = start, [], 0
-    for begin, line in read_lines(path, start, stop):
-        position = position if lines else begin
+    """Documents of a .txt file: whole lines, to the first blank one after TXT_BYTES, or any after 8 x TXT_BYTES."""
+    lines, size = [], 0
+    for position, line in read_lines(path, start, stop):
         lines.append(line)
         size += len(line)
-        if size >= TXT_BYTES * (1 if not line.strip() else 8):
-            yield position, b"".join(lines)
+        if size >= (8 if line.strip() else 1) * TXT_BYTES:
+            yield position + len(line) - size, b"".join(lines)
             lines, size = [], 0
     if lines:
-        yield position, b"".join(lines)
+        yield position + len(line) - size, b"".join(lines)
 
 
 # ---- one unit ----------------------------------------------------------------------------------------------
 
 
-def as_text(value):
-    """bytes or str -> (str that UTF-8 can hold, lone surrogates replaced). Raises UnicodeDecodeError."""
-    if isinstance(value, str):
-        return mend(value)
-    try:
-        return value.decode(), 0
-    except UnicodeDecodeError:
-        return mend(value.decode("utf-8", "surrogatepass"))
+def prepare_unit(job, tokenizer, report):
+    """Reads, encodes and writes one unit; returns its record, which is then on disk too.
+
+    job: number, folder, path, unit, text_column, val_fraction, limit (stop with the row group that reaches so many
+    tokens; 0: none). report(bytes of text, tokens) is called now and then. Raises DamagedError for the source,
+    ShardError for the output.
+    """
+    folder, number, limit = Path(job["folder"]), job["number"], job["limit"]
+    if unit_record(folder, number).exists():  # done again: the dataset is not complete until it is
+        (folder / MANIFEST).unlink(missing_ok=True)
+        unit_record(folder, number).unlink()
+    record = {"unit": number, **job["unit"], "limit": limit, "complete": True, "encoder": tokenizer.encoder}
+    record |= {"documents": 0, "tokens": 0, "replaced": 0, "skipped": {"null": 0, "empty": 0}, "shards": []}
+    with contextlib.ExitStack() as stack:
+        shards = {}  # {split: (its writer, its entry in the record)}; a split without documents has none
+        for positions, values, group_end in read_texts(job["path"], job["unit"], job["text_column"]):
+            texts, contents = as_texts(positions, values, job["path"], record)
+            tokens = 0
+            for content, ids in zip(contents, encode_texts(tokenizer, texts), strict=True):
+                split = "val" if in_val(content, job["val_fraction"]) else "train"
+                if split not in shards:
+                    path = folder / shard_name(split, number)
+                    entry = {"name": path.name, "split": split, "documents": 0, "text_bytes": 0}
+                    shards[split] = stack.enter_context(ShardWriter(path)), entry
+                shard, entry = shards[split]
+                shard.write(ids)
+                entry["documents"] += 1
+                entry["text_bytes"] += len(content)
+                tokens += len(ids)
+            record["documents"] += len(texts)
+            record["tokens"] += tokens
+            report(sum(map(len, contents)), tokens)
+            if limit and group_end and record["tokens"] >= limit:
+                record["complete"], stop = False, positions[-1] + 1
+                ends = {"row_groups": group_end, "rows": stop, "range": stop}
+                record |= {name: [record[name][0], end] for name, end in ends.items() if name in record}
+                break
+    for shard, entry in sorted(shards.values(), key=lambda pair: pair[1]["split"]):
+        record["shards"].append(entry | {"tokens": shard.tokens, "sha256": shard.sha256})
+    write_json(unit_record(folder, number), record)
+    return record
 
 
-def in_val(text, val_fraction):
-    """Whether a document is in val: by a hash of its text, so duplicates stay together and nothing ever moves."""
-    drawn = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return drawn < val_fraction * 2**64
+def as_texts(positions, values, path, record):
+    """([str], [their UTF-8 bytes]) of bytes, str and None; what is skipped or mended is counted in the record."""
+    texts, contents = [], []
+    for position, value in zip(positions, values, strict=True):
+        if not value:
+            record["skipped"]["null" if value is None else "empty"] += 1
+            continue
+        try:
+            text, content = (value, value.encode()) if isinstance(value, str) else (value.decode(), value)
+        except UnicodeError:
+            try:
+                text = value if isinstance(value, str) else value.decode("utf-8", "surrogatepass")
+            except UnicodeDecodeError as error:
+                place = f"row {position:,}" if "rows" in record else f"the text at byte {position:,}"
+                raise DamagedError(f"{path}: {place} is not UTF-8 ({error.reason}); leave it out") from error
+            text, replaced = mend(text)
+            content = text.encode()
+            record["replaced"] += replaced
+        texts.append(text)
+        contents.append(content)
+    return texts, contents
 
 
 def encode_texts(tokenizer, texts):
@@ -269,62 +403,10 @@ def encode_texts(tokenizer, texts):
     return [np.concatenate([separator, *(next(encoded) for _ in part)]) for part in parts]
 
 
-def prepare_unit(job, tokenizer, report):
-    """Reads, encodes and writes one unit; returns its record, which stands on disk when this returns.
-
-    job: number, path, unit, folder, column, val_fraction, limit (stop at the row group that reaches so many tokens;
-    0: none). Raises DamagedError or an error of the system or of pyarrow for the source, ShardError for the output.
-    """
-    record_path = unit_record(job["folder"], job["number"])
-    record_path.unlink(missing_ok=True)
-    record = {"unit": job["number"], **job["unit"], "limit": job["limit"], "complete": True}
-    record |= {"documents": 0, "tokens": 0, "replaced": 0, "skipped": {"null": 0, "empty": 0}}
-    record |= {"encoder": tokenizer.encoder, "shards": []}
-    with contextlib.ExitStack() as stack:
-        shards = {}
-        for positions, values, group_ends in read_texts(job["path"], job["unit"], job["column"]):
-            texts = clean(positions, values, job["path"], record)
-            size = tokens = 0
-            for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True):
-                split = "val" if in_val(text, job["val_fraction"]) else "train"
-                if split not in shards:
-                    path = Path(job["folder"]) / shard_name(split, job["number"])
-                    entry = {"name": path.name, "split": split, "documents": 0, "text_bytes": 0}
-                    shards[split] = stack.enter_context(ShardWriter(path)), entry
-                shard, entry = shards[split]
-                shard.write(ids)
-                entry["documents"] += 1
-                entry["text_bytes"] += len(text.encode())
-                size += len(text.encode())
-                tokens += len(ids)
-            record["tokens"] += tokens
-            record["documents"] += len(texts)
-            report(size, tokens)
-            if group_ends and 0 < job["limit"] <= record["tokens"]:
-                record["complete"] = False
-                break
-    for split in sorted(shards):
-        shard, entry = shards[split]
-        record["shards"].append(entry | {"tokens": shard.tokens, "sha256": shard.sha256})
-    write_json(record_path, record)
-    return record
-
-
-def clean(positions, values, path, record):
-    """The texts among these values; what is skipped or mended is counted in the record."""
-    texts = []
-    for position, value in zip(positions, values, strict=True):
-        if not value:
-            record["skipped"]["null" if value is None else "empty"] += 1
-            continue
-        try:
-            text, replaced = as_text(value)
-        except UnicodeDecodeError as error:
-            where = "row" if "rows" in record else "byte"
-            raise DamagedError(f"{path}: {where} {position:,} is not UTF-8 ({error.reason})") from error
-        texts.append(text)
-        record["replaced"] += replaced
-    return texts
+def in_val(content, val_fraction):
+    """Whether a document is in val: by a hash of its text, so duplicates stay together and nothing ever moves."""
+    drawn = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return drawn < val_fraction * 2**64
 
 
 def shard_name(split, number):
@@ -332,66 +414,65 @@ def shard_name(split, number):
 
 
 def unit_record(folder, number):
-    return Path(folder) / ".prepare" / f"unit_{number:06d}.json"
+    return folder / ".prepare" / f"unit_{number:06d}.json"
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------
 
 
 def make_plan(config, folder):
-    """The dataset's plan (settings, sources, units), extended by what is new in the inputs, and files left out.
+    """(plan, problems of files left out): settings, sources and units, extended by what is new in the inputs.
 
-    A plan only ever grows at its end: numbers that were given stay. Raises PrepareError.
+    A plan only grows, at its end: numbers once given stay. Raises PrepareError.
     """
     path = folder / ".prepare" / "plan.json"
     settings = {name: getattr(config, name) for name in ("text_column", "val_fraction", "shard_tokens")}
-    plan = {"settings": settings, "sources": [], "units": []}
-    if path.exists():
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    elif not config.inputs:
-        raise PrepareError(f"{folder}: nothing is prepared here yet; name the files to take")
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    plan = json.loads(json.dumps(known)) if known else {"settings": settings, "sources": [], "units": []}
     problems = [
-        f"{name}: {config.dataset} was begun with {plan['settings'][name]!r}, not {value!r}; "
-        f"leave it so, or take another name for the dataset"
+        f"{name}: {folder} was begun with {plan['settings'][name]!r}, not {value!r}; keep it, or name a new dataset"
         for name, value in settings.items()
         if plan["settings"][name] != value
     ]
-    damaged = []
+    damaged, given = [], {}
     for file in find_files(config.inputs):
         try:
             source, units = examine(file, config)
-            problems += add_source(plan, source, units)
+            if source["id"] in given:
+                print(f"  {file}: the same as {given[source['id']]}; taken once")
+            else:
+                problems += add_source(plan, source, units)
+            given.setdefault(source["id"], file)
         except DamagedError as error:
             damaged.append(str(error))
         except PrepareError as error:
             problems.append(str(error))
-    if problems or (damaged and not plan["sources"]):
-        raise PrepareError("\n".join(problems + damaged))
+    if not plan["units"] and not problems:
+        problems = damaged or [f"{folder}: nothing to prepare; name files with rows in them"]
+    if problems:
+        raise PrepareError("\n".join(problems))
+    if plan != known:
+        write_json(path, plan)
     return plan, damaged
 
 
 def add_source(plan, source, units):
-    """Appends a source to the plan, if it is new there; returns the problems that it makes."""
+    """Appends a source to the plan, if it is new there; returns the problem that it makes."""
     for known in plan["sources"]:
         if known["id"] == source["id"]:
-            if os.path.exists(known["path"]) and not os.path.samefile(known["path"], source["path"]):
-                print(f"  {source['path']}: the same file as {known['path']}, taken once")
-            else:
-                known["path"] = source["path"]  # it was moved
+            known["path"] = source["path"]  # it may have been moved
             return []
         if known["path"] == source["path"]:
-            remedy = "give the new file another name, or the dataset"
-            return [f"{source['path']}: not what it was when this dataset was begun; {remedy}"]
-    number = len(plan["sources"])
+            return [f"{source['path']}: has changed since this dataset was begun; name a new dataset"]
     plan["sources"].append(source)
-    plan["units"] += [{"source": number, **unit} for unit in units]
+    plan["units"] += [{"source": len(plan["sources"]) - 1, **unit} for unit in units]
     return []
 
 
-def read_records(plan, folder):
-    """{unit number: record} of the finished units whose shards are there in their full size."""
+def read_records(plan, owned, folder):
+    """{unit: record} of the finished units whose shards are there in their full size."""
     records = {}
-    for number in range(len(plan["units"])):
+    for number in owned:
         try:
             record = json.loads(unit_record(folder, number).read_text(encoding="utf-8"))
             for shard in record["shards"]:
@@ -406,11 +487,11 @@ def read_records(plan, folder):
 
 
 def next_units(plan, records, owned, running, failed, max_tokens):
-    """[(number, limit)] of the owned units that can start now, in order; limit 0 is no limit.
+    """[(unit, limit)] of the owned units that can start now, in order; limit 0 is no limit.
 
-    With max_tokens, a unit starts when all before it are done, so that its limit is exact, or without a limit when
-    it is surely needed whole (even if half as many tokens again came out as are expected). A record that was made
-    by another limit than turns out right is not taken, so the result is the same with any number of workers.
+    With max_tokens, a unit starts when all before it are done, so that its limit is exact, or without a limit
+    when it is surely needed whole (even if half as many tokens again came out as are expected). A record that was
+    made by another limit than turns out right is not taken: the result is the same with any number of workers.
     """
     ready, before, exact = [], 0, True
     for number in owned:
@@ -424,13 +505,13 @@ def next_units(plan, records, owned, running, failed, max_tokens):
             before += record["tokens"]
             continue
         if number not in running and (exact or most < limit):
-            ready.append((number, int(limit) if exact and max_tokens else 0))
+            ready.append((number, limit if exact and max_tokens else 0))
         exact, before = False, before + most
     return ready
 
 
 def fits(record, limit):
-    """Whether a unit's record is what a run with this limit would make."""
+    """Whether a unit's record is what a run with this limit makes."""
     return record["limit"] == limit or (record["complete"] and record["tokens"] < limit)
 
 
@@ -438,71 +519,72 @@ def fits(record, limit):
 
 
 def work(connection, encoder, threads):
-    """A worker process: takes jobs from the connection, sends ("progress" | "done" | "failed" | "full", ...)."""
+    """A worker process: takes jobs from the connection, sends (progress | done | failed | stop, content)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends us
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # fastokens' own
-
-    def send(*message):
-        try:
-            connection.send(message)
-        except OSError:
-            raise SystemExit(1) from None  # the main process is gone; the temporary files go on our way out
-
     tokenizer = load_tokenizer(encoder)
-    while True:
+
+    def send(kind, content):
         try:
+            connection.send((kind, content))
+        except OSError:
+            raise SystemExit(1) from None  # the main process is gone; temporary files go on our way out
+
+    with contextlib.suppress(EOFError):
+        while True:
             job = connection.recv()
-        except EOFError:
-            return
-        try:
-            send("done", prepare_unit(job, tokenizer, lambda *counts: send("progress", counts)))
-        except ShardError as error:
-            send("full", str(error))
-        except PrepareError as error:
-            send("failed", str(error))
-        except (OSError, pa.ArrowException) as error:
-            send("failed", f"{job['path']}: cannot be read ({error}); copy it again")
+            try:
+                send("done", prepare_unit(job, tokenizer, lambda *counts: send("progress", counts)))
+            except ShardError as error:
+                send("stop", str(error))
+            except DamagedError as error:
+                send("failed", str(error))
 
 
 def run_units(plan, records, owned, config, folder, encoder):
     """Prepares the owned units that have no record, and puts theirs into `records`; returns {unit: why it failed}.
 
-    Raises ShardError if the output cannot be written, PrepareError if a worker process dies; either way, and on
-    Ctrl-C, no worker and no temporary file is left.
+    Raises ShardError if the output cannot be written, PrepareError if a worker process dies. Then, and on Ctrl-C,
+    no worker and no temporary file is left.
     """
     failed, jobs, tokens, started = {}, {}, 0, time.monotonic()  # jobs: {connection: job}
-    todo = next_units(plan, records, owned, jobs, failed, config.max_tokens)
-    pool = start_workers(min(config.workers or cores(), max(1, len(todo))), encoder)  # {connection: process}
+    todo = next_units(plan, records, owned, (), failed, config.max_tokens)
+    pool = start_workers(min(config.workers or cores(), len(todo)), encoder)  # {connection: process}
     bar = tqdm(total=expected_bytes(plan, records, owned, config), unit="B", unit_scale=True, disable=None)
     try:
         while todo or jobs:
-            for connection, (number, limit) in zip([c for c in pool if c not in jobs], todo, strict=False):
-                jobs[connection] = make_job(plan, number, limit, folder)
+            for connection in [c for c in pool if c not in jobs][: len(todo)]:
+                jobs[connection] = make_job(plan, *todo.pop(0), folder)
                 connection.send(jobs[connection])
             for connection in multiprocessing.connection.wait(list(jobs)):
-                kind, content = receive(connection, pool[connection], jobs[connection])
+                kind, content = connection.recv()
                 if kind == "progress":
-                    size, more = content
-                    tokens += more
+                    tokens += content[1]
                     bar.set_postfix_str(f"{tokens / (time.monotonic() - started) / 1e6:.2f}M tokens/s", False)
-                    bar.update(size)
+                    bar.update(content[0])
                     continue
                 number = jobs.pop(connection)["number"]
-                if kind == "full":
+                if kind == "stop":
                     raise ShardError(content)
                 if kind == "failed":
                     failed[number] = content
-                    tqdm.write(f"  unit {number} failed: {content}", file=sys.stderr)
+                    bar.write(f"  failed: {content}", file=sys.stderr)
                 else:
                     records[number] = content
-            running = [job["number"] for job in jobs.values()]
-            todo = next_units(plan, records, owned, running, failed, config.max_tokens)
+                running = [job["number"] for job in jobs.values()]
+                todo = next_units(plan, records, owned, running, failed, config.max_tokens)
+    except (EOFError, ConnectionError) as error:
+        pool[connection].join()
+        raise PrepareError(
+            f"{jobs[connection]['path']}: the process at it died (exit code {pool[connection].exitcode}; -9 is often "
+            "the system's, for want of memory); what is finished is kept: run it again, with fewer --workers"
+        ) from error
     finally:
         bar.close()
         for process in pool.values():
             process.terminate()
             process.join()
-        remove_leftovers(folder, owned)
+        remove_leftovers(folder, owned, plan)
     return failed
 
 
@@ -513,45 +595,25 @@ def cores():
 def start_workers(count, encoder):
     """{connection: process}, spawned: a process that has used fastokens must not be forked."""
     context, pool = multiprocessing.get_context("spawn"), {}
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the main process alone
     for _ in range(count):
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, encoder, max(1, cores() // count)), daemon=True)
         process.start()
         theirs.close()  # so that the worker's death closes the connection
         pool[ours] = process
+    signal.signal(signal.SIGINT, handler)
     return pool
-
-
-def receive(connection, process, job):
-    try:
-        return connection.recv()
-    except (EOFError, OSError):
-        process.join()
-        raise PrepareError(
-            f"unit {job['number']} of {job['path']}: its process died (exit code {process.exitcode}; -9 is often the "
-            "system, for want of memory); what is finished is kept: run it again, with fewer --workers"
-        ) from None
 
 
 def make_job(plan, number, limit, folder):
     unit = plan["units"][number]
-    for split in ("train", "val"):
-        if (folder / shard_name(split, number)).exists():  # a unit that is done again: the dataset is not complete
-            (folder / "manifest.json").unlink(missing_ok=True)
-    names = ("row_groups", "rows", "range")
-    return {
-        "number": number,
-        "limit": limit,
-        "folder": str(folder),
-        "path": plan["sources"][unit["source"]]["path"],
-        "unit": {name: unit[name] for name in ("source", *names) if name in unit},
-        "column": plan["settings"]["text_column"],
-        "val_fraction": plan["settings"]["val_fraction"],
-    }
+    job = {"number": number, "limit": limit, "folder": str(folder), "unit": unit}
+    return plan["settings"] | job | {"path": plan["sources"][unit["source"]]["path"]}
 
 
 def expected_bytes(plan, records, owned, config):
-    """Bytes of text that are still to be read."""
+    """Bytes of text that are still to be read, about."""
     missing = sum(plan["units"][number]["bytes"] for number in owned if number not in records)
     if not config.max_tokens:
         return missing
@@ -559,167 +621,270 @@ def expected_bytes(plan, records, owned, config):
     return min(missing, int(max(0, config.max_tokens - done) * BYTES_PER_TOKEN))
 
 
-def remove_leftovers(folder, owned):
-    """Removes temporary files of the owned units, and of the dataset if all units are."""
+def remove_leftovers(folder, owned, plan):
+    """Removes the temporary files of the owned units, and if these are all, of the dataset."""
     for path in [*folder.glob("*.tmp"), *folder.glob(".prepare/*.tmp")]:
-        digits = path.name.partition("_")[2][:6]
-        if int(digits) in owned if digits.isdecimal() else len(owned) == owned.stop:
+        number = re.search(r"_(\d{6,})\.", path.name)
+        if int(number[1]) in owned if number else len(owned) == len(plan["units"]):
             path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(path, planning=False):
+    """Holds a lock that dies with this process. Raises PrepareError naming who has it, unless both only plan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        patience = time.monotonic() + 2 * planning
+        while not try_lock(descriptor):
+            holder = os.pread(descriptor, 100, 0).decode() if hasattr(os, "pread") else path.read_text()
+            if time.monotonic() > patience and not (planning and holder.endswith("planning")):
+                place = path.parent.parent
+                raise PrepareError(f"{place}: {holder or 'another process'} is preparing it; wait, or stop that one")
+            time.sleep(0.1)
+        os.ftruncate(descriptor, 0)
+        text = f"process {os.getpid()} on {socket.gethostname()}{', planning' * planning}"
+        with contextlib.suppress(OSError):  # a full disk: then nobody learns our name
+            os.write(descriptor, text.encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor):
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others must be able to read
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def lock(path, what):
-    """Holds a lock that dies with this process. Raises PrepareError that names the process that has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                file.seek(1 << 20)  # beyond the text, which others must be able to read
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise PrepareError(f"{what}: {file.read() or 'another process'} is at it; wait, or stop it") from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
 def prepare(config, folder):
-    """Plans, does what is missing, and completes the dataset. Returns the exit code."""
-    started = time.monotonic()
-    plan, damaged = make_plan(config, folder)
-    owned = range(len(plan["units"]))
-    remove_leftovers(folder, owned)
-    records = read_records(plan, folder)
-    write_json(folder / ".prepare" / "plan.json", plan)
-    for problem in damaged:
-        print(f"  left out: {problem}", file=sys.stderr)
-    failed = {}
-    todo = next_units(plan, records, owned, (), failed, config.max_tokens)
-    if not todo and (folder / "manifest.json").exists() and not damaged:
-        print(f"{folder} is finished: nothing to do")
-        return 0
-    encoder = choose_encoder(config, plan)
-    announce(plan, records, owned, config, folder, encoder)
-    if todo:
-        failed = run_units(plan, records, owned, config, folder, encoder)
-    manifest = finish(plan, records, config, folder, failed)
-    summarize(manifest, config, folder, time.monotonic() - started)
+    """Plans, does what is missing, and completes the dataset; returns the exit code."""
+    state, started = folder / ".prepare", time.monotonic()
+    task, tasks = map(int, config.task.split("/")) if config.task else (1, 1)
+    with contextlib.ExitStack() as locks:
+        if config.task:
+            locks.enter_context(lock(state / f"task_{task}_of_{tasks}.lock"))
+            with lock(state / "all.lock", planning=True):
+                plan, damaged = make_plan(config, folder)
+        else:
+            locks.enter_context(lock(state / "all.lock"))
+            for path in state.glob("task_*.lock"):
+                locks.enter_context(lock(path))
+            plan, damaged = make_plan(config, folder)
+        owned = range(task - 1, len(plan["units"]), tasks)
+        remove_leftovers(folder, owned, plan)
+        for problem in damaged:
+            print(f"  left out: {problem}", file=sys.stderr)
+        records = read_records(plan, owned, folder)
+        failed = do_missing(plan, records, owned, config, folder)
+        if config.task:
+            tokens = sum(record["tokens"] for record in records.values())
+            print(f"task {config.task}: {len(records)} of {len(owned)} units are done, {tokens:,} tokens")
+            print(f"when all tasks are done: python prepare.py --merge --dataset={config.dataset}")
+        else:
+            finish(plan, records, config, folder, failed, time.monotonic() - started)
     return 1 if failed or damaged else 0
 
 
-def choose_encoder(config, plan):
-    """fastokens if it is installed and gives tiktoken's ids for hard strings and the first documents."""
+def do_missing(plan, records, owned, config, folder):
+    """Announces and runs what has no record yet; returns {unit: why it failed}. Raises PrepareError if it cannot."""
+    todo = next_units(plan, records, owned, (), {}, config.max_tokens)
+    if not todo:
+        return {}
+    if config.merge:
+        missing = [number for number in owned if number not in records]
+        raise PrepareError(
+            f"{folder}: units {missing[:9]} of {len(owned)} are not done; run the tasks that are missing"
+        )
+    there = read_manifest(folder)
+    if there and 0 < config.max_tokens < min(there["tokens"], there["settings"]["max_tokens"] or math.inf):
+        remedy = "leave it out, or name a new dataset"
+        raise PrepareError(f"max_tokens: {folder} holds {there['tokens']:,} tokens already; {remedy}")
+    texts = first_texts(plan, todo[0][0])
+    encoder = choose_encoder(config, texts)
+    tokens = sum(map(len, encode_texts(load_tokenizer(), texts)))
+    bytes_per_token = sum(len(text.encode()) for text in texts) / tokens if tokens else BYTES_PER_TOKEN
+    size, free = expected_bytes(plan, records, owned, config), shutil.disk_usage(folder).free
+    need = int(2 * size / bytes_per_token)
+    print(f"{folder}: {len(owned)} units of {len(plan['sources'])} files, {len(records)} of them done already")
+    print(f"  to do: {size / 1e6:,.1f} MB of text, about {need / 2e6:,.1f}M tokens; {encoder}")
+    print(f"  disk:  {need / 1e6:,.1f} MB, of {free / 1e6:,.1f} MB that are free")
+    if need > free:
+        remedy = "free some, or take another --data_dir, or fewer tokens by --max_tokens"
+        raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
+    return run_units(plan, records, owned, config, folder, encoder)
+
+
+def choose_encoder(config, texts):
+    """fastokens if it is installed and gives tiktoken's ids for hard strings and these texts."""
     if config.encoder == "tiktoken":
         return "tiktoken"
     try:
-        check_parity(load_tokenizer("fastokens"), first_texts(plan))
+        check_parity(load_tokenizer("fastokens"), texts)
         return "fastokens"
     except TokenizerError as error:
         if config.encoder == "fastokens":
             raise
-        print(f"  encoder: tiktoken, for {error}")
+        print(f"tiktoken encodes: {error}")
         return "tiktoken"
 
 
-def first_texts(plan):
-    """The first documents of the first source; none if they cannot be read (the unit's own run will say so)."""
-    unit = plan["units"][0]
-    path, column = plan["sources"][unit["source"]]["path"], plan["settings"]["text_column"]
-    try:
-        _, values, _ = next(read_texts(path, unit, column))
-        return [as_text(value)[0] for value in values if value]
-    except (PrepareError, UnicodeDecodeError, OSError, pa.ArrowException):
-        return []
+def first_texts(plan, number):
+    """The first documents of a unit; none if they cannot be read, which the unit's own run will say."""
+    job, counts = make_job(plan, number, 0, ""), {"skipped": {"null": 0, "empty": 0}, "replaced": 0}
+    with contextlib.suppress(DamagedError):
+        positions, values, _ = next(read_texts(job["path"], job["unit"], job["text_column"]))
+        return as_texts(positions, values, job["path"], counts)[0]
+    return []
 
 
-def announce(plan, records, owned, config, folder, encoder):
-    """Says what is to come. Raises PrepareError if the disk cannot hold it."""
-    size, free = expected_bytes(plan, records, owned, config), shutil.disk_usage(folder).free
-    tokens = size / BYTES_PER_TOKEN
-    print(f"{folder}: {len(plan['sources'])} files, {len(plan['units'])} units, {len(records)} of them done")
-    print(f"  to do: {size / 1e6:,.1f} MB of text, about {tokens / 1e6:,.1f}M tokens by {encoder}")
-    print(f"  disk: about {2 * tokens / 1e6:,.1f} MB needed, {free / 1e6:,.0f} MB free")
-    if 2 * tokens > free:
-        raise PrepareError(
-            f"{folder}: about {2 * tokens / 1e9:,.2f} GB are needed and {free / 1e9:,.2f} GB are free; "
-            "free some, take another --data_dir, or fewer tokens by --max_tokens"
-        )
-
-
-def finish(plan, records, config, folder, failed):
-    """Writes the manifest from the records, and returns it; files of units beyond max_tokens are removed."""
-    shards, counts = [], {"documents": 0, "tokens": 0, "replaced": 0}
-    skipped, encoders = {"null": 0, "empty": 0}, set()
+def finish(plan, records, config, folder, failed, seconds):
+    """Writes the manifest from the records, if it does not stand there yet, and says what the dataset is."""
+    kept, total = {}, 0
     for number, record in sorted(records.items()):
-        if config.max_tokens and counts["tokens"] >= config.max_tokens:
-            unit_record(folder, number).unlink(missing_ok=True)
-            for shard in record["shards"]:
-                (folder / shard["name"]).unlink(missing_ok=True)
-            continue
+        if config.max_tokens and total >= config.max_tokens:  # it was begun by a guess, and is not needed
+            for path in (unit_record(folder, number), *(folder / shard["name"] for shard in record["shards"])):
+                path.unlink(missing_ok=True)
+        else:
+            kept[number] = record
+            total += record["tokens"]
+    manifest = make_manifest(plan, kept.values(), config, failed)
+    if not manifest["shards"]:
+        raise PrepareError(f"{folder}: no document came out; {'; '.join(failed.values()) or 'all rows are empty'}")
+    known = read_manifest(folder)
+    if known and known["shards"] == manifest["shards"] and known["failed"] == manifest["failed"]:
+        print(f"{folder} is finished; nothing to do")
+    else:
+        write_manifest(folder, manifest)
+        print(f"{folder} is ready, in {seconds:.1f} s by {manifest['encoder']}")
+    print(summary(manifest))
+    run = "quickstart.py" if folder.name == "quickstart" else f"fineweb_4070.py --dataset={folder.name}"
+    print(f"next: python train.py config/{run}")
+
+
+def make_manifest(plan, records, config, failed):
+    tokenizer, packages = load_tokenizer(), ("numpy", "pyarrow", "tiktoken", "fastokens")
+    shards = []
+    for record in records:
         place = {name: record[name] for name in ("row_groups", "rows", "range") if name in record}
-        path = plan["sources"][record["source"]]["path"]
-        shards += [shard | {"source": path, **place} for shard in record["shards"]]
-        counts = {name: count + record[name] for name, count in counts.items()}
-        skipped = {reason: count + record["skipped"][reason] for reason, count in skipped.items()}
-        encoders.add(record["encoder"])
-    if not shards:
-        raise PrepareError(f"{folder}: no document came out of {len(records)} units; nothing to train on")
-    tokenizer = load_tokenizer()
-    names = ("name", "sha256", "n_vocab", "eot")
-    manifest = {
+        place["source"] = plan["sources"][record["source"]]["path"]
+        shards += [shard | place for shard in record["shards"]]
+    reasons = {reason: sum(record["skipped"][reason] for record in records) for reason in ("null", "empty")}
+    return {
         "version": 1,
-        "tokenizer": {name: getattr(tokenizer, name) for name in names},
-        "encoder": ", ".join(sorted(encoders)),
-        "libraries": {"python": sys.version.split()[0]}
-        | dict(map(installed, ("numpy", "pyarrow", "tiktoken", "fastokens"))),
-        "settings": plan["settings"],
-        **counts,
-        "skipped": skipped,
+        "tokenizer": {name: getattr(tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")},
+        "encoder": " and ".join(sorted({record["encoder"] for record in records})),
+        "libraries": {name: installed(name) for name in packages} | {"python": sys.version.split()[0]},
+        "settings": plan["settings"] | {"max_tokens": config.max_tokens},
+        **{name: sum(record[name] for record in records) for name in ("documents", "tokens", "replaced")},
+        "skipped": reasons,
         "failed": [failed[number] for number in sorted(failed)],
         "sources": plan["sources"],
         "shards": shards,
     }
-    write_manifest(folder, manifest)
-    return manifest
 
 
 def installed(package):
     try:
-        return package, version(package)
+        return version(package)
     except PackageNotFoundError:
-        return package, None
+        return None
 
 
-def summarize(manifest, config, folder, seconds):
-    """Prints what was made, and the next command."""
-    text_bytes = sum(shard["text_bytes"] for shard in manifest["shards"])
-    print(f"{folder} is ready: {manifest['documents']:,} documents")
+def summary(manifest):
+    """What is in a dataset, as lines for a person."""
+    lines = ["         documents            tokens  bytes/token  shards"]
     for split in ("train", "val"):
-        chosen = [shard for shard in manifest["shards"] if shard["split"] == split]
-        tokens, documents = (sum(shard[name] for shard in chosen) for name in ("tokens", "documents"))
-        print(f"  {split:7} {tokens:>15,} tokens, {documents:,} documents, {len(chosen)} shards")
-    if not chosen:
-        print("          no document fell into val: train.py needs some; a new dataset with a larger --val_fraction")
-    print(f"  text    {text_bytes:>15,} bytes, {text_bytes / (manifest['tokens'] - manifest['documents']):.2f} a token")
+        shards = [shard for shard in manifest["shards"] if shard["split"] == split]
+        documents, tokens, size = (sum(s[name] for s in shards) for name in ("documents", "tokens", "text_bytes"))
+        ratio = size / max(1, tokens - documents)
+        lines.append(f"  {split:5} {documents:>11,} {tokens:>17,} {ratio:>12.2f} {len(shards):>7,}")
+    if not shards:
+        lines.append("  no document fell into val, which train.py needs: a new dataset with --val_fraction=0.1, say")
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items())
-    print(f"  skipped {skipped}; {manifest['replaced']:,} lone surrogates replaced")
-    print(f"  encoder {manifest['encoder']}; {seconds:.1f} s")
-    if config.dataset == "quickstart":
-        print("next: python train.py config/quickstart.py")
-    else:
-        print(f"next: python train.py config/fineweb_4070.py --dataset={config.dataset}")
+    lines.append(f"  skipped: {skipped}; lone surrogates replaced: {manifest['replaced']:,}")
+    lines += [f"  FAILED: {reason}" for reason in manifest["failed"]]
+    return "\n".join(lines)
+
+
+def verify(folder, manifest):
+    """Checks every byte of every shard, and against the sources' token_count; returns the exit code."""
+    problems, sums, unchecked = [], {}, set()
+    with tqdm(total=sum(2 * s["tokens"] for s in manifest["shards"]), unit="B", unit_scale=True, disable=None) as bar:
+        for shard in manifest["shards"]:
+            try:
+                check_shard(folder / shard["name"], shard, manifest["tokenizer"])
+            except ShardError as error:
+                problems.append(f"{error}; delete the file and prepare again: only its unit is done again")
+            rows = (shard["source"], *shard.get("row_groups", ()), *shard.get("rows", ()))
+            sums[rows] = sums.get(rows, 0) + shard["tokens"] - shard["documents"]
+            bar.update(2 * shard["tokens"])
+    for (path, *rows), tokens in sums.items():
+        expected = token_count(path, *rows) if rows else None
+        if expected is None:
+            unchecked.add(path)
+        elif expected != tokens:
+            problems.append(f"{path}: token_count of rows {rows[2]:,} to {rows[3]:,} is {expected:,}, not {tokens:,}")
+    print(f"{folder}: {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens")
+    print("\n".join(problems) or "  sizes, hashes, ids and separators are right")
+    if unchecked:
+        print(f"  not compared with a token_count, which is not there: {len(unchecked)} of the sources")
+    return 1 if problems else 0
+
+
+def token_count(path, first, last, start, stop):
+    """The sum of the column token_count over some rows of a parquet file; None where there is none."""
+    try:
+        with reading(path), open_file(path) as file:
+            parquet = pq.ParquetFile(file)
+            if "token_count" not in parquet.schema_arrow.names:
+                return None
+            skipped = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
+            column = parquet.read_row_groups(range(first, last), columns=["token_count"]).column(0)
+            return pc.sum(column.slice(start - skipped, stop - start)).as_py()
+    except DamagedError:
+        return None
+
+
+def inspect(folder, manifest):
+    """Prints a dataset: counts, lengths of documents, sources, and the first and last documents as text."""
+    print(f"{folder}: {manifest['encoder']}, settings {manifest['settings']}")
+    print(summary(manifest))
+    tokenizer, counted, lengths = load_tokenizer(), 0, []
+    for shard in manifest["shards"]:
+        tokens = open_tokens(folder / shard["name"])[:LOOK_TOKENS]
+        lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot)) - 1)
+        counted += len(tokens)
+        if counted >= LOOK_TOKENS:
+            break
+    marks = np.percentile(np.concatenate(lengths), (0, 5, 25, 50, 75, 95, 100)).astype(int)
+    print(f"  tokens a document, of the first {counted:,} tokens: " + ", ".join(f"{m:,}" for m in marks))
+    print("    (least, 5%, 25%, half, 75%, 95%, most)")
+    for source in manifest["sources"][:20]:
+        print(f"  {source['bytes']:>15,} bytes  {source['path']}")
+    if len(manifest["sources"]) > 20:
+        print(f"  and {len(manifest['sources']) - 20} more sources")
+    train = [shard for shard in manifest["shards"] if shard["split"] == "train"]
+    first, last = (open_tokens(folder / shard["name"]) for shard in (train[0], train[-1]))
+    for name, tokens in (("first", first[:10_000]), ("last", last[-10_000:])):
+        documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:]
+        for document in documents[:3] if name == "first" else documents[-3:]:
+            text = tokenizer.decode(document[1:])
+            print(f"--- {name}: {textwrap.shorten(text, 400)}")
 
 
 # ---- the quickstart's text ---------------------------------------------------------------------------------
@@ -729,18 +894,12 @@ def quickstart(config):
     """The config of a run without inputs: English that every Python carries, as a parquet file like FineWeb's."""
     path = Path(config.data_dir) / "quickstart" / "quickstart.parquet"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        texts = [*manual_texts(), *docstrings(Path(sysconfig.get_paths()["stdlib"]))]
-        write_fineweb(path, texts)
+        from pydoc_data.topics import topics  # the language manual, as help() shows it
+
+        texts = [(f"topics:{name}", topics[name]) for name in sorted(topics)]
+        write_fineweb(path, texts + docstrings(Path(sysconfig.get_paths()["stdlib"])))
     fraction = 0.05 if config.val_fraction == PrepareConfig.val_fraction else config.val_fraction
     return dataclasses.replace(config, inputs=(str(path),), dataset="quickstart", val_fraction=fraction)
-
-
-def manual_texts():
-    """[(name, text)] of the pages of Python's language manual that help() shows."""
-    from pydoc_data.topics import topics
-
-    return [(f"pydoc:{name}", topics[name]) for name in sorted(topics)]
 
 
 def docstrings(library):
@@ -763,33 +922,43 @@ def docstrings(library):
         tree.body = [node for node in tree.body if node not in classes]
         for part in (tree, *classes):
             texts = [ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, documented)]
-            if text := "\n\n".join(filter(None, texts)):
-                found.append((f"{place.as_posix()}:{getattr(part, 'name', '')}", text))
-    return found
+            found.append((f"{place.as_posix()}:{getattr(part, 'name', '')}", "\n\n".join(filter(None, texts))))
+    return [(name, text) for name, text in found if text]
 
 
 def write_fineweb(path, texts):
     """Writes [(name, text)] as a parquet file with FineWeb's columns and row groups; token_count is right."""
     tokenizer = load_tokenizer()
-    names, texts = zip(*texts, strict=True)
-    same = {"dump": "python", "date": "", "file_path": "", "language": "en", "language_score": 1.0}
-    table = {"text": texts, "id": [hashlib.sha256(t.encode()).hexdigest() for t in texts]}
-    table |= {"url": names} | {name: [value] * len(texts) for name, value in same.items()}
-    table["token_count"] = [len(tokenizer.encode(text)) for text in texts]
-    order = ("text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count")
+    rows = [
+        {"text": text, "id": hashlib.sha256(text.encode()).hexdigest(), "dump": "python", "url": name, "date": ""}
+        | {"file_path": "", "language": "en", "language_score": 1.0, "token_count": len(tokenizer.encode(text))}
+        for name, text in texts
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table({name: table[name] for name in order}), temporary, row_group_size=1000)
+    pq.write_table(pa.Table.from_pylist(rows), temporary, row_group_size=1000)
     os.replace(temporary, path)
 
 
 def main(argv=None):
     config = load_config(PrepareConfig, argv)
     print(describe(config))
-    if not config.inputs and config.dataset in ("", "quickstart"):
-        config = quickstart(config)
-    folder = Path(config.data_dir) / config.dataset
-    with lock(folder / ".prepare" / "lock", str(folder)):
-        code = prepare(config, folder)
+    folder = Path(config.data_dir) / (config.dataset or "quickstart")
+    if config.verify or config.inspect:
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise PrepareError(f"{folder}: no finished dataset; prepare it first")
+        code = inspect(folder, manifest) if config.inspect else verify(folder, manifest)
+    else:
+        try:
+            if not config.inputs and folder.name == "quickstart":
+                config = quickstart(config)
+            code = prepare(config, folder)
+        except OSError as error:
+            raise PrepareError(f"{folder}: cannot be written ({error}); free it, or take another --data_dir") from error
+        except KeyboardInterrupt:
+            print("stopped; what is finished is kept: the same command goes on from there", file=sys.stderr)
+            raise
     if code:
         raise SystemExit(code)
 

@@ -52,8 +52,11 @@ class ShardWriter:
         self.tokens, self.sha256 = 0, None
 
     def __enter__(self):
-        self.file = open(self.temporary, "w+b")
-        self.file.write(bytes(HEADER_BYTES))
+        try:
+            self.file = open(self.temporary, "w+b")
+            self.file.write(bytes(HEADER_BYTES))
+        except OSError as error:
+            raise self.refused(error) from error
         return self
 
     def write(self, ids):
@@ -148,6 +151,32 @@ def open_tokens(path):
     """
     header, tokens = layout(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=header, shape=(tokens,))
+
+
+def check_shard(path, entry, tokenizer):
+    """Reads a shard wholly and holds it against its entry in the manifest. Raises ShardError, saying what differs.
+
+    tokenizer: dict with n_vocab and eot; every document has one eot, before it.
+    """
+    header, tokens = layout(path)
+    digest, documents, largest, first = hashlib.sha256(), 0, 0, None
+    with open(path, "rb") as file:
+        digest.update(file.read(header))
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+            ids = np.frombuffer(chunk, dtype="<u2")
+            first = int(ids[0]) if first is None else first
+            documents += int(np.count_nonzero(ids == tokenizer["eot"]))
+            largest = max(largest, int(ids.max()))
+    for what, found, expected in (
+        ("tokens", tokens, entry["tokens"]),
+        ("SHA-256", digest.hexdigest(), entry["sha256"]),
+        ("separators", documents, entry["documents"]),
+        ("first token", first, tokenizer["eot"]),
+        ("largest token", largest, min(largest, tokenizer["n_vocab"] - 1)),
+    ):
+        if found != expected:
+            raise ShardError(f"{path}: {what} {found}, expected {expected}: damaged")
 
 
 # ---- the manifest ------------------------------------------------------------------------------------------
