@@ -105,7 +105,11 @@ def find_files(inputs):
     """The files that the inputs stand for, in order. Raises PrepareError with a line for each that is none."""
     files, problems = [], []
     for name in inputs:
-        found = find_hub(name) if name.startswith("hf://") else find_local(name)
+        try:
+            found = find_hub(name) if name.startswith("hf://") else find_local(name)
+        except DamagedError as error:
+            problems.append(str(error))
+            continue
         if not found:
             problems.append(f"{name}: no such file, or a folder without any; it takes {', '.join(SUFFIXES)}")
         problems += [f"{path}: not one of {', '.join(SUFFIXES)}" for path in found if not path.endswith(SUFFIXES)]
@@ -766,11 +770,14 @@ def finish(plan, records, config, folder, failed, seconds):
     if not manifest["shards"]:
         raise PrepareError(f"{folder}: no document came out; {'; '.join(failed.values()) or 'all rows are empty'}")
     known = read_manifest(folder)
-    if known and known["shards"] == manifest["shards"] and known["failed"] == manifest["failed"]:
+    hashes, old = ([(s["name"], s["sha256"]) for s in m["shards"]] for m in (manifest, known or {"shards": []}))
+    if hashes == old and manifest["failed"] == known["failed"]:
+        manifest["libraries"] = known["libraries"]  # those that made it
         print(f"{folder} is finished; nothing to do")
     else:
-        write_manifest(folder, manifest)
         print(f"{folder} is ready, in {seconds:.1f} s by {manifest['encoder']}")
+    if manifest != known:  # a source may have been moved
+        write_manifest(folder, manifest)
     print(summary(manifest))
     run = "quickstart.py" if folder.name == "quickstart" else f"fineweb_4070.py --dataset={folder.name}"
     print(f"next: python train.py config/{run}")

@@ -88,8 +88,9 @@ class ShardWriter:
         sync_folder(self.path.parent)
 
     def refused(self, error):
-        need = HEADER_BYTES + 2 * self.tokens
-        return ShardError(f"{self.path}: could not write past {need:,} bytes: {error.strerror or error}")
+        reached = HEADER_BYTES + 2 * self.tokens
+        remedy = "make room and run it again: what is finished is kept"
+        return ShardError(f"{self.path}: could not be written past {reached:,} bytes ({error.strerror}); {remedy}")
 
 
 def drop(file, path):
@@ -194,7 +195,7 @@ def write_json(path, content):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise ShardError(f"{path}: could not be written: {error.strerror or error}") from error
+        raise ShardError(f"{path}: could not be written ({error.strerror}); make room and run it again") from error
     finally:
         temporary.unlink(missing_ok=True)
 
