@@ -1,114 +1,139 @@
-"""One training state on disk: saved whole or not at all, and checked when it is loaded.
+"""One training state on disk: saved whole or not at all, checked after writing and when loaded, kept and pruned.
 
-`ckpt.pt` is a torch file with the keys that nanoGPT users know (model, optimizer, model_args, iter_num, best_val_loss,
-config) and more; torch.load reads it. Behind its end stands a trailer with the SHA-256 of all before it, because
-torch.load itself notices hardly any flipped bit. Only tensors and plain Python are in it: nothing of it can run.
+A checkpoint is a torch file with the keys that nanoGPT users know (model, optimizer, model_args, iter_num,
+best_val_loss, config) and more; torch.load reads it. Behind its end stands a trailer with its step and the SHA-256 of
+all before it, because torch.load notices hardly any flipped bit. Only tensors and plain Python are in it, and it is
+loaded with weights_only=True: nothing of it can run. In out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before
+it, ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for.
 """
 
 import hashlib
 import os
 import pickle
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+import durable
 from model import GPT, GPTConfig
 
 VERSION = 1
-LATEST, BEST = "ckpt.pt", "ckpt_best.pt"
-TRAILER = b"onecard sha256 "  # then 64 hexadecimal digits and a newline
-TRAILER_BYTES = len(TRAILER) + 65
+LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
+NEW = "ckpt_new.pt"  # of a save that has not ended
+TRAILER = re.compile(rb"onecard step (\d{12}) sha256 ([0-9a-f]{64})\n")
+TRAILER_BYTES = 13 + 12 + 8 + 64 + 1
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, not whole, or not of this model: which file, why, what to do."""
+    """A checkpoint that is not there, not whole, or cannot be written: which file, why, what to do."""
 
 
 class _HashingFile:
-    """Just enough of a file for torch.save: everything that is written goes into the hash too."""
+    """Just enough of a file for torch.save: what is written is hashed too, and an OSError kept, which torch hides."""
 
     def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
+        self.file, self.sha256, self.error, self.bytes = file, hashlib.sha256(), None, 0
 
     def write(self, data):
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
         self.sha256.update(data)
-        return self.file.write(data)
+        self.bytes += len(data)
+        return written
 
     def flush(self):
         self.file.flush()
 
 
-def save(path, state):
-    """Writes `state` (nested dicts and lists of tensors and plain Python) so that `path` is the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+def write(path, state):
+    """Writes `state` (nested dicts and lists of tensors and plain Python) so that `path` is the old file or the new
+    one, and the new one only after it has been read back. Raises CheckpointError with the bytes that did not fit."""
+    path, hashing = Path(path), None
     try:
-        with open(temporary, "wb") as file:
+        with durable.replacing(path, check=verify) as file:
             hashing = _HashingFile(file)
             torch.save({"version": VERSION, **state}, hashing)
-            file.write(TRAILER + hashing.sha256.hexdigest().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+            file.write(b"onecard step %012d sha256 %s\n" % (state["iter_num"], hashing.sha256.hexdigest().encode()))
+    except (OSError, RuntimeError) as error:
+        error = (hashing and hashing.error) or error
+        if not isinstance(error, OSError):
+            raise
+        where = f"after {hashing.bytes:,} bytes" if hashing else "at its beginning"
+        raise CheckpointError(
+            f"{path}: could not be written ({error.strerror}, {where}); {shutil.disk_usage(path.parent).free:,} bytes "
+            "are free there: make room and resume; the older checkpoints are as they were"
+        ) from error
 
 
-def keep_as(path, name):
-    """Gives the file at `path` a second name beside it, without copying its bytes where the file system can do that."""
-    path = Path(path)
-    temporary = path.with_name(name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
-    os.replace(temporary, path.with_name(name))
-    _sync_folder(path.parent)
+def read_trailer(path):
+    """-> (step, SHA-256 in hex, bytes before the trailer). Raises CheckpointError if there is no trailer."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - TRAILER_BYTES))
+        found = TRAILER.fullmatch(file.read())
+    if not found:
+        raise CheckpointError(f"{path}: no whole checkpoint of onecard: no SHA-256 at the end of its {size:,} bytes")
+    return int(found[1]), found[2].decode(), size - TRAILER_BYTES
 
 
-def _sync_folder(folder):
-    if os.name == "posix":  # Windows has no such call: a rename there is durable by itself
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def verify(path):
+    """Raises CheckpointError unless every bit of the file is as it was written."""
+    _, expected, size = read_trailer(path)
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while size > 0 and (chunk := file.read(min(size, 1 << 22))):
+            sha256.update(chunk)
+            size -= len(chunk)
+    if sha256.hexdigest() != expected:
+        raise CheckpointError(f"{path}: damaged: its bytes do not have the SHA-256 that was written with them")
 
 
 def load(path):
-    """The state that `save` wrote, its tensors on the CPU. Raises CheckpointError if a single bit is not as written."""
-    path = Path(path)
+    """The state that `write` wrote, its tensors on the CPU. Raises CheckpointError unless every bit is as written."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END) - TRAILER_BYTES
-            file.seek(max(size, 0))
-            trailer = file.read()
-            file.seek(0)
-            if size < 0 or not trailer.startswith(TRAILER):
-                raise CheckpointError(
-                    f"{path}: not a whole onecard checkpoint ({size + TRAILER_BYTES:,} bytes, no SHA-256 at its end)"
-                )
-            digest = _sha256(file, size)
-        if trailer[len(TRAILER) :].strip().decode("ascii", "replace") != digest:
-            raise CheckpointError(f"{path}: damaged: its bytes do not have the SHA-256 that was written with them")
+        verify(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: there is no checkpoint here; train first, or give the right --out_dir"
-        ) from None
+        raise CheckpointError(f"{path}: there is no checkpoint here; train first, or mend out_dir") from None
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _sha256(file, size):
-    sha256 = hashlib.sha256()
-    while size:
-        chunk = file.read(min(size, 1 << 22))
-        if not chunk:
-            break
-        sha256.update(chunk)
-        size -= len(chunk)
-    return sha256.hexdigest()
+def candidates(out_dir):
+    """The checkpoints of a run, the newest first: by the step in them, for clocks can be set back."""
+    found = []
+    for path in Path(out_dir).glob("ckpt*.pt"):
+        try:
+            step = read_trailer(path)[0]
+        except (CheckpointError, OSError):
+            step = -1  # looked at last, to be named if there is no other
+        found.append((step, path.name == LATEST, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+def load_newest(out_dir):
+    """-> (state, path, [what is wrong with each newer one that is damaged]). CheckpointError if none is whole."""
+    problems = []
+    for path in candidates(out_dir):
+        try:
+            return load(path), path, problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    where = Path(out_dir) / LATEST
+    raise CheckpointError("; ".join(problems) or f"{where}: there is no checkpoint; start a run first")
+
+
+def remove_all(out_dir):
+    """Makes room for a new run: takes every checkpoint out of a folder."""
+    for path in candidates(out_dir):
+        path.unlink(missing_ok=True)
 
 
 def load_model(path):
@@ -117,3 +142,71 @@ def load_model(path):
     model = GPT(GPTConfig(**state["model_args"]))
     model.load_state_dict(state.pop("model"))
     return model.eval(), state
+
+
+def snapshot(state, copies=None):
+    """A copy of nested dicts and lists with all tensors on the CPU, which training can no longer change.
+
+    A tensor that stands in it twice (the tied embedding) is copied once and stands in the copy twice.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(state, torch.Tensor):
+        place = (state.data_ptr(), state.shape, state.dtype)
+        if place not in copies or state.numel() == 0:
+            copies[place] = state.detach().to("cpu", copy=True)
+        return copies[place]
+    if isinstance(state, dict):
+        return {key: snapshot(value, copies) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(snapshot(value, copies) for value in state)
+    return state
+
+
+class Saver:
+    """Writes the checkpoints of one run in a thread: training waits for the copy to host memory only.
+
+    keep_every: every so many steps one is kept for good. `seconds`: how long the last write took. A failed write is
+    raised at the next call of any method.
+    """
+
+    def __init__(self, out_dir, keep_every=0):
+        self.out_dir, self.keep_every = Path(out_dir), keep_every
+        self.thread, self.writing, self.seconds = ThreadPoolExecutor(1), None, 0.0
+
+    def save(self, state, is_best):
+        self.wait()
+        self.writing = self.thread.submit(self._write, snapshot(state), is_best)
+
+    def _write(self, state, is_best):
+        began = time.monotonic()
+        new, latest, step = self.out_dir / NEW, self.out_dir / LATEST, state["iter_num"]
+        write(new, state)  # and read back: only then does an older one lose a name
+        if latest.exists():
+            durable.second_name(latest, PREVIOUS)
+        keep = self.keep_every and step % self.keep_every == 0
+        for name in [LATEST, *[BEST] * is_best, *[STEP.format(step)] * keep]:
+            durable.second_name(new, name)
+        new.unlink()
+        self.seconds = time.monotonic() - began
+
+    def poll(self):
+        """Raises what went wrong in a write that has ended; does not wait for one that has not."""
+        if self.writing and self.writing.done():
+            self.wait()
+
+    def wait(self):
+        """Returns when the last save is on disk."""
+        if self.writing:
+            writing, self.writing = self.writing, None
+            writing.result()
+
+    def close(self):
+        self.thread.shutdown()
+        self.wait()
+
+
+def bytes_needed(parameters, max_iters=0, keep_every=0):
+    """Bytes of disk for a run's checkpoints: weights and two moments in float32, four files at once (a new one while
+    latest, previous and best stand), and those kept for good."""
+    kept = max_iters // keep_every if keep_every else 0
+    return (12 * parameters + 2**20) * (4 + kept)

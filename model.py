@@ -4,13 +4,10 @@
     loss = model(inputs, targets)
 
 One vocabulary of letters: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary.
-Where tensors live and in which precision they are multiplied is decided by `pick_device` and `pick_dtype`.
 """
 
 import math
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,7 +17,7 @@ GPT2_IDS = 50257  # what GPT-2's tokenizer knows; the rows of the embedding past
 
 
 class ModelError(ValueError):
-    """A network, device or precision that cannot be: which key, which value, why, what to do."""
+    """A network that cannot be: which key, which value, why, what to do."""
 
 
 @dataclass(frozen=True)
@@ -185,48 +182,3 @@ class GPT(nn.Module):
             if stop_id is not None and next_id.item() == stop_id:
                 break
         return idx
-
-
-def pick_device(name):
-    """'auto' or a torch device string -> torch.device. An NVIDIA card that torch cannot use is an error."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if torch.backends.mps.is_available():
-            return torch.device("mps")
-        driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
-        if driver:
-            raise ModelError(
-                f"device=auto: this machine has an NVIDIA driver, but torch {torch.__version__} cannot use it "
-                "(a build without CUDA, or a driver too old for it). Install the CUDA build that PyTorch's "
-                "'Get started' page gives for this system, or say --device=cpu to train on the CPU on purpose"
-            )
-        return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ModelError(f"device={name!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            f"device={name}: torch {torch.__version__} sees no CUDA device; use --device=cpu, or mend that"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelError(f"device={name}: torch {torch.__version__} sees no Apple GPU here; use --device=cpu")
-    return device
-
-
-def pick_dtype(name, device):
-    """'auto' or 'float32', 'bfloat16', 'float16' -> torch.dtype for autocast on that torch.device.
-
-    auto takes bfloat16 where the hardware multiplies in it (float16 has the same speed but needs a GradScaler),
-    float16 on older CUDA cards, and float32 where neither is faster.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16
-    return torch.float32

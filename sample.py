@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 from configurator import ConfigError, key, load_config, run_script
-from model import ModelError, pick_device, pick_dtype
+from runtime import DeviceError, pick_device, pick_dtype
 from tokenizer import TokenizerError, load_tokenizer
 
 
@@ -75,4 +75,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError, TokenizerError, checkpoint.CheckpointError)
+    run_script(main, DeviceError, TokenizerError, checkpoint.CheckpointError)

@@ -5,33 +5,38 @@
     torchrun --nproc_per_node=2 train.py config/fineweb_4070.py
 
 A step is one optimizer step on gradient_accumulation_steps x batch_size x block_size tokens. Which tokens are in it
-depends on the seed and the step alone: not on evaluation, on the micro batch, or on the number of processes.
+depends on the seed and the step alone: not on evaluation, on the micro batch, or on the number of processes. So a run
+that was stopped, killed or moved and resumed is the run that never stopped.
 """
 
 import contextlib
 import math
 import os
 import secrets
+import shutil
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import durable
 import plan
 from configurator import ConfigError, describe, key, load_config, run_script
 from metrics import MetricsWriter, duration, log_line, start_wandb
-from model import GPT, GPTConfig, ModelError, pick_device, pick_dtype
+from model import GPT, GPTConfig, ModelError
+from runtime import Batches, DeviceError, Runtime, Stop, compile_model, start_runtime
 from shards import ShardError, TokenBlocks
 
 EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
 EVAL_GROUPS = 64
+BAD_STEPS = 5  # so many steps in a row without finite gradients end the run
+SPIKE = 6.0  # a loss so many standard deviations above the running mean is an event
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,13 @@ class TrainConfig:
     out_dir: str = key("out", "folder for checkpoints and metrics.jsonl")
     data_dir: str = key("data", "folder that holds the datasets")
     dataset: str = key("fineweb", "name of the dataset, a folder in data_dir")
-    init_from: str = key("scratch", "a new run, or go on with the one in out_dir", choices=("scratch", "resume"))
+    init_from: str = key(
+        "scratch",
+        "a new run; or go on with the one in out_dir; auto: if there is one",
+        choices=("scratch", "resume", "auto"),
+    )
     overwrite: bool = key(False, "let a new run replace the one that is in out_dir")
+    allow_new_data: bool = key(False, "let a resumed run go on with a dataset that is not the one it began with")
     # evaluation, log, checkpoints
     eval_interval: int = key(2000, "steps between evaluations", low=1)
     eval_tokens: int = key(0, f"tokens of each split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
@@ -49,6 +59,9 @@ class TrainConfig:
     eval_only: bool = key(False, "evaluate once and exit")
     log_interval: int = key(10, "steps between log lines", low=1)
     always_save_checkpoint: bool = key(True, "save after each evaluation; False: only after those that were the best")
+    keep_every: int = key(
+        0, "keep the checkpoint of every so many steps for good; 0: only latest, previous, best", low=0
+    )
     wandb_log: bool = key(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
     wandb_project: str = key("onecard", "project there")
     wandb_run_name: str = key("", "name of the run there; empty: the name of out_dir")
@@ -66,6 +79,7 @@ class TrainConfig:
     # optimizer
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0)
+    max_hours: float = key(0.0, "stop and save before so many hours have passed; 0: no limit", low=0.0)
     weight_decay: float = key(1e-1, "AdamW's, for tensors of two or more dimensions", low=0.0)
     beta1: float = key(0.9, "AdamW's, of the mean", low=0.0, high=1.0)
     beta2: float = key(0.95, "AdamW's, of the square", low=0.0, high=1.0)
@@ -99,28 +113,6 @@ class TrainConfig:
         return self.sequences_per_step * self.block_size
 
 
-@dataclass(frozen=True)
-class Runtime:
-    """Where this process runs: resolved once, at start."""
-
-    device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world_size: int = 1
-    peak_flops: float | None = None  # FLOP/s of one card, None where it is not known
-
-    @property
-    def device_name(self):
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
-
-
 @dataclass
 class Progress:
     """How far the run is: everything besides weights, optimizer and scaler that a resumed run needs."""
@@ -129,7 +121,9 @@ class Progress:
     sequences: int = 0  # sequences seen
     best_val_loss: float = math.inf
     last_eval_step: int = -1
-    skipped_steps: int = 0  # steps with gradients that were not finite, so not applied
+    skipped_steps: int = 0  # steps whose gradients were not finite, so not applied
+    bad_steps: int = 0  # of these, the last ones in a row
+    running: dict = field(default_factory=lambda: dict(n=0, mean=0.0, variance=0.0))  # of the loss of a step
     window: dict = field(default_factory=dict)  # sums since the last log line
     wandb_id: str = ""
 
@@ -146,6 +140,7 @@ class Run:
 
     config: TrainConfig
     runtime: Runtime
+    stop: Stop
     train_blocks: TokenBlocks
     val_blocks: TokenBlocks
     model: GPT
@@ -153,7 +148,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
-    metrics: MetricsWriter | None = None  # of the first process only
+    metrics: MetricsWriter | None = None  # these two in the first process only
+    saver: checkpoint.Saver | None = None
     timed_steps: int = 0  # since the last log line, in this process
     timed_seconds: float = 0.0
 
@@ -165,27 +161,11 @@ class Run:
             self.metrics.write(kind, self.progress.step, **numbers)
 
 
-def start_runtime(config):
-    """-> Runtime. Joins the other processes if torchrun started this one."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(config.device)
-    peak_flops = None
-    if device.type == "cpu":
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: logits fault 512 times less often (Linux)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 in what remains float32
-        card = torch.cuda.get_device_properties(device)
-        peak_flops = plan.peak_flops(card.name, card.multi_processor_count)
-    if world_size > 1:
-        if config.gradient_accumulation_steps % world_size:
-            raise ConfigError(
-                f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by {world_size} "
-                f"processes: give a multiple of {world_size}"
-            )
-        dist.init_process_group(config.backend if device.type == "cuda" else "gloo")
-    return Runtime(device, pick_dtype(config.dtype, device), rank, world_size, peak_flops)
+class Stopped(Exception):
+    """Raised inside an evaluation when the run is to stop."""
+
+
+# ---- the start of a run: data, checkpoint, network
 
 
 def open_data(config):
@@ -209,24 +189,61 @@ def model_args(config):
     return {name: getattr(config, name) for name in names}
 
 
-def load_saved(config, fingerprint):
+def identity(config, data):
+    """What makes a run that run: none of it may change when it is resumed (dropout apart)."""
+    return model_args(config) | dict(seed=config.seed, tokens_per_step=config.tokens_per_step) | data
+
+
+def data_identity(train_blocks, val_blocks):
+    return {
+        f"{name}_{what}": getattr(blocks, what)
+        for name, blocks in (("train", train_blocks), ("val", val_blocks))
+        for what in ("tokens", "fingerprint")
+    }
+
+
+def load_saved(config, data, say):
     """-> the checkpoint to go on from, or None for a new run. Refuses what would make another run of it."""
-    path = Path(config.out_dir) / checkpoint.LATEST
-    if config.init_from == "scratch":
-        if path.exists() and not config.overwrite and not config.eval_only:
+    out_dir = Path(config.out_dir)
+    existing = checkpoint.candidates(out_dir)
+    if config.init_from == "scratch" or (config.init_from == "auto" and not existing):
+        if existing and not config.overwrite and not config.eval_only:
             raise ConfigError(
-                f"{path} holds a run: --init_from=resume goes on with it, --overwrite=True replaces it, another "
+                f"{existing[0]} holds a run: --init_from=resume goes on with it, --overwrite=True replaces it, another "
                 "--out_dir keeps both"
             )
         return None
-    saved = checkpoint.load(path)
-    old = TrainConfig(**saved["config"])
-    now = model_args(config) | dict(seed=config.seed, tokens_per_step=config.tokens_per_step, data=fingerprint)
-    then = saved["model_args"] | dict(seed=old.seed, tokens_per_step=old.tokens_per_step, data=saved["data"])
-    differ = [f"{k}={now[k]!r} (checkpoint: {then[k]!r})" for k in now if k != "dropout" and now[k] != then[k]]
+    saved, path, problems = checkpoint.load_newest(out_dir)
+    for problem in problems:
+        say(f"{problem}; going on from {path.name} of step {saved['iter_num']} instead")
+    known = TrainConfig.__dataclass_fields__.keys()
+    old = TrainConfig(**{k: v for k, v in saved["config"].items() if k in known})
+    now, then = identity(config, data), identity(old, saved["data"])
+    differ = [k for k in now if now[k] != then[k] and k != "dropout" and not (config.allow_new_data and k in data)]
     if differ:
-        raise ConfigError(f"{path} cannot go on with {', '.join(differ)}: give the checkpoint's values, or start anew")
+        values = ", ".join(f"{k}={now[k]!r} (checkpoint: {then[k]!r})" for k in differ)
+        purpose = "; --allow_new_data=True goes on with other data on purpose" if set(differ) & set(data) else ""
+        raise ConfigError(f"{path} cannot go on with {values}: give the checkpoint's values, or start anew{purpose}")
+    say_changes(old, config, saved["iter_num"], say)
+    if saved["data"] != data:
+        say(f"goes on with other data: {data['train_tokens']:,} tokens, {saved['data']['train_tokens']:,} before")
+        saved["best_val_loss"] = math.inf  # of another val split
     return saved
+
+
+def say_changes(old, config, step, say):
+    """Names what a resumed run does otherwise than before; loudly, where the learning rate jumps by it."""
+    unimportant = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only")
+    pairs = {k: (getattr(old, k), v) for k, v in asdict(config).items() if k not in unimportant}
+    changed = [f"{k} {a!r} -> {b!r}" for k, (a, b) in pairs.items() if a != b]
+    if changed:
+        say(f"resumed with other settings: {', '.join(changed)}")
+    before, after = plan.learning_rate(step, old), plan.learning_rate(step, config)
+    if not math.isclose(before, after, rel_tol=0.01):
+        say(
+            f"WARNING: with these settings the learning rate jumps from {before:.2e} to {after:.2e} at step {step}"
+            + (": the loss will rise with it at first" if after > before else "")
+        )
 
 
 def build(config, runtime, saved=None):
@@ -249,54 +266,41 @@ def build(config, runtime, saved=None):
     return model, optimizer, scaler
 
 
-def compile_model(model, config, runtime):
-    """-> the model to train: compiled if that works here, and shared with the other processes.
-
-    torch.compile fails at the first call, if it fails (no compiler, no Triton): so that call is made here, on zeros.
-    """
-    compiled = model
-    if config.compile:
-        began = time.perf_counter()
-        runtime.say("compiling the model, a minute or so (--compile=False does without)")
-        compiled = torch.compile(model, dynamic=False)
-        zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=runtime.device)
-        try:
-            with runtime.autocast():
-                loss = compiled(zeros, zeros)
-            loss.backward()
-            runtime.say(f"compiled in {time.perf_counter() - began:.0f} s")
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            runtime.say(f"torch.compile does not work here ({reason}); going on without it, slower")
-            compiled = model
-        model.zero_grad(set_to_none=True)
-    if runtime.world_size > 1:
-        compiled = DistributedDataParallel(compiled, broadcast_buffers=False)
-    return compiled
-
-
-def start_run(config):
+def start_run(config, stop=None):
     """-> Run: device, data, checkpoint, network, in the order in which a mistake costs the user least time."""
     runtime = start_runtime(config)
     train_blocks, val_blocks = open_data(config)
-    saved = load_saved(config, train_blocks.fingerprint)
-    try:
-        os.makedirs(config.out_dir, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out_dir={config.out_dir} cannot be made: {error.strerror}; give another") from None
-    progress = Progress.restore(saved) if saved else Progress()
+    data = data_identity(train_blocks, val_blocks)
+    saved = load_saved(config, data, runtime.say)
     model, optimizer, scaler = build(config, runtime, saved)
+    progress = Progress.restore(saved) if saved else Progress()
     describe_run(model, train_blocks, val_blocks, config, runtime)
+    if not config.eval_only:
+        check_disk(model, config, progress)
     compiled = compile_model(model, config, runtime)
-    run = Run(config, runtime, train_blocks, val_blocks, model, compiled, optimizer, scaler, progress)
+    blocks = (train_blocks, val_blocks)
+    run = Run(config, runtime, stop or Stop(), *blocks, model, compiled, optimizer, scaler, progress)
     if runtime.rank == 0 and not config.eval_only:
-        run.metrics = start_metrics(run, resumed=saved is not None)
+        if not saved:
+            checkpoint.remove_all(config.out_dir)  # overwrite=True
+        run.saver = checkpoint.Saver(config.out_dir, config.keep_every)
+        run.metrics = start_metrics(run, saved, data)
     return run
 
 
-def start_metrics(run, resumed):
+def check_disk(model, config, progress):
+    """Raises ConfigError if the checkpoints of the run will not fit."""
+    old = sum(path.stat().st_size for path in checkpoint.candidates(config.out_dir))  # will be replaced
+    free = shutil.disk_usage(config.out_dir).free + old
+    need = checkpoint.bytes_needed(model.num_params(), config.max_iters - progress.step, config.keep_every)
+    if need > free:
+        raise ConfigError(
+            f"out_dir={config.out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are "
+            "free: make room, or give an --out_dir on another disk, or a larger --keep_every"
+        )
+
+
+def start_metrics(run, saved, data):
     config, progress, wandb_run = run.config, run.progress, None
     if config.wandb_log:
         progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
@@ -304,8 +308,8 @@ def start_metrics(run, resumed):
         wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
         if reason:
             run.say(f"wandb_log=True, but wandb does not start: {reason}; going on without it")
-    metrics = MetricsWriter(config.out_dir, progress.step if resumed else None, wandb_run)
-    about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name)
+    metrics = MetricsWriter(config.out_dir, progress.step if saved else None, wandb_run)
+    about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name, data=data)
     metrics.write("start", progress.step, **about, parameters=run.model.num_params(positions=False))
     return metrics
 
@@ -323,29 +327,7 @@ def describe_run(model, train_blocks, val_blocks, config, runtime):
     )
 
 
-class Batches:
-    """The micro batches of this process, one after the other; a thread assembles the next while this one is used."""
-
-    def __init__(self, run):
-        config, runtime = run.config, run.runtime
-        self.blocks, self.device, self.batch_size = run.train_blocks, runtime.device, config.batch_size
-        self.stride = runtime.world_size * config.batch_size
-        self.thread = ThreadPoolExecutor(1)
-        self.request(run.progress.sequences + runtime.rank * config.batch_size)
-
-    def request(self, sequence):
-        self.sequence, self.coming = sequence, self.thread.submit(self.assemble, sequence)
-
-    def assemble(self, sequence):
-        tokens = torch.from_numpy(self.blocks.batch(sequence, self.batch_size))  # (B, T + 1) of uint16
-        return tokens.pin_memory() if self.device.type == "cuda" else tokens
-
-    def next(self):
-        """-> inputs and targets, (B, T) of int64 on the device."""
-        tokens = self.coming.result()
-        self.request(self.sequence + self.stride)
-        tokens = tokens.to(self.device, non_blocking=True).to(torch.int64)
-        return tokens[:, :-1], tokens[:, 1:]
+# ---- a step
 
 
 def step_seed(seed, step, rank):
@@ -354,7 +336,7 @@ def step_seed(seed, step, rank):
 
 
 def train_step(run, batches):
-    """One optimizer step -> (mean loss of its tokens, norm of the gradient before clipping), both floats.
+    """One optimizer step -> (mean loss of its tokens, norm of the gradient before clipping, wish to stop).
 
     Gradients that are not finite are not applied: with float16 that is how the scaler finds its scale.
     """
@@ -374,17 +356,68 @@ def train_step(run, batches):
         total += loss.detach()
     scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
+    wish = torch.tensor(float(run.stop.wish(run.saver.seconds if run.saver else 0.0)), device=runtime.device)
     if runtime.world_size > 1:
         dist.all_reduce(total)
         total /= runtime.world_size
-    loss, norm = torch.stack((total, norm)).tolist()  # the one read from the device in a step
+        dist.all_reduce(wish, dist.ReduceOp.MAX)  # all processes stop behind the same step
+    loss, norm, wish = torch.stack((total, norm, wish)).tolist()  # the one read from the device in a step
     if math.isfinite(norm):
         scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step += 1
     run.progress.sequences += config.sequences_per_step
-    return loss, norm
+    return loss, norm, int(wish)
+
+
+def watch(run, loss, norm):
+    """Notes what went wrong in a step. Raises SystemExit(3) after BAD_STEPS steps in a row that could not be applied:
+    in float16 of those at a scale below 1 only, for above it skips are how the scaler finds its scale."""
+    config, progress, running = run.config, run.progress, run.progress.running
+    sequences = [progress.sequences - config.sequences_per_step, progress.sequences - 1]
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        progress.skipped_steps += 1
+        scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
+        progress.bad_steps += scale is None or scale < 1
+        run.record("event", event="skipped", sequences=sequences, scale=scale)
+        if progress.bad_steps >= BAD_STEPS:
+            give_up(run, sequences, scale)
+        return
+    progress.bad_steps = 0
+    deviation = math.sqrt(running["variance"])
+    if running["n"] >= 50 and loss > running["mean"] + SPIKE * deviation:
+        numbers = dict(loss=loss, mean=running["mean"], deviation=deviation)
+        run.record("event", event="spike", sequences=sequences, **numbers)
+        run.say(
+            f"step {progress.step}: the loss jumped to {loss:.4f} from {running['mean']:.4f} +- {deviation:.4f} "
+            f"(sequences {sequences[0]} to {sequences[1]})"
+        )
+        loss = running["mean"] + SPIKE * deviation  # one jump does not hide the next
+    share = max(0.02, 1 / (running["n"] + 1))  # of this step in the running mean
+    off = loss - running["mean"]
+    running["mean"] += share * off
+    running["variance"] = (1 - share) * (running["variance"] + share * off * off)
+    running["n"] += 1
+
+
+def give_up(run, sequences, scale):
+    run.saver and run.saver.wait()
+    held = [
+        f"{path.name} of step {checkpoint.read_trailer(path)[0]}" for path in checkpoint.candidates(run.config.out_dir)
+    ]
+    print(
+        f"train.py: stopped at step {run.progress.step}: {BAD_STEPS} steps in a row had gradients that are not finite"
+        + (f", the last at a scale of {scale:g}" if scale else "")
+        + f"; the last batch was sequences {sequences[0]} to {sequences[1]}. Nothing of it was applied or saved; "
+        + (f"--init_from=resume goes on from {held[0]}" if held else "there is no checkpoint yet")
+        + f". Try {'--dtype=bfloat16, ' * (scale is not None)}a lower --learning_rate or a lower --grad_clip",
+        file=sys.stderr,
+    )
+    raise SystemExit(3)
+
+
+# ---- evaluation, log, checkpoint
 
 
 @torch.no_grad()
@@ -396,13 +429,11 @@ def sequence_losses(run, blocks, tokens):
     mine = np.arange(runtime.rank, n, runtime.world_size)
     losses = torch.zeros(n, device=runtime.device)
     bar = tqdm(
-        total=len(mine),
-        desc=f"evaluating {blocks.split}",
-        delay=5,
-        leave=False,
-        disable=runtime.rank > 0 or None,
+        total=len(mine), desc=f"evaluating {blocks.split}", delay=5, leave=False, disable=runtime.rank > 0 or None
     )
     for i in range(0, len(mine), batch_size):
+        if runtime.world_size == 1 and run.stop.wish():
+            raise Stopped
         batch = mine[i : i + batch_size]
         padded = np.resize(batch, batch_size)  # one shape, one compilation
         tokens = torch.from_numpy(blocks.rows(windows[padded])).to(runtime.device).to(torch.int64)
@@ -425,11 +456,15 @@ def evaluate(run):
     train, val = (sequence_losses(run, blocks, tokens) for blocks in (run.train_blocks, run.val_blocks))
     run.model.train()
     seconds = time.perf_counter() - began
+    train_loss, val_loss = (float(losses.mean()) if np.isfinite(losses).all() else None for losses in (train, val))
+    progress.last_eval_step = progress.step
+    if train_loss is None or val_loss is None:
+        run.record("event", event="evaluation not finite")
+        run.say(f"step {progress.step}: the loss of the evaluation is not finite")
+        return False
     groups = [round(float(group.mean()), 6) for group in np.array_split(val, min(EVAL_GROUPS, len(val)))]
-    train_loss, val_loss = float(train.mean()), float(val.mean())
     is_best = val_loss < progress.best_val_loss
     progress.best_val_loss = min(val_loss, progress.best_val_loss)
-    progress.last_eval_step = progress.step
     run.record("eval", train_loss=train_loss, val_loss=val_loss, val_groups=groups, eval_seconds=seconds)
     run.say(f"step {progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} ({duration(seconds)})")
     return is_best
@@ -442,7 +477,6 @@ def log_step(run, loss, norm, seconds):
     sums = dict(steps=1, applied=1, loss=loss, grad_norm=norm) if applied else dict(steps=1)
     for name, value in sums.items():
         window[name] = window.get(name, 0) + value
-    progress.skipped_steps += not applied
     run.timed_steps += 1
     run.timed_seconds += seconds
     if progress.step % config.log_interval == 0:
@@ -460,6 +494,8 @@ def window_means(run):
     numbers |= dict(lr=plan.learning_rate(run.progress.step - 1, config), skipped=window["steps"] - applied)
     numbers |= dict(tokens=run.progress.sequences * config.block_size)
     numbers |= dict(ms_per_step=1000 * seconds, tokens_per_s=config.tokens_per_step / seconds)
+    if run.scaler.is_enabled():
+        numbers["scale"] = run.scaler.get_scale()
     if runtime.peak_flops:
         flops = numbers["tokens_per_s"] * run.model.flops_per_token()
         numbers["mfu"] = flops / (runtime.peak_flops * runtime.world_size)
@@ -468,56 +504,114 @@ def window_means(run):
     return numbers
 
 
-def save(run, is_best):
-    """Writes out_dir/ckpt.pt, and gives it the name ckpt_best.pt too if it is the best so far."""
-    if run.metrics is None:
+def save(run, is_best=False):
+    """Starts to write the checkpoint, unless the weights are not finite: then what is on disk stays."""
+    if run.saver is None:
+        return
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in run.model.parameters()]))
+    if not bool(torch.isfinite(norms).all()):
+        run.record("event", event="weights not finite, not saved")
+        run.say(f"step {run.progress.step}: the weights are not finite: not saved, the older checkpoints stay")
         return
     run.metrics.sync()
     state = asdict(run.progress)
     state["iter_num"] = state.pop("step")  # nanoGPT's name
     state |= dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
-    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config), data=run.train_blocks.fingerprint)
-    path = Path(run.config.out_dir) / checkpoint.LATEST
-    checkpoint.save(path, state)
-    if is_best:
-        checkpoint.keep_as(path, checkpoint.BEST)
+    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
+    state |= dict(data=data_identity(run.train_blocks, run.val_blocks))
+    run.saver.save(state, is_best)
 
 
-def train(config):
-    run = start_run(config)
-    progress = run.progress
+# ---- the run
+
+
+def train(config, stop):
+    """-> 0 when the run is done, TIME_IS_UP or the number of the signal that ended it early."""
+    run = start_run(config, stop)
+    progress, wish = run.progress, 0
     if config.eval_only:
         evaluate(run)
-        return
+        return 0
     if progress.step >= config.max_iters:
         run.say(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
-    batches = Batches(run)
-    while True:
+    batches = Batches(run.train_blocks, config.batch_size, run.runtime, progress.sequences)
+    while not wish:
         done = progress.step >= config.max_iters
         if (done or progress.step % config.eval_interval == 0) and progress.last_eval_step != progress.step:
-            is_best = evaluate(run)
+            try:
+                is_best = evaluate(run)
+            except Stopped:
+                wish = stop.wish()
+                break
             if done or is_best or config.always_save_checkpoint:
                 save(run, is_best)
         if done:
             break
         began = time.perf_counter()
-        loss, norm = train_step(run, batches)
-        log_step(run, loss, norm, time.perf_counter() - began)
-    if run.metrics:
+        loss, norm, wish = train_step(run, batches)
+        seconds = time.perf_counter() - began
+        watch(run, loss, norm)
+        log_step(run, loss, norm, seconds)
+        if run.saver:
+            run.saver.poll()
+    if wish:
+        save(run)
+    end(run, wish)
+    return wish
+
+
+def end(run, wish):
+    """Waits for the last checkpoint and says how the run ended."""
+    if run.saver:
+        run.saver.close()
         run.metrics.close()
-    run.say(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {config.out_dir}")
+    out_dir, step = run.config.out_dir, run.progress.step
+    if wish:
+        run.say(f"stopped at step {step}; --init_from=resume goes on from {out_dir}/{checkpoint.LATEST}")
+    else:
+        run.say(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {out_dir}")
+
+
+def own(config):
+    """The lock on out_dir, for the first process of a run that writes there."""
+    if int(os.environ.get("RANK", 0)) or config.eval_only:
+        return contextlib.nullcontext()
+    try:
+        os.makedirs(config.out_dir, exist_ok=True)
+        lock = contextlib.ExitStack()
+        lock.enter_context(durable.owned(Path(config.out_dir) / ".lock", f"out_dir={config.out_dir}"))
+    except OSError as error:
+        raise ConfigError(f"out_dir={config.out_dir} cannot be written to: {error.strerror}; give another") from None
+    durable.remove_leftovers(config.out_dir)
+    return lock
 
 
 def main(argv=None):
     config = load_config(TrainConfig, argv)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(describe(config))
+        print(describe(config), flush=True)
     try:
-        train(config)
+        with own(config), Stop(config.max_hours) as stop:
+            wish = train(config, stop)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(out_of_memory(config, error)) from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if wish not in (0, Stop.TIME_IS_UP):
+        raise SystemExit(128 + wish)
+
+
+def out_of_memory(config, error):
+    """One sentence: what did not fit, and which keys keep the tokens a step."""
+    batch, steps = config.batch_size, config.gradient_accumulation_steps
+    smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
+    remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} keeps the tokens a step"
+    return (
+        f"the card's memory is full at batch_size={batch}, block_size={config.block_size} "
+        f"({str(error).split('. GPU')[0]}); " + (remedy if smaller else "take a smaller block_size or network")
+    )
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError, ShardError, checkpoint.CheckpointError)
+    run_script(main, ModelError, DeviceError, ShardError, checkpoint.CheckpointError, durable.OwnedError)

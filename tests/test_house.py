@@ -12,17 +12,19 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "configurator": set(),
     "model": set(),
-    "shards": set(),
+    "shards": {"durable"},
     "plan": set(),
     "tokenizer": set(),
     "metrics": set(),
-    "checkpoint": {"model"},
-    "prepare": {"configurator", "shards", "tokenizer"},
-    "train": {"configurator", "model", "shards", "checkpoint", "plan", "tokenizer", "metrics"},
-    "sample": {"configurator", "checkpoint", "tokenizer", "model"},
+    "durable": set(),
+    "runtime": {"plan"},
+    "checkpoint": {"model", "durable"},
+    "prepare": {"configurator", "shards", "tokenizer", "durable"},
+    "train": {"configurator", "model", "shards", "checkpoint", "plan", "tokenizer", "metrics", "runtime", "durable"},
+    "sample": {"configurator", "checkpoint", "tokenizer", "runtime"},
 }
 SCRIPTS = ("prepare", "train", "sample")
-NO_TORCH = ("configurator", "shards", "plan", "tokenizer", "metrics", "prepare")
+NO_TORCH = ("configurator", "shards", "plan", "tokenizer", "metrics", "durable", "prepare")
 
 
 def imports(path):

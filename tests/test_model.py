@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-import model as model_module
-from model import GPT, GPTConfig, ModelError, pick_device, pick_dtype
+from model import GPT, GPTConfig, ModelError
 
 TINY = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
 
@@ -189,25 +188,3 @@ def test_too_long_a_sequence_and_bad_shapes_are_sentences():
         GPTConfig(n_embd=32, n_head=3)
     with pytest.raises(ModelError, match="gelu"):
         GPTConfig(gelu="relu")
-
-
-def test_a_card_that_torch_cannot_use_is_not_passed_over(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.setattr(model_module.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    with pytest.raises(ModelError, match=r"NVIDIA driver.*--device=cpu"):
-        pick_device("auto")
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(ModelError, match="no CUDA device"):
-        pick_device("cuda")
-    with pytest.raises(ModelError, match="not a device"):
-        pick_device("gpu")
-
-
-def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    assert pick_dtype("float16", cpu) == torch.float16
-    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
-        assert pick_dtype("auto", cpu) == dtype

@@ -65,7 +65,7 @@ def test_a_mistake_is_one_line_and_exit_2(arguments, message):
 
 def test_the_readme_names_only_scripts_configs_and_keys_that_exist():
     text = README.read_text(encoding="utf-8")
-    for script, rest in re.findall(r"python (\w+\.py)([^\n`#]*)", text):
+    for script, rest in re.findall(r"python (\w+\.py)([^\n`#&]*)", text):
         source = (ROOT / script).read_text(encoding="utf-8")
         for config in re.findall(r"config/\w+\.py", rest):
             assert (ROOT / config).exists(), config

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import plan
 import train
 from configurator import ConfigError, load_config
 from model import GPT, GPTConfig
+from runtime import Batches, Runtime
 from shards import TokenBlocks
 
 WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds")
@@ -51,7 +53,17 @@ def arguments(tiny_data, tmp_path):
 @pytest.fixture
 def start(arguments):
     """A function: keys -> a Run at its beginning."""
-    return lambda **keys: train.start_run(load_config(train.TrainConfig, arguments(**keys)))
+
+    def build(**keys):
+        config = load_config(train.TrainConfig, arguments(**keys))
+        Path(config.out_dir).mkdir(exist_ok=True)
+        return train.start_run(config)
+
+    return build
+
+
+def batches_of(run):
+    return Batches(run.train_blocks, run.config.batch_size, run.runtime, run.progress.sequences)
 
 
 def read_metrics(out_dir, *kinds):
@@ -117,7 +129,7 @@ def test_micro_batch_and_evaluation_change_no_training_batch(start):
         start(out="b", batch_size=8, gradient_accumulation_steps=1),
         start(out="c", batch_size=1, gradient_accumulation_steps=8, eval_interval=1),
     ]
-    batches = [train.Batches(run) for run in runs]
+    batches = [batches_of(run) for run in runs]
     for step in range(60):  # more than an epoch
         tokens = [step_tokens(*pair) for pair in zip(runs, batches, strict=True)]
         assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2]), step
@@ -125,7 +137,7 @@ def test_micro_batch_and_evaluation_change_no_training_batch(start):
 
 def test_every_window_comes_once_an_epoch(start):
     run = start(batch_size=1, gradient_accumulation_steps=1)
-    batches = train.Batches(run)
+    batches = batches_of(run)
     seen = sorted(tuple(batches.next()[0][0].tolist()) for _ in range(run.train_blocks.blocks))
     every = run.train_blocks.rows(np.arange(run.train_blocks.blocks))[:, :-1].tolist()
     assert seen == sorted(map(tuple, every))
@@ -133,12 +145,12 @@ def test_every_window_comes_once_an_epoch(start):
 
 def test_ranks_share_the_batches_of_one_process(start):
     one = start(out="one")
-    expected = step_tokens(one, train.Batches(one))
+    expected = step_tokens(one, batches_of(one))
     shares = []
     for rank in range(2):
         run = start(out=f"rank{rank}")
-        run.runtime = train.Runtime(torch.device("cpu"), torch.float32, rank, world_size=2)
-        shares.append(step_tokens(run, train.Batches(run)).view(2, 2, -1))  # (micro step, B, T)
+        run.runtime = Runtime(torch.device("cpu"), torch.float32, rank, world_size=2)
+        shares.append(step_tokens(run, batches_of(run)).view(2, 2, -1))  # (micro step, B, T)
     assert torch.equal(torch.stack(shares, 1).flatten(0, 2), expected)
 
 
@@ -146,7 +158,7 @@ def gradients(run):
     """The gradients that a step would apply."""
     applied = {}
     run.optimizer.step = lambda *_: applied.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
-    train.train_step(run, train.Batches(run))
+    train.train_step(run, batches_of(run))
     return applied
 
 
@@ -164,18 +176,18 @@ def test_clipping_limits_the_norm_and_reports_it_unclipped(start):
     norm = lambda grads: torch.cat([g.flatten() for g in grads.values()]).norm().item()  # noqa: E731
     assert norm(clipped) == pytest.approx(0.01, rel=1e-4)
     run = start(out="c", grad_clip=0.01)
-    assert train.train_step(run, train.Batches(run))[1] == pytest.approx(norm(free), rel=1e-5)
+    assert train.train_step(run, batches_of(run))[1] == pytest.approx(norm(free), rel=1e-5)
 
 
 def test_float16_skips_a_step_that_overflows(start):
     run = start(dtype="float16", dropout=0.0)
-    batches, before = train.Batches(run), {n: p.clone() for n, p in run.model.named_parameters()}
+    batches, before = batches_of(run), {n: p.clone() for n, p in run.model.named_parameters()}
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    loss, norm = train.train_step(run, batches)
+    loss, norm, _ = train.train_step(run, batches)
     assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2.0**29
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss, norm = train.train_step(run, batches)
+    loss, norm, _ = train.train_step(run, batches)
     assert math.isfinite(norm) and run.scaler.get_scale() == 2.0**10
     assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
@@ -207,7 +219,7 @@ class OverflowingScaler(torch.amp.GradScaler):
 
 def test_gradients_that_are_not_finite_are_not_applied(start):
     run = start(dropout=0.0)
-    batches, before = train.Batches(run), {n: p.clone() for n, p in run.model.named_parameters()}
+    batches, before = batches_of(run), {n: p.clone() for n, p in run.model.named_parameters()}
     handle = run.model.transformer.ln_f.weight.register_hook(lambda g: g * math.nan)
     assert not math.isfinite(train.train_step(run, batches)[1])
     assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
@@ -328,14 +340,14 @@ def test_without_a_compiler_training_goes_on_and_says_so(start, monkeypatch, cap
     run = start(compile=True)
     assert run.compiled is run.model
     assert "torch.compile does not work here (no C++ compiler); going on without it" in capsys.readouterr().out
-    train.train_step(run, train.Batches(run))
+    train.train_step(run, batches_of(run))
 
 
 def test_compiled_training_gives_the_loss_of_eager_training(start):
     losses = []
     for compile in (False, True):
         run = start(out=str(compile), compile=compile, dropout=0.0, n_layer=1)
-        batches = train.Batches(run)
+        batches = batches_of(run)
         losses.append([train.train_step(run, batches)[0] for _ in range(5)])
         assert (run.compiled is not run.model) == compile
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

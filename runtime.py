@@ -1,0 +1,199 @@
+"""Where a run runs: its device and precision, its processes, the signals that end it, the compiler, batches ahead.
+
+`start_runtime` resolves what the config leaves open ("auto") once, at start; the result is one small frozen object.
+"""
+
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import plan
+
+
+class DeviceError(ValueError):
+    """A device, a precision or a number of processes that cannot be: which, why, what to do."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs: resolved once, at start."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    peak_flops: float | None = None  # FLOP/s of one card, None where it is not known
+
+    @property
+    def device_name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def pick_device(name):
+    """'auto' or a torch device string -> torch.device. An NVIDIA card that torch cannot use is an error."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+        if driver:
+            raise DeviceError(
+                f"device=auto: this machine has an NVIDIA driver, but torch {torch.__version__} cannot use it "
+                "(a build without CUDA, or a driver too old for it). Install the CUDA build that PyTorch's "
+                "'Get started' page gives for this system, or say --device=cpu to train on the CPU on purpose"
+            )
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device={name!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"device={name}: torch {torch.__version__} sees no CUDA device; use --device=cpu, or mend that"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device={name}: there are {torch.cuda.device_count()} CUDA devices, counted from cuda:0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"device={name}: torch {torch.__version__} sees no Apple GPU here; use --device=cpu")
+    return device
+
+
+def pick_dtype(name, device):
+    """'auto' or 'float32', 'bfloat16', 'float16' -> torch.dtype for autocast on that torch.device.
+
+    auto takes bfloat16 where the hardware multiplies in it (float16 has the same speed but needs a GradScaler),
+    float16 on older CUDA cards, and float32 where neither is faster.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def start_runtime(config):
+    """-> Runtime. Joins the other processes if torchrun started this one."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    peak_flops = None
+    if device.type == "cpu":
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: logits fault 512 times less often (Linux)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 in what remains float32
+        card = torch.cuda.get_device_properties(device)
+        peak_flops = plan.peak_flops(card.name, card.multi_processor_count)
+    if world_size > 1:
+        if config.gradient_accumulation_steps % world_size:
+            raise DeviceError(
+                f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by {world_size} "
+                f"processes: give a multiple of {world_size}"
+            )
+        dist.init_process_group(config.backend if device.type == "cuda" else "gloo")
+    return Runtime(device, pick_dtype(config.dtype, device), rank, world_size, peak_flops)
+
+
+class Stop:
+    """The wish to end a run early: SIGINT, SIGTERM, or max_hours. A first signal lets the step be finished and saved,
+    a second one ends the process at once. `wish` is 0, a signal's number, or TIME_IS_UP."""
+
+    TIME_IS_UP = 64
+
+    def __init__(self, max_hours=0.0):
+        self.signal, self.seconds = 0, 3600 * max_hours or float("inf")
+        self.began = time.monotonic()
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, _):
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing the step and saving; once more stops at once\n".encode())
+
+    def wish(self, seconds_to_save=0.0):
+        if self.signal:
+            return int(self.signal)
+        late = time.monotonic() - self.began + seconds_to_save > self.seconds
+        return self.TIME_IS_UP if late else 0
+
+
+def compile_model(model, config, runtime):
+    """-> the model to train: compiled if that works here, and shared with the other processes.
+
+    torch.compile fails at the first call, if it fails (no compiler, no Triton): so that call is made here, on zeros.
+    """
+    compiled = model
+    if config.compile:
+        began = time.perf_counter()
+        runtime.say("compiling the model, a minute or so (--compile=False does without)")
+        compiled = torch.compile(model, dynamic=False)
+        zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=runtime.device)
+        try:
+            with runtime.autocast():
+                loss = compiled(zeros, zeros)
+            loss.backward()
+            runtime.say(f"compiled in {time.perf_counter() - began:.0f} s")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            runtime.say(f"torch.compile does not work here ({reason}); going on without it, slower")
+            compiled = model
+        model.zero_grad(set_to_none=True)
+    if runtime.world_size > 1:
+        compiled = DistributedDataParallel(compiled, broadcast_buffers=False)
+    return compiled
+
+
+class Batches:
+    """The micro batches of this process, one after the other; a thread assembles the next while this one is used.
+
+    blocks: TokenBlocks; first_sequence: where the run goes on. Sequences are dealt to micro steps, then to processes.
+    """
+
+    def __init__(self, blocks, batch_size, runtime, first_sequence=0):
+        self.blocks, self.batch_size, self.device = blocks, batch_size, runtime.device
+        self.stride = runtime.world_size * batch_size
+        self.thread = ThreadPoolExecutor(1)
+        self.request(first_sequence + runtime.rank * batch_size)
+
+    def request(self, sequence):
+        self.sequence, self.coming = sequence, self.thread.submit(self.assemble, sequence)
+
+    def assemble(self, sequence):
+        tokens = torch.from_numpy(self.blocks.batch(sequence, self.batch_size))  # (B, T + 1) of uint16
+        return tokens.pin_memory() if self.device.type == "cuda" else tokens
+
+    def next(self):
+        """-> inputs and targets, (B, T) of int64 on the device."""
+        tokens = self.coming.result()
+        self.request(self.sequence + self.stride)
+        tokens = tokens.to(self.device, non_blocking=True).to(torch.int64)
+        return tokens[:, :-1], tokens[:, 1:]
