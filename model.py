@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 GPT2_IDS = 50257  # what GPT-2's tokenizer knows; the rows of the embedding past it are padding, never sampled
+IGNORE = -100  # a target that does not count, as in torch's own cross entropy
 
 
 class ModelError(ValueError):
@@ -80,6 +81,58 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def chunk_rows(rows, V, device_type):
+    """How many rows of logits are made at a time: on a card as few as keep it busy, on a CPU as few as make the sum
+    over chunks of the head's gradient cheap. Chunks are of equal size, but for the last."""
+    logits = 2**26 if device_type == "cpu" else 2**27
+    chunks = math.ceil(rows * V / logits)
+    return math.ceil(rows / chunks)
+
+
+def token_losses(x, weight, targets):
+    """x (N, C), weight (V, C), targets (N,) -> cross entropy (N,) in float32, 0 where the target is -100."""
+    losses = []
+    for h, t in zip(*(z.split(chunk_rows(len(x), len(weight), x.device.type)) for z in (x, targets)), strict=True):
+        losses.append(F.cross_entropy(F.linear(h, weight).float(), t, reduction="none", ignore_index=IGNORE))
+    return torch.cat(losses)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross entropy of a linear head, x (N, C) and weight (V, C) and targets (N,) -> float32 scalar, in chunks.
+
+    Forward already computes both gradients, chunk by chunk: softmax minus one-hot, in `dtype`, times weight or x. They
+    are kept without the factor 1 / N, the weight's in float32: with it most of softmax would be zero in float16.
+    GradScaler's factor and 1 / N come in backward. (The idea of computing them in forward is that of Liger Kernel,
+    Hsu et al. 2024, arXiv 2410.10989.)
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype):
+        inputs, w = x.to(dtype), weight.to(dtype)
+        counts = (targets != IGNORE).float()[:, None]  # (N, 1)
+        rows = chunk_rows(len(x), len(weight), x.device.type)
+        loss = torch.zeros((), device=x.device)
+        grad_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for h, t, n in zip(inputs.split(rows), targets.split(rows), counts.split(rows), strict=True):
+            t = t.clamp(min=0)[:, None]
+            logp = torch.log_softmax(h @ w.t(), dim=1, dtype=torch.float32)  # (rows, V)
+            loss -= (logp.gather(1, t) * n).sum()
+            g = logp.exp_().scatter_add_(1, t, torch.full_like(n, -1.0)).to(dtype)  # softmax minus one-hot
+            grad_x.append((g @ w) * n.to(dtype))
+            grad_weight += g.t() @ (h * n.to(dtype))
+        count = counts.sum()
+        ctx.save_for_backward(torch.cat(grad_x), grad_weight, count)
+        ctx.dtypes = x.dtype, weight.dtype
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        factor = grad_loss / count
+        x_dtype, weight_dtype = ctx.dtypes
+        return (grad_x.float() * factor).to(x_dtype), (grad_weight * factor).to(weight_dtype), None, None
+
+
 class GPT(nn.Module):
     """GPT-2's decoder (Radford et al. 2019): pre-LayerNorm, learned positions, output head tied to the embedding."""
 
@@ -123,13 +176,20 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, reduction="mean"):
         """idx (B, T) of int64 -> logits (B, T, V); with targets (B, T) the cross entropy in nats instead.
 
-        The loss is float32: a scalar, the mean over all B x T targets, or (B, T) with reduction="none".
+        The loss is float32: a scalar, the mean over the targets, or (B, T) with reduction="none". Targets of -100 do
+        not count. At most one chunk of logits exists at a time.
         """
-        logits = self.lm_head(self.hidden(idx))
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view_as(targets)
+            return self.lm_head(x)
+        x, flat = x.flatten(0, 1), targets.flatten()
+        if reduction == "none":
+            return token_losses(x, self.lm_head.weight, flat).view_as(targets)
+        if not torch.is_grad_enabled():
+            return token_losses(x, self.lm_head.weight, flat).sum() / (flat != IGNORE).sum()
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, flat, dtype)
 
     def num_params(self, positions=True):
         """Number of trained numbers; the tied embedding counts once. Papers often leave the positions out."""

@@ -543,7 +543,7 @@ def train(config, stop):
             except Stopped:
                 wish = stop.wish()
                 break
-            if done or is_best or config.always_save_checkpoint:
+            if progress.step and (done or is_best or config.always_save_checkpoint):
                 save(run, is_best)
         if done:
             break

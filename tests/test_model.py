@@ -2,8 +2,10 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from model import GPT, GPTConfig, ModelError
+import model as model_module
+from model import GPT, ChunkedCrossEntropy, GPTConfig, ModelError
 
 TINY = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
 
@@ -188,3 +190,94 @@ def test_too_long_a_sequence_and_bad_shapes_are_sentences():
         GPTConfig(n_embd=32, n_head=3)
     with pytest.raises(ModelError, match="gelu"):
         GPTConfig(gelu="relu")
+
+
+def plain_loss(model, idx, targets):
+    """The loss by torch's own cross entropy on full logits."""
+    return F.cross_entropy(model(idx).flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(model_module, "chunk_rows", lambda rows, V, device: 13)  # 64 rows: four chunks and a rest
+
+
+@pytest.mark.parametrize(
+    "dtype, scale, tolerance",
+    [(torch.float32, 1.0, 1e-5), (torch.bfloat16, 1.0, 1e-2), (torch.float16, 65536.0, 1e-2)],
+)
+def test_chunked_loss_has_the_value_and_the_gradients_of_the_plain_loss(small_chunks, dtype, scale, tolerance):
+    idx, targets = random_ids(2, 32), random_ids(2, 32, seed=2)
+    targets[0, 5:9] = -100
+    expected, ours = tiny(bias=True), tiny(bias=True)
+    reference = plain_loss(expected, idx, targets)
+    reference.backward()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = ours(idx, targets)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(reference.item(), rel=tolerance)
+    (loss * scale).backward()
+    for (name, a), b in zip(ours.named_parameters(), expected.parameters(), strict=True):
+        assert relative(a.grad / scale, b.grad) < tolerance, name
+
+
+def test_head_gradients_alone_are_exact_to_the_precision_of_their_products(small_chunks):
+    """Without the blocks' own 16-bit products: the 50,304 small probabilities of a first step survive float16."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(40, 48), 0.02 * torch.randn(50304, 48), random_ids(40, high=50257)
+    a = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    b = [x.double().requires_grad_(), weight.double().requires_grad_()]
+    (ChunkedCrossEntropy.apply(*a, targets, torch.float16) * 65536.0).backward()
+    F.cross_entropy(b[0] @ b[1].t(), targets).backward()
+    for ours, exact in zip(a, b, strict=True):
+        assert relative(ours.grad / 65536.0, exact.grad) < 2e-3
+
+
+def test_gradients_add_up_over_micro_batches(small_chunks):
+    whole, parts = tiny(), tiny()
+    idx, targets = random_ids(4, 32), random_ids(4, 32, seed=2)
+    whole(idx, targets).backward()
+    for i in range(4):
+        (parts(idx[i : i + 1], targets[i : i + 1]) / 4).backward()
+    for a, b in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-7, rtol=1e-4)
+
+
+def test_compiled_loss_keeps_no_logits_for_backward(monkeypatch):
+    monkeypatch.setattr(model_module, "chunk_rows", lambda rows, V, device: 128)
+    model, eager = tiny(vocab_size=960), tiny(vocab_size=960)
+    idx, targets = random_ids(16, 32), random_ids(16, 32, seed=2)  # 512 rows, four chunks
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        loss = torch.compile(model, dynamic=False, fullgraph=True)(idx, targets)
+    loss.backward()
+    assert (960, 32) in saved  # the head's gradient, made in forward
+    assert not [shape for shape in saved if 960 in shape[1:]]
+    eager(idx, targets).backward()
+    for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+        assert relative(a.grad, b.grad) < 1e-5
+
+
+def test_a_chunk_is_never_larger_than_its_budget_and_chunks_cover_all_rows():
+    for rows in (1, 7, 1000, 16384, 100_000):
+        for device, budget in (("cpu", 2**26), ("cuda", 2**27)):
+            n = model_module.chunk_rows(rows, 50304, device)
+            assert 1 <= n <= rows and (n - 1) * 50304 <= budget
+
+
+def test_float16_with_the_default_scaler_skips_no_step_of_a_healthy_model():
+    model = tiny(n_embd=64)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    scaler = torch.amp.GradScaler("cpu")
+    for step in range(100):
+        idx = random_ids(8, 33, seed=step)
+        with torch.autocast("cpu", torch.float16):
+            loss = model(idx[:, :-1], idx[:, 1:])
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 65536.0  # it falls with the first skip
