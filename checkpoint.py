@@ -24,8 +24,8 @@ from model import GPT, GPTConfig
 VERSION = 1
 LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
 NEW = "ckpt_new.pt"  # of a save that has not ended
-TRAILER = re.compile(rb"onecard step (\d{12}) sha256 ([0-9a-f]{64})\n")
-TRAILER_BYTES = 13 + 12 + 8 + 64 + 1
+TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: a flip in it is seen
+TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
 
 
 class CheckpointError(ValueError):
@@ -60,16 +60,21 @@ def write(path, state):
         with durable.replacing(path, check=verify) as file:
             hashing = _HashingFile(file)
             torch.save({"version": VERSION, **state}, hashing)
-            file.write(b"onecard step %012d sha256 %s\n" % (state["iter_num"], hashing.sha256.hexdigest().encode()))
+            step, digest = state["iter_num"], hashing.sha256.hexdigest().encode()
+            file.write(b"onecard step %012d %012d sha256 %s\n" % (step, step, digest))
     except (OSError, RuntimeError) as error:
         error = (hashing and hashing.error) or error
         if not isinstance(error, OSError):
             raise
-        where = f"after {hashing.bytes:,} bytes" if hashing else "at its beginning"
-        raise CheckpointError(
-            f"{path}: could not be written ({error.strerror}, {where}); {shutil.disk_usage(path.parent).free:,} bytes "
-            "are free there: make room and resume; the older checkpoints are as they were"
-        ) from error
+        raise not_written(path, error, hashing.bytes if hashing else 0) from error
+
+
+def not_written(path, error, reached):
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    return CheckpointError(
+        f"{path}: could not be written ({error.strerror}, after {reached:,} bytes); {free:,} bytes are free there: "
+        "make room and resume; the older checkpoints are as they were"
+    )
 
 
 def read_trailer(path):
@@ -107,13 +112,14 @@ def load(path):
 
 
 def candidates(out_dir):
-    """The checkpoints of a run, the newest first: by the step in them, for clocks can be set back."""
+    """The checkpoints of a run, the newest first: by the step in them, for clocks can be set back. Those without a
+    readable step come before them, so that whoever takes the first whole one has met and named what is broken."""
     found = []
     for path in Path(out_dir).glob("ckpt*.pt"):
         try:
             step = read_trailer(path)[0]
         except (CheckpointError, OSError):
-            step = -1  # looked at last, to be named if there is no other
+            step = 10**12
         found.append((step, path.name == LATEST, path))
     return [path for *_, path in sorted(found, reverse=True)]
 
@@ -181,12 +187,15 @@ class Saver:
         began = time.monotonic()
         new, latest, step = self.out_dir / NEW, self.out_dir / LATEST, state["iter_num"]
         write(new, state)  # and read back: only then does an older one lose a name
-        if latest.exists():
-            durable.second_name(latest, PREVIOUS)
         keep = self.keep_every and step % self.keep_every == 0
-        for name in [LATEST, *[BEST] * is_best, *[STEP.format(step)] * keep]:
-            durable.second_name(new, name)
-        new.unlink()
+        try:
+            if latest.exists():
+                durable.second_name(latest, PREVIOUS)
+            for name in [LATEST, *[BEST] * is_best, *[STEP.format(step)] * keep]:
+                durable.second_name(new, name)
+            new.unlink()
+        except OSError as error:
+            raise not_written(latest, error, 0) from error
         self.seconds = time.monotonic() - began
 
     def poll(self):
@@ -203,6 +212,14 @@ class Saver:
     def close(self):
         self.thread.shutdown()
         self.wait()
+
+
+def bytes_replaced(out_dir, resumed):
+    """Bytes of the checkpoints in a folder that make room for a run's own. Two names of a file are one file, and
+    those kept for good stay where the run is resumed."""
+    kept = {path.stat().st_ino for path in Path(out_dir).glob(STEP.replace("{:09d}", "*"))} if resumed else ()
+    sizes = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}
+    return sum(size for inode, size in sizes.items() if inode not in kept)
 
 
 def bytes_needed(parameters, max_iters=0, keep_every=0):

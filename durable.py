@@ -54,7 +54,9 @@ def second_name(path, name):
     try:
         os.link(path, temporary)
     except OSError:  # a file system without second names: a copy it is
-        shutil.copyfile(path, temporary)
+        with open(path, "rb") as original, replacing(path.with_name(name)) as copy:
+            shutil.copyfileobj(original, copy, 1 << 22)
+        return
     os.replace(temporary, path.with_name(name))
     temporary.unlink(missing_ok=True)  # POSIX: renaming one name of a file to another name of it leaves both
     sync_folder(path.parent)
@@ -72,7 +74,7 @@ def sync_folder(folder):
 
 def remove_leftovers(folder):
     """Removes the unfinished files that a killed process left in a folder; for its owner only."""
-    for path in Path(folder).glob(f"*{TEMPORARY}"):
+    for path in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):  # no other program's
         path.unlink(missing_ok=True)
 
 
@@ -107,6 +109,6 @@ def try_lock(descriptor):
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # POSIX, Windows; a file system without locks is another error
         return False
     return True
