@@ -7,6 +7,7 @@ loaded with weights_only=True: nothing of it can run. In out_dir: ckpt.pt is the
 it, ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -124,6 +125,14 @@ def candidates(out_dir):
     return [path for *_, path in sorted(found, reverse=True)]
 
 
+def newest(out_dir):
+    """-> "ckpt.pt of step 2000": the checkpoint that `load_newest` would load, or None."""
+    for path in candidates(out_dir):
+        with contextlib.suppress(CheckpointError, OSError):
+            verify(path)
+            return f"{path.name} of step {read_trailer(path)[0]}"
+
+
 def load_newest(out_dir):
     """-> (state, path, [what is wrong with each newer one that is damaged]). CheckpointError if none is whole."""
     problems = []
@@ -214,16 +223,19 @@ class Saver:
         self.wait()
 
 
-def bytes_replaced(out_dir, resumed):
-    """Bytes of the checkpoints in a folder that make room for a run's own. Two names of a file are one file, and
-    those kept for good stay where the run is resumed."""
-    kept = {path.stat().st_ino for path in Path(out_dir).glob(STEP.replace("{:09d}", "*"))} if resumed else ()
-    sizes = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}
-    return sum(size for inode, size in sizes.items() if inode not in kept)
+def check_room(out_dir, parameters, steps, keep_every, resumed):
+    """Raises CheckpointError if the checkpoints of a run will not fit: weights and two moments in float32, four files
+    at once (a new one while latest, previous and best stand) and those kept for good.
 
-
-def bytes_needed(parameters, max_iters=0, keep_every=0):
-    """Bytes of disk for a run's checkpoints: weights and two moments in float32, four files at once (a new one while
-    latest, previous and best stand), and those kept for good."""
-    kept = max_iters // keep_every if keep_every else 0
-    return (12 * parameters + 2**20) * (4 + kept)
+    The ones that are there make room, but for those kept for good; two names of a file are one file.
+    """
+    out_dir = Path(out_dir)
+    kept = {path.stat().st_ino for path in out_dir.glob(STEP.replace("{:09d}", "*"))} if resumed else ()
+    old = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}
+    free = shutil.disk_usage(out_dir).free + sum(size for inode, size in old.items() if inode not in kept)
+    need = (12 * parameters + 2**20) * (4 + (steps // keep_every if keep_every else 0))
+    if need > free:
+        raise CheckpointError(
+            f"out_dir={out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are free: make "
+            "room, or give an --out_dir on another disk" + ", or a larger --keep_every" * bool(keep_every)
+        )

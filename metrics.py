@@ -12,24 +12,42 @@ from pathlib import Path
 NAME = "metrics.jsonl"
 
 
-class MetricsWriter:
-    """Appends to out_dir/metrics.jsonl, and to wandb if there is a run. `step`: where a resumed run begins."""
+class MetricsError(ValueError):
+    """metrics.jsonl cannot be written: how far it came, why, what to do."""
 
-    def __init__(self, out_dir, step=None, wandb_run=None):
-        self.wandb_run = wandb_run
-        path = Path(out_dir) / NAME
-        drop_lines_after(path, -1 if step is None else step)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+class MetricsWriter:
+    """Appends to out_dir/metrics.jsonl, and to wandb if there is a run. Raises MetricsError if the disk does not take it.
+
+    step, last_eval_step: those of the checkpoint from which the run goes on; -1 where it begins.
+    """
+
+    def __init__(self, out_dir, step=-1, last_eval_step=-1, wandb_run=None):
+        self.wandb_run, self.path = wandb_run, Path(out_dir) / NAME
+        drop_lines_after(self.path, step, last_eval_step)
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
 
     def write(self, kind, step, **numbers):
-        self.file.write(json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n")
-        self.file.flush()
+        line = (json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n").encode()
+        try:
+            while line:  # a disk that fills up takes the first part, and refuses the next
+                line = line[self.file.write(line) :]
+        except OSError as error:
+            raise self.refused(error) from error
         if self.wandb_run and kind != "start":
             plain = {f"{kind}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
             self.wandb_run.log(plain, step=step)
 
     def sync(self):
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise self.refused(error) from error
+
+    def refused(self, error):
+        size = os.fstat(self.file.fileno()).st_size
+        remedy = "make room and resume: the checkpoints are as they were"
+        return MetricsError(f"{self.path}: could not be written past {size:,} bytes ({error.strerror}); {remedy}")
 
     def close(self):
         self.file.close()
@@ -37,15 +55,17 @@ class MetricsWriter:
             self.wandb_run.finish()
 
 
-def drop_lines_after(path, step):
-    """Cuts the file behind the last whole line of a step up to `step`: the rest will be written again."""
+def drop_lines_after(path, step, last_eval_step):
+    """Cuts the file behind the last whole line up to `step`: the rest will be written again. Of evaluations up to
+    `last_eval_step`: a run that was stopped by a signal is saved before the evaluation of its last step."""
     if not path.exists():
         return
     keep = 0
     with open(path, "rb+") as file:
         for line in file:
             try:
-                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                found = json.loads(line)
+                if found["step"] > (last_eval_step if found["kind"] == "eval" else step) or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):
                 break  # a line that was being written when the process was killed

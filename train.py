@@ -13,7 +13,6 @@ import contextlib
 import math
 import os
 import secrets
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ import checkpoint
 import durable
 import plan
 from configurator import ConfigError, describe, key, load_config, run_script
-from metrics import MetricsWriter, duration, log_line, start_wandb
+from metrics import MetricsError, MetricsWriter, duration, log_line, start_wandb
 from model import GPT, GPTConfig, ModelError
 from runtime import Batches, DeviceError, Runtime, Stop, compile_model, start_runtime
 from shards import ShardError, TokenBlocks
@@ -227,7 +226,8 @@ def load_saved(config, data, say):
     say_changes(old, config, saved["iter_num"], say)
     if saved["data"] != data:
         say(f"goes on with other data: {data['train_tokens']:,} tokens, {saved['data']['train_tokens']:,} before")
-        saved["best_val_loss"] = math.inf  # of another val split
+        if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
+            saved["best_val_loss"] = math.inf
     return saved
 
 
@@ -275,8 +275,9 @@ def start_run(config, stop=None):
     model, optimizer, scaler = build(config, runtime, saved)
     progress = Progress.restore(saved) if saved else Progress()
     describe_run(model, train_blocks, val_blocks, config, runtime)
-    if not config.eval_only:
-        check_disk(model, config, progress)
+    if runtime.rank == 0 and not config.eval_only:
+        steps = config.max_iters - progress.step
+        checkpoint.check_room(config.out_dir, model.num_params(), steps, config.keep_every, resumed=bool(saved))
     compiled = compile_model(model, config, runtime)
     blocks = (train_blocks, val_blocks)
     run = Run(config, runtime, stop or Stop(), *blocks, model, compiled, optimizer, scaler, progress)
@@ -288,18 +289,6 @@ def start_run(config, stop=None):
     return run
 
 
-def check_disk(model, config, progress):
-    """Raises ConfigError if the checkpoints of the run will not fit."""
-    old = sum(path.stat().st_size for path in checkpoint.candidates(config.out_dir))  # will be replaced
-    free = shutil.disk_usage(config.out_dir).free + old
-    need = checkpoint.bytes_needed(model.num_params(), config.max_iters - progress.step, config.keep_every)
-    if need > free:
-        raise ConfigError(
-            f"out_dir={config.out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are "
-            "free: make room, or give an --out_dir on another disk, or a larger --keep_every"
-        )
-
-
 def start_metrics(run, saved, data):
     config, progress, wandb_run = run.config, run.progress, None
     if config.wandb_log:
@@ -308,7 +297,8 @@ def start_metrics(run, saved, data):
         wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
         if reason:
             run.say(f"wandb_log=True, but wandb does not start: {reason}; going on without it")
-    metrics = MetricsWriter(config.out_dir, progress.step if saved else None, wandb_run)
+    reached = (progress.step, progress.last_eval_step) if saved else (-1, -1)
+    metrics = MetricsWriter(config.out_dir, *reached, wandb_run)
     about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name, data=data)
     metrics.write("start", progress.step, **about, parameters=run.model.num_params(positions=False))
     return metrics
@@ -362,7 +352,7 @@ def train_step(run, batches):
         total /= runtime.world_size
         dist.all_reduce(wish, dist.ReduceOp.MAX)  # all processes stop behind the same step
     loss, norm, wish = torch.stack((total, norm, wish)).tolist()  # the one read from the device in a step
-    if math.isfinite(norm):
+    if math.isfinite(norm) and math.isfinite(loss):
         scaler.step(run.optimizer)
     scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -402,15 +392,15 @@ def watch(run, loss, norm):
 
 
 def give_up(run, sequences, scale):
-    run.saver and run.saver.wait()
-    held = [
-        f"{path.name} of step {checkpoint.read_trailer(path)[0]}" for path in checkpoint.candidates(run.config.out_dir)
-    ]
+    if run.saver is None:  # another process tells it
+        raise SystemExit(3)
+    run.saver.wait()
+    held = checkpoint.newest(run.config.out_dir)
     print(
         f"train.py: stopped at step {run.progress.step}: {BAD_STEPS} steps in a row had gradients that are not finite"
         + (f", the last at a scale of {scale:g}" if scale else "")
         + f"; the last batch was sequences {sequences[0]} to {sequences[1]}. Nothing of it was applied or saved; "
-        + (f"--init_from=resume goes on from {held[0]}" if held else "there is no checkpoint yet")
+        + (f"--init_from=resume goes on from {held}" if held else "there is no checkpoint yet")
         + f". Try {'--dtype=bfloat16, ' * (scale is not None)}a lower --learning_rate or a lower --grad_clip",
         file=sys.stderr,
     )
@@ -530,8 +520,9 @@ def train(config, stop):
     run = start_run(config, stop)
     progress, wish = run.progress, 0
     if config.eval_only:
-        evaluate(run)
-        return 0
+        with contextlib.suppress(Stopped):
+            evaluate(run)
+        return stop.wish()
     if progress.step >= config.max_iters:
         run.say(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
     batches = Batches(run.train_blocks, config.batch_size, run.runtime, progress.sequences)
@@ -614,4 +605,6 @@ def out_of_memory(config, error):
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError, DeviceError, ShardError, checkpoint.CheckpointError, durable.OwnedError)
+    run_script(
+        main, ModelError, DeviceError, ShardError, MetricsError, checkpoint.CheckpointError, durable.OwnedError
+    )
