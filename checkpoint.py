@@ -236,6 +236,6 @@ def check_room(out_dir, parameters, steps, keep_every, resumed):
     need = (12 * parameters + 2**20) * (4 + (steps // keep_every if keep_every else 0))
     if need > free:
         raise CheckpointError(
-            f"out_dir={out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are free: make "
-            "room, or give an --out_dir on another disk" + ", or a larger --keep_every" * bool(keep_every)
+            f"out_dir={out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are free: "
+            "make room, or give an --out_dir on another disk" + ", or a larger --keep_every" * bool(keep_every)
         )

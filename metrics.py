@@ -17,7 +17,7 @@ class MetricsError(ValueError):
 
 
 class MetricsWriter:
-    """Appends to out_dir/metrics.jsonl, and to wandb if there is a run. Raises MetricsError if the disk does not take it.
+    """Appends to out_dir/metrics.jsonl, and to wandb if there is a run. Raises MetricsError if the disk takes no more.
 
     step, last_eval_step: those of the checkpoint from which the run goes on; -1 where it begins.
     """

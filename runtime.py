@@ -43,6 +43,20 @@ class Runtime:
         if self.rank == 0:
             print(text, flush=True)
 
+    def require_same(self, **seen):
+        """Raises DeviceError if the processes do not see the same: two machines without a shared folder, say."""
+        if self.world_size == 1:
+            return
+        others = [None] * self.world_size
+        dist.all_gather_object(others, seen)
+        for rank, other in enumerate(others):
+            for key in seen:
+                if other[key] != others[0][key]:
+                    raise DeviceError(
+                        f"process {rank} has {key}={other[key]!r} and process 0 {others[0][key]!r}: all need the same files "
+                        "in data_dir and out_dir, by a shared folder or by copies"
+                    )
+
 
 def pick_device(name):
     """'auto' or a torch device string -> torch.device. An NVIDIA card that torch cannot use is an error."""
@@ -120,7 +134,7 @@ class Stop:
 
     def __init__(self, max_hours=0.0):
         self.signal, self.seconds = 0, 3600 * max_hours or float("inf")
-        self.began = time.monotonic()
+        self.began = self.asked = time.monotonic()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -138,10 +152,11 @@ class Stop:
         os.write(2, f"\n{name}: finishing the step and saving; once more stops at once\n".encode())
 
     def wish(self, seconds_to_save=0.0):
-        if self.signal:
-            return int(self.signal)
-        late = time.monotonic() - self.began + seconds_to_save > self.seconds
-        return self.TIME_IS_UP if late else 0
+        """Asked once a step. The time is up when another step as long as this one, and the save, would end too late."""
+        now = time.monotonic()
+        step, self.asked = now - self.asked, now
+        late = now + step + seconds_to_save > self.began + self.seconds
+        return int(self.signal) or self.TIME_IS_UP * late
 
 
 def compile_model(model, config, runtime):

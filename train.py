@@ -101,6 +101,11 @@ class TrainConfig:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: the rate would rise")
+        if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
+            found.append(
+                f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "
+                "always_save_checkpoint=True: checkpoints are made after evaluations"
+            )
         return found
 
     @property
@@ -154,6 +159,9 @@ class Run:
 
     def say(self, text):
         self.runtime.say(text)
+
+    def wish(self):
+        return self.stop.wish(self.saver.seconds if self.saver else 0.0)
 
     def record(self, kind, **numbers):
         if self.metrics:
@@ -272,6 +280,7 @@ def start_run(config, stop=None):
     train_blocks, val_blocks = open_data(config)
     data = data_identity(train_blocks, val_blocks)
     saved = load_saved(config, data, runtime.say)
+    runtime.require_same(step=saved and saved["iter_num"], **data)
     model, optimizer, scaler = build(config, runtime, saved)
     progress = Progress.restore(saved) if saved else Progress()
     describe_run(model, train_blocks, val_blocks, config, runtime)
@@ -346,7 +355,7 @@ def train_step(run, batches):
         total += loss.detach()
     scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    wish = torch.tensor(float(run.stop.wish(run.saver.seconds if run.saver else 0.0)), device=runtime.device)
+    wish = torch.tensor(float(run.wish()), device=runtime.device)
     if runtime.world_size > 1:
         dist.all_reduce(total)
         total /= runtime.world_size
@@ -422,7 +431,7 @@ def sequence_losses(run, blocks, tokens):
         total=len(mine), desc=f"evaluating {blocks.split}", delay=5, leave=False, disable=runtime.rank > 0 or None
     )
     for i in range(0, len(mine), batch_size):
-        if runtime.world_size == 1 and run.stop.wish():
+        if runtime.world_size == 1 and run.wish():
             raise Stopped
         batch = mine[i : i + batch_size]
         padded = np.resize(batch, batch_size)  # one shape, one compilation
@@ -605,6 +614,4 @@ def out_of_memory(config, error):
 
 
 if __name__ == "__main__":
-    run_script(
-        main, ModelError, DeviceError, ShardError, MetricsError, checkpoint.CheckpointError, durable.OwnedError
-    )
+    run_script(main, ModelError, DeviceError, ShardError, MetricsError, checkpoint.CheckpointError, durable.OwnedError)
