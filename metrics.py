@@ -6,6 +6,7 @@ more start line. No torch here.
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def start_wandb(project, name, run_id, out_dir, config):
     except (wandb.errors.Error, OSError) as error:
         return None, str(error).strip().splitlines()[0]
     return run, None
+
+
+def deviations(running, loss):
+    """How many standard deviations a step's loss lies above the running mean; 0 while there are too few steps to tell.
+
+    running: dict of n, mean, variance, all 0 at first; it is updated, over about the last 50 steps. A jump counts in it
+    only as far as an ordinary step could go, so that it does not hide the next.
+    """
+    n, mean, deviation = running["n"], running["mean"], math.sqrt(running["variance"])
+    above = (loss - mean) / deviation if n >= 50 and deviation > 0 else 0.0
+    share = max(0.02, 1 / (n + 1))
+    off = min(above, 3.0) * deviation if above else loss - mean
+    variance = (1 - share) * (running["variance"] + share * off * off)
+    running.update(n=n + 1, mean=mean + share * off, variance=variance)
+    return above
 
 
 def log_line(step, max_iters, numbers):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 GPT2_IDS = 50257  # what GPT-2's tokenizer knows; the rows of the embedding past it are padding, never sampled
 IGNORE = -100  # a target that does not count, as in torch's own cross entropy
@@ -139,6 +140,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # True: keep a block's input only, compute the rest again in backward
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -169,8 +171,9 @@ class GPT(nn.Module):
             raise ModelError(f"a sequence of {T} tokens is longer than block_size={self.config.block_size}; cut it")
         x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
         x = self.transformer.drop(x)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None, reduction="mean"):

@@ -94,6 +94,8 @@ def pick_dtype(name, device):
     auto takes bfloat16 where the hardware multiplies in it (float16 has the same speed but needs a GradScaler),
     float16 on older CUDA cards, and float32 where neither is faster.
     """
+    if name == "float16" and device.type == "mps":
+        raise DeviceError("dtype=float16 on an Apple GPU would need a GradScaler that torch lacks there; use float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -111,19 +113,75 @@ def start_runtime(config):
     if device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: logits fault 512 times less often (Linux)
     if device.type == "cuda":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # less lost to fragments
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 in what remains float32
         card = torch.cuda.get_device_properties(device)
         peak_flops = plan.peak_flops(card.name, card.multi_processor_count)
     if world_size > 1:
-        if config.gradient_accumulation_steps % world_size:
-            raise DeviceError(
-                f"gradient_accumulation_steps={config.gradient_accumulation_steps} cannot be shared by {world_size} "
-                f"processes: give a multiple of {world_size}"
-            )
+        micro_steps(config.step_sequences, config.batch_size or 1, world_size)  # refuses what does not divide
         dist.init_process_group(config.backend if device.type == "cuda" else "gloo")
     return Runtime(device, pick_dtype(config.dtype, device), rank, world_size, peak_flops)
+
+
+def micro_steps(sequences, batch_size, world_size):
+    """-> micro batches of one process in a step of so many sequences. DeviceError names the nearest that divide."""
+    if sequences % (batch_size * world_size) == 0:
+        return sequences // (batch_size * world_size)
+    if sequences % world_size:
+        key, given, fits = "nproc_per_node", world_size, divisors(sequences)
+    else:
+        key, given, fits = "batch_size", batch_size, divisors(sequences // world_size)
+    near = {max(n for n in fits if n <= given), min((n for n in fits if n >= given), default=fits[-1])}
+    raise DeviceError(
+        f"{world_size} processes with batch_size={batch_size} cannot share the {sequences} sequences of a step evenly: "
+        f"{key}={' or '.join(map(str, sorted(near)))} would"
+    )
+
+
+def divisors(n):
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def find_batch_size(model, sequences, block_size, runtime):
+    """-> the largest micro batch that divides the step and fits. On a card two small ones are tried and their peaks
+    extrapolated, so that memory never runs out (on Windows it would not: the driver would swap, and training crawl)."""
+    fits = divisors(sequences // runtime.world_size)
+    most = 2**15 if runtime.device.type == "cuda" else 2**12  # tokens; more at a time are not faster
+    fits = [n for n in fits if n * block_size <= most] or fits[:1]
+    if runtime.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        budget = 0.92 * (free + torch.cuda.memory_reserved(runtime.device))
+        fits = largest_that_fits(fits, lambda n: peak_bytes(model, n, block_size, runtime), budget)
+    runtime.say(f"found batch_size={fits[-1]} for {sequences} sequences a step")
+    return fits[-1]
+
+
+def largest_that_fits(sizes, measure, budget):
+    """-> those of the ascending sizes whose peak fits into budget bytes, by a line through the two smallest."""
+    first = measure(sizes[0])
+    if first > budget:
+        raise DeviceError(
+            f"batch_size={sizes[0]} needs {first / 2**30:.1f} GiB and {budget / 2**30:.1f} are free: take a smaller "
+            "n_embd, n_layer or block_size, or --activation_checkpointing=True, or free memory on the card"
+        )
+    if len(sizes) == 1:
+        return sizes
+    slope = (measure(sizes[1]) - first) / (sizes[1] - sizes[0])
+    return [n for n in sizes if first + slope * (n - sizes[0]) <= budget]
+
+
+def peak_bytes(model, batch_size, block_size, runtime):
+    """Peak of one eager forward and backward on the card, and the two moments that AdamW will add."""
+    torch.cuda.reset_peak_memory_stats()
+    zeros = torch.zeros(batch_size, block_size, dtype=torch.int64, device=runtime.device)
+    with runtime.autocast():
+        loss = model(zeros, zeros)
+    loss.backward()
+    peak = torch.cuda.max_memory_allocated()
+    model.zero_grad(set_to_none=True)
+    return peak + 8 * sum(p.numel() for p in model.parameters())
 
 
 class Stop:
@@ -159,17 +217,18 @@ class Stop:
         return int(self.signal) or self.TIME_IS_UP * late
 
 
-def compile_model(model, config, runtime):
-    """-> the model to train: compiled if that works here, and shared with the other processes.
+def compile_model(model, shape, wanted, runtime):
+    """-> the model to train on micro batches of this shape: compiled if that is wanted and works here, and shared with
+    the other processes.
 
     torch.compile fails at the first call, if it fails (no compiler, no Triton): so that call is made here, on zeros.
     """
     compiled = model
-    if config.compile:
+    if wanted:
         began = time.perf_counter()
         runtime.say("compiling the model, a minute or so (--compile=False does without)")
         compiled = torch.compile(model, dynamic=False)
-        zeros = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64, device=runtime.device)
+        zeros = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
         try:
             with runtime.autocast():
                 loss = compiled(zeros, zeros)

@@ -27,15 +27,15 @@ import checkpoint
 import durable
 import plan
 from configurator import ConfigError, describe, key, load_config, run_script
-from metrics import MetricsError, MetricsWriter, duration, log_line, start_wandb
+from metrics import MetricsError, MetricsWriter, deviations, duration, log_line, start_wandb
 from model import GPT, GPTConfig, ModelError
-from runtime import Batches, DeviceError, Runtime, Stop, compile_model, start_runtime
+from runtime import Batches, DeviceError, Runtime, Stop, compile_model, find_batch_size, micro_steps, start_runtime
 from shards import ShardError, TokenBlocks
 
 EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
 EVAL_GROUPS = 64
 BAD_STEPS = 5  # so many steps in a row without finite gradients end the run
-SPIKE = 6.0  # a loss so many standard deviations above the running mean is an event
+SPIKE = 6.0  # a loss so many deviations above its running mean is an event
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ class TrainConfig:
     wandb_run_name: str = key("", "name of the run there; empty: the name of out_dir")
     # batch
     gradient_accumulation_steps: int = key(5 * 8, "micro batches a step, over all processes together", low=1)
-    batch_size: int = key(12, "sequences in a micro batch", low=1)
+    batch_size: int = key(12, "sequences in a micro batch; 0: as many as fit, with tokens_per_step", low=0)
+    tokens_per_step: int = key(0, "tokens of a step, instead of gradient_accumulation_steps, which follows", low=0)
     block_size: int = key(1024, "tokens in a sequence", low=1)
     # model
     n_layer: int = key(12, "layers", low=1)
     n_head: int = key(12, "attention heads a layer", low=1)
     n_embd: int = key(768, "width", low=1)
     vocab_size: int = key(50304, "rows of the embedding: GPT-2's 50257 and padding", low=1)
+    activation_checkpointing: bool = key(False, "compute activations twice instead of keeping them: slower, smaller")
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
     # optimizer
@@ -101,6 +103,14 @@ class TrainConfig:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: the rate would rise")
+        if self.tokens_per_step % self.block_size:
+            near = self.tokens_per_step // self.block_size * self.block_size
+            found.append(
+                f"tokens_per_step={self.tokens_per_step:,} is not a multiple of block_size={self.block_size}: "
+                f"{near:,} and {near + self.block_size:,} are"
+            )
+        if self.batch_size == 0 and self.tokens_per_step == 0:
+            found.append("batch_size=0 (find one that fits) needs tokens_per_step: 524288 is usual for 100M parameters")
         if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
             found.append(
                 f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "
@@ -109,12 +119,12 @@ class TrainConfig:
         return found
 
     @property
-    def sequences_per_step(self):
-        return self.gradient_accumulation_steps * self.batch_size
+    def step_sequences(self):
+        return self.tokens_per_step // self.block_size or self.gradient_accumulation_steps * self.batch_size
 
     @property
-    def tokens_per_step(self):
-        return self.sequences_per_step * self.block_size
+    def step_tokens(self):
+        return self.step_sequences * self.block_size
 
 
 @dataclass
@@ -130,6 +140,7 @@ class Progress:
     running: dict = field(default_factory=lambda: dict(n=0, mean=0.0, variance=0.0))  # of the loss of a step
     window: dict = field(default_factory=dict)  # sums since the last log line
     wandb_id: str = ""
+    found: dict = field(default_factory=dict)  # the micro batch that batch_size=0 found, and on which device
 
     @classmethod
     def restore(cls, saved):
@@ -152,6 +163,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    batch_size: int  # sequences in a micro batch
+    micro_steps: int  # micro batches of this process in a step
     metrics: MetricsWriter | None = None  # these two in the first process only
     saver: checkpoint.Saver | None = None
     timed_steps: int = 0  # since the last log line, in this process
@@ -198,7 +211,7 @@ def model_args(config):
 
 def identity(config, data):
     """What makes a run that run: none of it may change when it is resumed (dropout apart)."""
-    return model_args(config) | dict(seed=config.seed, tokens_per_step=config.tokens_per_step) | data
+    return model_args(config) | dict(seed=config.seed, tokens_per_step=config.step_tokens) | data
 
 
 def data_identity(train_blocks, val_blocks):
@@ -258,6 +271,7 @@ def build(config, runtime, saved=None):
     """-> (model, optimizer, scaler) on the device, from the seed, or from the checkpoint `saved`."""
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**model_args(config)))
+    model.activation_checkpointing = config.activation_checkpointing
     if saved:
         model.load_state_dict(saved["model"])
     model.to(runtime.device)
@@ -287,15 +301,29 @@ def start_run(config, stop=None):
     if runtime.rank == 0 and not config.eval_only:
         steps = config.max_iters - progress.step
         checkpoint.check_room(config.out_dir, model.num_params(), steps, config.keep_every, resumed=bool(saved))
-    compiled = compile_model(model, config, runtime)
-    blocks = (train_blocks, val_blocks)
-    run = Run(config, runtime, stop or Stop(), *blocks, model, compiled, optimizer, scaler, progress)
+    batch_size, micro_steps = split_step(model, config, runtime, progress)
+    compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
+    held = (train_blocks, val_blocks, model, compiled, optimizer, scaler, progress, batch_size, micro_steps)
+    run = Run(config, runtime, stop or Stop(), *held)
     if runtime.rank == 0 and not config.eval_only:
         if not saved:
             checkpoint.remove_all(config.out_dir)  # overwrite=True
         run.saver = checkpoint.Saver(config.out_dir, config.keep_every)
         run.metrics = start_metrics(run, saved, data)
     return run
+
+
+def split_step(model, config, runtime, progress):
+    """-> (sequences in a micro batch, micro batches of this process in a step). With batch_size=0 the largest that
+    fits, found once: a resumed run on the same device takes the one it had."""
+    sequences, batch_size = config.step_sequences, config.batch_size
+    if not batch_size:
+        found = progress.found
+        if found.get("device") != runtime.device_name or found["world_size"] != runtime.world_size:
+            batch_size = find_batch_size(model, sequences, config.block_size, runtime)
+            found.update(device=runtime.device_name, world_size=runtime.world_size, batch_size=batch_size)
+        batch_size = found["batch_size"]
+    return batch_size, micro_steps(sequences, batch_size, runtime.world_size)
 
 
 def start_metrics(run, saved, data):
@@ -315,12 +343,12 @@ def start_metrics(run, saved, data):
 
 def describe_run(model, train_blocks, val_blocks, config, runtime):
     """What is about to be trained, on what, on how much: a line each."""
-    tokens = config.tokens_per_step * config.max_iters
+    tokens = config.step_tokens * config.max_iters
     runtime.say(
         f"model   {model.num_params(positions=False) / 1e6:.2f}M parameters without positions, "
         f"{model.num_params() / 1e6:.2f}M with them\n"
         f"data    {config.dataset}: {train_blocks.tokens:,} tokens to train on, {val_blocks.tokens:,} to validate on\n"
-        f"run     {config.max_iters:,} steps of {config.tokens_per_step:,} tokens are {tokens:,} tokens, "
+        f"run     {config.max_iters:,} steps of {config.step_tokens:,} tokens are {tokens:,} tokens, "
         f"{tokens / (train_blocks.blocks * config.block_size):.2f} epochs\n"
         f"device  {runtime.world_size} x {runtime.device_name}, {str(runtime.dtype).removeprefix('torch.')}"
     )
@@ -343,7 +371,7 @@ def train_step(run, batches):
     torch.manual_seed(step_seed(config.seed, run.progress.step, runtime.rank))
     for group in run.optimizer.param_groups:
         group["lr"] = plan.learning_rate(run.progress.step, config)
-    micro_steps = config.gradient_accumulation_steps // runtime.world_size
+    micro_steps = run.micro_steps
     total = torch.zeros((), device=runtime.device)
     for micro in range(micro_steps):
         inputs, targets = batches.next()
@@ -366,15 +394,15 @@ def train_step(run, batches):
     scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.progress.step += 1
-    run.progress.sequences += config.sequences_per_step
+    run.progress.sequences += config.step_sequences
     return loss, norm, int(wish)
 
 
 def watch(run, loss, norm):
     """Notes what went wrong in a step. Raises SystemExit(3) after BAD_STEPS steps in a row that could not be applied:
     in float16 of those at a scale below 1 only, for above it skips are how the scaler finds its scale."""
-    config, progress, running = run.config, run.progress, run.progress.running
-    sequences = [progress.sequences - config.sequences_per_step, progress.sequences - 1]
+    config, progress = run.config, run.progress
+    sequences = [progress.sequences - config.step_sequences, progress.sequences - 1]
     if not (math.isfinite(norm) and math.isfinite(loss)):
         progress.skipped_steps += 1
         scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
@@ -384,20 +412,13 @@ def watch(run, loss, norm):
             give_up(run, sequences, scale)
         return
     progress.bad_steps = 0
-    deviation = math.sqrt(running["variance"])
-    if running["n"] >= 50 and loss > running["mean"] + SPIKE * deviation:
-        numbers = dict(loss=loss, mean=running["mean"], deviation=deviation)
-        run.record("event", event="spike", sequences=sequences, **numbers)
+    before = dict(progress.running)
+    if deviations(progress.running, loss) > SPIKE:
+        run.record("event", event="spike", sequences=sequences, loss=loss, mean=before["mean"])
         run.say(
-            f"step {progress.step}: the loss jumped to {loss:.4f} from {running['mean']:.4f} +- {deviation:.4f} "
+            f"step {progress.step}: the loss jumped to {loss:.4f} from {before['mean']:.4f} "
             f"(sequences {sequences[0]} to {sequences[1]})"
         )
-        loss = running["mean"] + SPIKE * deviation  # one jump does not hide the next
-    share = max(0.02, 1 / (running["n"] + 1))  # of this step in the running mean
-    off = loss - running["mean"]
-    running["mean"] += share * off
-    running["variance"] = (1 - share) * (running["variance"] + share * off * off)
-    running["n"] += 1
 
 
 def give_up(run, sequences, scale):
@@ -422,7 +443,7 @@ def give_up(run, sequences, scale):
 @torch.no_grad()
 def sequence_losses(run, blocks, tokens):
     """-> float64 (n,): the mean loss of each of n evenly spread windows of a split, the same ones every time."""
-    runtime, batch_size = run.runtime, run.config.batch_size
+    runtime, batch_size = run.runtime, run.batch_size
     n = max(1, min(blocks.blocks, tokens // blocks.block_size))
     windows = np.arange(n) * blocks.blocks // n
     mine = np.arange(runtime.rank, n, runtime.world_size)
@@ -449,7 +470,7 @@ def sequence_losses(run, blocks, tokens):
 def evaluate(run):
     """Train and val loss in nats a token, and the means of 64 fixed groups of val windows -> True if it is the best."""
     config, progress = run.config, run.progress
-    tokens = config.eval_tokens or config.eval_iters * config.batch_size * config.block_size or EVAL_TOKENS
+    tokens = config.eval_tokens or config.eval_iters * run.batch_size * config.block_size or EVAL_TOKENS
     began = time.perf_counter()
     run.model.eval()
     train, val = (sequence_losses(run, blocks, tokens) for blocks in (run.train_blocks, run.val_blocks))
@@ -492,7 +513,7 @@ def window_means(run):
     numbers = {name: window[name] / applied if applied else None for name in ("loss", "grad_norm")}
     numbers |= dict(lr=plan.learning_rate(run.progress.step - 1, config), skipped=window["steps"] - applied)
     numbers |= dict(tokens=run.progress.sequences * config.block_size)
-    numbers |= dict(ms_per_step=1000 * seconds, tokens_per_s=config.tokens_per_step / seconds)
+    numbers |= dict(ms_per_step=1000 * seconds, tokens_per_s=config.step_tokens / seconds)
     if run.scaler.is_enabled():
         numbers["scale"] = run.scaler.get_scale()
     if runtime.peak_flops:
@@ -534,7 +555,7 @@ def train(config, stop):
         return stop.wish()
     if progress.step >= config.max_iters:
         run.say(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
-    batches = Batches(run.train_blocks, config.batch_size, run.runtime, progress.sequences)
+    batches = Batches(run.train_blocks, run.batch_size, run.runtime, progress.sequences)
     while not wish:
         done = progress.step >= config.max_iters
         if (done or progress.step % config.eval_interval == 0) and progress.last_eval_step != progress.step:
@@ -603,13 +624,18 @@ def main(argv=None):
 
 
 def out_of_memory(config, error):
-    """One sentence: what did not fit, and which keys keep the tokens a step."""
+    """One sentence: what did not fit, and the keys that keep the tokens of a step and should fit."""
     batch, steps = config.batch_size, config.gradient_accumulation_steps
     smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
-    remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} keeps the tokens a step"
+    if config.tokens_per_step:
+        remedy = "--batch_size=0 finds one that fits" if batch else "--activation_checkpointing=True needs less"
+    elif smaller:
+        remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} should fit"
+    else:
+        remedy = "--activation_checkpointing=True, or a smaller block_size or network, needs less"
+    where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
     return (
-        f"the card's memory is full at batch_size={batch}, block_size={config.block_size} "
-        f"({str(error).split('. GPU')[0]}); " + (remedy if smaller else "take a smaller block_size or network")
+        f"the card's memory is full at {where} ({str(error).split('. GPU')[0]}); with the same tokens a step {remedy}"
     )
 
 

@@ -25,3 +25,42 @@ def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_has_it(monkeypa
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
         assert pick_dtype("auto", cpu) == dtype
+
+
+def test_a_step_is_shared_evenly_or_refused_with_the_nearest_that_are():
+    assert runtime.micro_steps(512, 16, 4) == 8
+    with pytest.raises(DeviceError, match="nproc_per_node=2 or 4 would"):
+        runtime.micro_steps(512, 16, 3)
+    with pytest.raises(DeviceError, match="batch_size=8 or 16 would"):
+        runtime.micro_steps(512, 12, 2)
+
+
+@pytest.mark.parametrize("budget, expected", [(100, 1), (139, 1), (140, 2), (1000, 16), (30_000, 64)])
+def test_found_batch_is_the_largest_whose_extrapolated_peak_fits(budget, expected):
+    tried = []
+
+    def measure(n):
+        tried.append(n)
+        return 60 + 40 * n  # bytes
+
+    sizes = [1, 2, 4, 8, 16, 32, 64]
+    assert runtime.largest_that_fits(sizes, measure, budget)[-1] == expected
+    assert max(tried) <= 2  # memory is never filled to find out
+    assert 60 + 40 * expected <= budget and (expected == 64 or 60 + 80 * expected > budget)
+
+
+def test_a_network_that_does_not_fit_at_all_is_a_sentence():
+    with pytest.raises(DeviceError, match=r"needs 20\.0 GiB and 11\.2 are free.*activation_checkpointing"):
+        runtime.largest_that_fits([1, 2], lambda n: 20 * 2**30, 11.2 * 2**30)
+
+
+def test_batches_found_on_a_cpu_divide_the_step_and_stay_small():
+    where = runtime.Runtime(torch.device("cpu"), torch.float32)
+    assert runtime.find_batch_size(None, 512, 1024, where) == 4
+    assert runtime.find_batch_size(None, 30, 64, where) == 30
+    assert runtime.find_batch_size(None, 7, 8192, where) == 1
+
+
+def test_float16_on_an_apple_gpu_is_refused():
+    with pytest.raises(DeviceError, match="float32"):
+        pick_dtype("float16", torch.device("mps"))

@@ -12,7 +12,7 @@ import plan
 import train
 from configurator import ConfigError, load_config
 from model import GPT, GPTConfig
-from runtime import Batches, Runtime
+from runtime import Batches, DeviceError, Runtime
 from shards import TokenBlocks
 
 WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds")
@@ -63,7 +63,7 @@ def start(arguments):
 
 
 def batches_of(run):
-    return Batches(run.train_blocks, run.config.batch_size, run.runtime, run.progress.sequences)
+    return Batches(run.train_blocks, run.batch_size, run.runtime, run.progress.sequences)
 
 
 def read_metrics(out_dir, *kinds):
@@ -117,7 +117,7 @@ def test_evaluation_does_not_disturb_training(arguments, tmp_path):
 
 
 def step_tokens(run, batches):
-    micro_steps = run.config.gradient_accumulation_steps // run.runtime.world_size
+    micro_steps = run.config.step_sequences // (run.batch_size * run.runtime.world_size)
     inputs, targets = zip(*(batches.next() for _ in range(micro_steps)), strict=True)
     assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in zip(inputs, targets, strict=True))
     return torch.cat(inputs)
@@ -383,3 +383,47 @@ def test_wandb_offline_continues_the_same_run(arguments, tmp_path, monkeypatch):
     run_id = checkpoint.load(tmp_path / "run" / "ckpt.pt")["wandb_id"]
     files = list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2 and all(file.name == f"run-{run_id}.wandb" for file in files)
+
+
+def test_tokens_per_step_derives_the_accumulation_and_keeps_the_batches(start):
+    a = start(out="a", batch_size=4, gradient_accumulation_steps=2)
+    b = start(out="b", batch_size=0, tokens_per_step=128, gradient_accumulation_steps=40)
+    assert b.batch_size * b.micro_steps == 8 and b.progress.found["batch_size"] == b.batch_size
+    assert torch.equal(step_tokens(a, batches_of(a)), step_tokens(b, batches_of(b)))
+
+
+def test_a_found_micro_batch_is_found_once(arguments, tmp_path, monkeypatch):
+    train.main(arguments(batch_size=0, tokens_per_step=128, max_iters=2))
+    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["found"]["batch_size"] == 8
+    monkeypatch.setattr(train, "find_batch_size", lambda *_: pytest.fail("searched again"))
+    train.main(arguments(batch_size=0, tokens_per_step=128, init_from="resume"))
+
+
+def test_tokens_per_step_that_cannot_be_is_a_sentence(arguments):
+    with pytest.raises(ConfigError, match="120 is not a multiple of block_size=16: 112 and 128 are"):
+        train.main(arguments(tokens_per_step=120))
+    with pytest.raises(ConfigError, match=r"batch_size=0 .* needs tokens_per_step"):
+        train.main(arguments(batch_size=0))
+
+
+def test_activation_checkpointing_changes_memory_and_not_the_gradients(start):
+    grads, saved = [], []
+    for keep in (True, False):
+        run = start(out=str(keep), activation_checkpointing=not keep)  # with dropout: its draws are repeated too
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            grads.append(gradients(run))
+        saved.append(sum(kept))
+    assert_same_state(grads[0], grads[1])
+    assert saved[1] < 0.7 * saved[0], saved
+
+
+def test_out_of_memory_says_which_keys_keep_the_tokens_a_step(arguments, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11 GiB"
+        )
+
+    monkeypatch.setattr(train, "train_step", full)
+    with pytest.raises(DeviceError, match="batch_size=1 --gradient_accumulation_steps=8 should fit"):
+        train.main(arguments())
