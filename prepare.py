@@ -35,7 +35,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -159,10 +158,11 @@ def reading(path):
     except PrepareError:
         raise
     except Exception as error:
-        known = isinstance(error, OSError | pa.ArrowException)
-        if not known and not path.startswith("hf://"):  # huggingface_hub's HTTP client differs by version
+        remote = path.startswith("hf://")
+        if not remote and not isinstance(error, OSError | pa.ArrowException):  # (a hub client's differ by version)
             raise
-        raise DamagedError(f"{path}: cannot be read, cut short or damaged ({error}); copy it again") from error
+        remedy = "check its name and the network" if remote else "it is cut short or damaged: copy it again"
+        raise DamagedError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 
 def examine(path, config):
@@ -424,40 +424,46 @@ def unit_record(folder, number):
 # ---- the plan ----------------------------------------------------------------------------------------------
 
 
-def make_plan(config, folder):
-    """(plan, problems of files left out): settings, sources and units, extended by what is new in the inputs.
+def examine_all(config):
+    """([(source, units)] of the inputs, problems of files that are left out). Raises PrepareError for all others."""
+    found, damaged, problems = {}, [], []
+    for path in find_files(config.inputs):
+        try:
+            source, units = examine(path, config)
+            if source["id"] in found:
+                print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
+            found.setdefault(source["id"], (source, units))
+        except DamagedError as error:
+            damaged.append(str(error))
+        except PrepareError as error:
+            problems.append(str(error))
+    if problems or (damaged and not found):
+        raise PrepareError("\n".join(problems + damaged))
+    return list(found.values()), damaged
 
-    A plan only grows, at its end: numbers once given stay. Raises PrepareError.
-    """
+
+def make_plan(found, config, folder):
+    """The plan: settings, sources, units. It only grows, at its end: numbers once given stay. Raises PrepareError."""
     path = folder / ".prepare" / "plan.json"
     settings = {name: getattr(config, name) for name in ("text_column", "val_fraction", "shard_tokens")}
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    plan = json.loads(json.dumps(known)) if known else {"settings": settings, "sources": [], "units": []}
+    plan = {"settings": settings, "sources": [], "units": []}
+    if path.exists():
+        plan = json.loads(path.read_text(encoding="utf-8"))
     problems = [
         f"{name}: {folder} was begun with {plan['settings'][name]!r}, not {value!r}; keep it, or name a new dataset"
         for name, value in settings.items()
         if plan["settings"][name] != value
     ]
-    damaged, given = [], {}
-    for file in find_files(config.inputs):
-        try:
-            source, units = examine(file, config)
-            if source["id"] in given:
-                print(f"  {file}: the same as {given[source['id']]}; taken once")
-            else:
-                problems += add_source(plan, source, units)
-            given.setdefault(source["id"], file)
-        except DamagedError as error:
-            damaged.append(str(error))
-        except PrepareError as error:
-            problems.append(str(error))
-    if not plan["units"] and not problems:
-        problems = damaged or [f"{folder}: nothing to prepare; name files with rows in them"]
+    before = json.dumps(plan)
+    for source, units in found:
+        problems += add_source(plan, source, units)
+    if not plan["units"]:
+        problems.append(f"{folder}: nothing to prepare; name files with rows in them")
     if problems:
         raise PrepareError("\n".join(problems))
-    if plan != known:
+    if json.dumps(plan) != before:
         write_json(path, plan)
-    return plan, damaged
+    return plan
 
 
 def add_source(plan, source, units):
@@ -532,9 +538,9 @@ def work(connection, encoder, threads):
         try:
             connection.send((kind, content))
         except OSError:
-            raise SystemExit(1) from None  # the main process is gone; temporary files go on our way out
+            raise SystemExit(1) from None  # likewise; temporary files go on our way out
 
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone
         while True:
             job = connection.recv()
             try:
@@ -678,17 +684,20 @@ def try_lock(descriptor):
 def prepare(config, folder):
     """Plans, does what is missing, and completes the dataset; returns the exit code."""
     state, started = folder / ".prepare", time.monotonic()
+    found, damaged = examine_all(config)
+    if not found and not state.exists():
+        raise PrepareError(f"{folder}: nothing is prepared here yet; name the files to take")
     task, tasks = map(int, config.task.split("/")) if config.task else (1, 1)
     with contextlib.ExitStack() as locks:
         if config.task:
             locks.enter_context(lock(state / f"task_{task}_of_{tasks}.lock"))
             with lock(state / "all.lock", planning=True):
-                plan, damaged = make_plan(config, folder)
+                plan = make_plan(found, config, folder)
         else:
             locks.enter_context(lock(state / "all.lock"))
             for path in state.glob("task_*.lock"):
                 locks.enter_context(lock(path))
-            plan, damaged = make_plan(config, folder)
+            plan = make_plan(found, config, folder)
         owned = range(task - 1, len(plan["units"]), tasks)
         remove_leftovers(folder, owned, plan)
         for problem in damaged:
@@ -748,11 +757,11 @@ def choose_encoder(config, texts):
 
 
 def first_texts(plan, number):
-    """The first documents of a unit; none if they cannot be read, which the unit's own run will say."""
+    """Up to 100 documents of a unit; none if they cannot be read, which the unit's own run will say."""
     job, counts = make_job(plan, number, 0, ""), {"skipped": {"null": 0, "empty": 0}, "replaced": 0}
     with contextlib.suppress(DamagedError):
         positions, values, _ = next(read_texts(job["path"], job["unit"], job["text_column"]))
-        return as_texts(positions, values, job["path"], counts)[0]
+        return as_texts(positions[:100], values[:100], job["path"], counts)[0]
     return []
 
 
@@ -862,7 +871,7 @@ def token_count(path, first, last, start, stop):
                 return None
             skipped = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
             column = parquet.read_row_groups(range(first, last), columns=["token_count"]).column(0)
-            return pc.sum(column.slice(start - skipped, stop - start)).as_py()
+            return sum(filter(None, column.slice(start - skipped, stop - start).to_pylist()))
     except DamagedError:
         return None
 

@@ -229,7 +229,7 @@ def find_shards(folder, split):
     if not folder.is_dir():
         raise ShardError(f"{folder}: no such folder; make it with: python prepare.py --dataset={folder.name}")
     manifest = read_manifest(folder)
-    if manifest is None and (folder / ".prepare").is_dir():
+    if manifest is None and (folder / ".prepare" / "plan.json").exists():
         raise ShardError(f"{folder}: prepare.py has not finished here; run it again and it goes on")
     if manifest is None:
         named = [p for p in sorted(folder.glob("*.bin")) if re.search(rf"(^|[_-]){split}([_-]|$)", p.stem)]

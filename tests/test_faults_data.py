@@ -159,7 +159,8 @@ def test_killed_at_each_step_of_writing_a_unit(start, run, tmp_path, call, numbe
         {call} = deadly
         folder = pathlib.Path({str(folder)!r})
         (folder / ".prepare").mkdir(parents=True)
-        plan, _ = prepare.make_plan(prepare.PrepareConfig(inputs=({str(path)!r},), {options}), folder)
+        config = prepare.PrepareConfig(inputs=({str(path)!r},), {options})
+        plan = prepare.make_plan(prepare.examine_all(config)[0], config, folder)
         prepare.prepare_unit(prepare.make_job(plan, 0, 0, folder), tokenizer.load_tokenizer(), print)
     """
     died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -458,7 +459,8 @@ def test_a_document_of_100_mb_and_ten_million_letters_in_bounded_memory(tmp_path
         import pathlib, resource, prepare, tokenizer
         folder = pathlib.Path({str(tmp_path / "docs")!r})
         (folder / ".prepare").mkdir(parents=True)
-        plan, _ = prepare.make_plan(prepare.PrepareConfig(inputs=({str(path)!r},), dataset="docs"), folder)
+        config = prepare.PrepareConfig(inputs=({str(path)!r},), dataset="docs")
+        plan = prepare.make_plan(prepare.examine_all(config)[0], config, folder)
         record = prepare.prepare_unit(prepare.make_job(plan, 0, 0, folder), tokenizer.load_tokenizer(), lambda *_: 0)
         print(record["tokens"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     """

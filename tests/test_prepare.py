@@ -410,7 +410,7 @@ def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
     with pytest.raises(PrepareError, match="column 'score' holds int64, not text"):
         run(no_column, "--text_column=score")
     assert run(no_column, "--text_column=content", dataset="other")[0] == 0
-    with pytest.raises(PrepareError, match="nothing to prepare"):
+    with pytest.raises(PrepareError, match="nothing is prepared here yet"):
         run(dataset="unknown")
     assert not list(tmp_path.glob("data/docs/*.bin"))
 

@@ -197,6 +197,7 @@ def test_too_few_tokens_and_no_dataset_come_with_a_remedy(tmp_path):
     with pytest.raises(ShardError, match=r"python prepare\.py --dataset=none"):
         TokenBlocks(tmp_path / "none", "train", 10)
     (tmp_path / "begun" / ".prepare").mkdir(parents=True)
+    (tmp_path / "begun" / ".prepare" / "plan.json").write_text("{}")
     with pytest.raises(ShardError, match=r"not finished here; run it again"):
         TokenBlocks(tmp_path / "begun", "train", 10)
 
