@@ -1,4 +1,7 @@
-"""What the tests share: few threads, and tiny datasets made by the project's own writer."""
+"""What the tests share: few threads, tiny datasets made by the project's own writer, and small disks."""
+
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -26,3 +29,22 @@ def tiny_data(tmp_path):
     tokenizer = dict(name="made up", sha256="0" * 64, n_vocab=96, eot=0)
     write_manifest(folder, dict(version=1, tokenizer=tokenizer, shards=shards, skipped={}, settings={}))
     return folder.parent, "tiny"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: bytes -> a folder on a real file system of that size; skips where mounting is not allowed."""
+    mounted = []
+
+    def mount(size, options=""):
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}{options}", "tmpfs", folder]
+        if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", folder], check=True)
