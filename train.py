@@ -70,6 +70,7 @@ class TrainConfig:
     tokens_per_step: int = key(0, "tokens of a step, instead of gradient_accumulation_steps, which follows", low=0)
     block_size: int = key(1024, "tokens in a sequence", low=1)
     # model
+    arch: str = key("gpt2", "the network: GPT-2's, or Qwen3's shape", choices=("gpt2", "qwen3"))
     n_layer: int = key(12, "layers", low=1)
     n_head: int = key(12, "attention heads a layer", low=1)
     n_embd: int = key(768, "width", low=1)
@@ -78,6 +79,7 @@ class TrainConfig:
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
     # optimizer
+    optimizer: str = key("adamw", "muon: for the matrices in the blocks, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0)
     max_hours: float = key(0.0, "stop and save before so many hours have passed; 0: no limit", low=0.0)
@@ -160,7 +162,7 @@ class Run:
     val_blocks: TokenBlocks
     model: GPT
     compiled: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: list
     scaler: torch.amp.GradScaler
     progress: Progress
     batch_size: int  # sequences in a micro batch
@@ -205,13 +207,17 @@ def open_data(config):
 
 
 def model_args(config):
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias")
+    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch")
     return {name: getattr(config, name) for name in names}
 
 
 def identity(config, data):
     """What makes a run that run: none of it may change when it is resumed (dropout apart)."""
-    return model_args(config) | dict(seed=config.seed, tokens_per_step=config.step_tokens) | data
+    return (
+        model_args(config)
+        | dict(seed=config.seed, tokens_per_step=config.step_tokens, optimizer=config.optimizer)
+        | data
+    )
 
 
 def data_identity(train_blocks, val_blocks):
@@ -268,7 +274,7 @@ def say_changes(old, config, step, say):
 
 
 def build(config, runtime, saved=None):
-    """-> (model, optimizer, scaler) on the device, from the seed, or from the checkpoint `saved`."""
+    """-> (model, optimizers, scaler) on the device, from the seed, or from the checkpoint `saved`."""
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**model_args(config)))
     model.activation_checkpointing = config.activation_checkpointing
@@ -276,16 +282,24 @@ def build(config, runtime, saved=None):
         model.load_state_dict(saved["model"])
     model.to(runtime.device)
     betas = (config.beta1, config.beta2)
-    optimizer = model.configure_optimizers(config.weight_decay, config.learning_rate, betas, runtime.device.type)
+    rates = (config.weight_decay, config.learning_rate, betas)
+    optimizers = model.configure_optimizers(*rates, runtime.device.type, config.optimizer)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if saved:
-        chosen = [{k: group[k] for k in ("betas", "weight_decay")} for group in optimizer.param_groups]
-        optimizer.load_state_dict(saved["optimizer"])
-        for group, values in zip(optimizer.param_groups, chosen, strict=True):
-            group.update(values)  # load_state_dict has brought the checkpoint's back
+        for optimizer, state in zip(optimizers, saved_optimizers(saved), strict=True):
+            chosen = [
+                {k: group[k] for k in ("betas", "weight_decay") if k in group} for group in optimizer.param_groups
+            ]
+            optimizer.load_state_dict(state)
+            for group, values in zip(optimizer.param_groups, chosen, strict=True):
+                group.update(values)  # load_state_dict has brought the checkpoint's back
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
-    return model, optimizer, scaler
+    return model, optimizers, scaler
+
+
+def saved_optimizers(saved):
+    return [saved[name] for name in ("muon", "optimizer") if name in saved]
 
 
 def start_run(config, stop=None):
@@ -295,7 +309,7 @@ def start_run(config, stop=None):
     data = data_identity(train_blocks, val_blocks)
     saved = load_saved(config, data, runtime.say)
     runtime.require_same(step=saved and saved["iter_num"], **data)
-    model, optimizer, scaler = build(config, runtime, saved)
+    model, optimizers, scaler = build(config, runtime, saved)
     progress = Progress.restore(saved) if saved else Progress()
     describe_run(model, train_blocks, val_blocks, config, runtime)
     if runtime.rank == 0 and not config.eval_only:
@@ -303,7 +317,7 @@ def start_run(config, stop=None):
         checkpoint.check_room(config.out_dir, model.num_params(), steps, config.keep_every, resumed=bool(saved))
     batch_size, micro_steps = split_step(model, config, runtime, progress)
     compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
-    held = (train_blocks, val_blocks, model, compiled, optimizer, scaler, progress, batch_size, micro_steps)
+    held = (train_blocks, val_blocks, model, compiled, optimizers, scaler, progress, batch_size, micro_steps)
     run = Run(config, runtime, stop or Stop(), *held)
     if runtime.rank == 0 and not config.eval_only:
         if not saved:
@@ -369,8 +383,9 @@ def train_step(run, batches):
     """
     config, runtime, scaler = run.config, run.runtime, run.scaler
     torch.manual_seed(step_seed(config.seed, run.progress.step, runtime.rank))
-    for group in run.optimizer.param_groups:
-        group["lr"] = plan.learning_rate(run.progress.step, config)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(run.progress.step, config)
     micro_steps = run.micro_steps
     total = torch.zeros((), device=runtime.device)
     for micro in range(micro_steps):
@@ -381,7 +396,8 @@ def train_step(run, batches):
                 loss = run.compiled(inputs, targets) / micro_steps
             scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(run.optimizer)
+    for optimizer in run.optimizers:
+        scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
     wish = torch.tensor(float(run.wish()), device=runtime.device)
     if runtime.world_size > 1:
@@ -390,9 +406,10 @@ def train_step(run, batches):
         dist.all_reduce(wish, dist.ReduceOp.MAX)  # all processes stop behind the same step
     loss, norm, wish = torch.stack((total, norm, wish)).tolist()  # the one read from the device in a step
     if math.isfinite(norm) and math.isfinite(loss):
-        scaler.step(run.optimizer)
+        for optimizer in run.optimizers:  # both or neither: alone, the scaler would skip one and step the other
+            scaler.step(optimizer)
     scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     run.progress.step += 1
     run.progress.sequences += config.step_sequences
     return loss, norm, int(wish)
@@ -536,9 +553,13 @@ def save(run, is_best=False):
     run.metrics.sync()
     state = asdict(run.progress)
     state["iter_num"] = state.pop("step")  # nanoGPT's name
-    state |= dict(model=run.model.state_dict(), optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+    state |= dict(
+        model=run.model.state_dict(), optimizer=run.optimizers[-1].state_dict(), scaler=run.scaler.state_dict()
+    )
     state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
     state |= dict(data=data_identity(run.train_blocks, run.val_blocks))
+    if len(run.optimizers) > 1:
+        state["muon"] = run.optimizers[0].state_dict()
     run.saver.save(state, is_best)
 
 

@@ -99,7 +99,7 @@ def measure(variant, network, steps, folder):
     if who == "ours":
         step = lambda: train.train_step(run, batches)  # noqa: E731
     else:
-        run.model = run.compiled = run.optimizer = None
+        run.model = run.compiled = run.optimizers = None
         model, optimizer = hugging_face(config, runtime)
         model = torch.compile(model) if "compile" in rest else model
         step = lambda: usual_loop(model, optimizer, run.scaler, batches, config, runtime, run.micro_steps)  # noqa: E731
@@ -144,11 +144,11 @@ def parts(run, batches, steps):
         mark()
         run.scaler.scale(loss).backward()
         mark()
-        run.scaler.unscale_(run.optimizer)
+        run.scaler.unscale_(run.optimizers[-1])
         torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.scaler.step(run.optimizer)
+        run.scaler.step(run.optimizers[-1])
         run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizers[-1].zero_grad(set_to_none=True)
         mark()
         for name, a, b in zip(seconds, marks, marks[1:], strict=False):
             seconds[name].append(b - a)
@@ -173,9 +173,7 @@ def spread(values, digits=0):
 def compare(folder, device):
     for name, (network, steps, turns, variants) in SETTINGS[device].items():
         print(f"\n{name}: {turns} turns of {steps} steps\n")
-        print(
-            "| variant | tokens/s | over the first | ms a step | data, forward, backward, optimizer | GiB | MFU |"
-        )
+        print("| variant | tokens/s | over the first | ms a step | data, forward, backward, optimizer | GiB | MFU |")
         print("|---|---|---|---|---|---|---|")
         results = {variant: [] for variant in variants}
         for _ in range(turns):

@@ -111,7 +111,7 @@ def test_a_token_sees_no_later_one():
 
 def test_one_batch_is_overfitted():
     model = tiny()
-    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
+    (optimizer,) = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
     idx, targets = random_ids(4, 32), random_ids(4, 32, seed=2)
     for _ in range(300):
         loss = model(idx, targets)
@@ -123,7 +123,7 @@ def test_one_batch_is_overfitted():
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     model = tiny(bias=True)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    (optimizer,) = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     decay, other = optimizer.param_groups
     assert (decay["weight_decay"], other["weight_decay"]) == (0.1, 0.0)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -270,7 +270,7 @@ def test_a_chunk_is_never_larger_than_its_budget_and_chunks_cover_all_rows():
 
 def test_float16_with_the_default_scaler_skips_no_step_of_a_healthy_model():
     model = tiny(n_embd=64)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    (optimizer,) = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     scaler = torch.amp.GradScaler("cpu")
     for step in range(100):
         idx = random_ids(8, 33, seed=step)
@@ -281,3 +281,113 @@ def test_float16_with_the_default_scaler_skips_no_step_of_a_healthy_model():
         scaler.update()
         optimizer.zero_grad()
     assert scaler.get_scale() == 65536.0  # it falls with the first skip
+
+
+def qwen3(**changes):
+    return tiny(**{"arch": "qwen3", "bias": False, **changes})
+
+
+def shaken(model):
+    """The model with all weights moved away from the zeros and ones of the initialisation."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def to_transformers_qwen3(model):
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    config = transformers.Qwen3Config(
+        vocab_size=c.vocab_size,
+        hidden_size=c.n_embd,
+        intermediate_size=c.n_inner,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_head,
+        head_dim=c.n_embd // c.n_head,
+        max_position_embeddings=c.block_size,
+        rope_theta=model_module.ROPE_THETA,
+        rms_norm_eps=model_module.NORM_EPS,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
+    theirs = transformers.Qwen3ForCausalLM(config).eval()
+    names = {
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn": "attn",
+        "q_proj": "q",
+        "k_proj": "k",
+        "v_proj": "v",
+        "o_proj": "c_proj",
+        "gate_proj": "c_gate",
+        "up_proj": "c_fc",
+        "down_proj": "c_proj",
+        "model.norm": "transformer.ln_f",
+    }
+    ours, used = model.state_dict(), set()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            for a, b in names.items():
+                name = name.replace(a, b)
+            parameter.copy_(ours[name])
+            used.add(name)
+    assert used == {name for name, _ in model.named_parameters()}
+    return theirs
+
+
+@pytest.mark.parametrize("n_head", [1, 2])
+def test_qwen3_logits_equal_those_of_transformers(n_head):
+    model, idx = shaken(qwen3(n_head=n_head)), random_ids(3, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(idx), to_transformers_qwen3(model)(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n_embd, n_inner", [(384, 1024), (768, 2048)])
+def test_qwen3_has_gpt2s_size_and_the_first_loss_of_even_odds(n_embd, n_inner):
+    sizes = dict(n_layer=2, n_head=n_embd // 64, n_embd=n_embd, block_size=64, bias=False)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(arch="qwen3", **sizes))
+    with torch.device("meta"):
+        same = GPT(GPTConfig(**sizes)).num_params(positions=False)
+    assert model.config.n_inner == n_inner and model.num_params() == pytest.approx(same, rel=1e-3)
+    idx = random_ids(4, 65, high=50257)
+    with torch.no_grad():
+        assert model(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(math.log(50304), abs=0.1)
+
+
+def test_qwen3_refuses_what_it_has_not():
+    with pytest.raises(ModelError, match="no biases"):
+        GPTConfig(arch="qwen3")
+
+
+@pytest.mark.parametrize("make", [tiny, qwen3])
+@pytest.mark.parametrize("pads", [None, [0, 3, 7]])
+def test_the_cache_gives_the_hidden_states_of_the_whole(make, pads):
+    model, idx = shaken(make().double()), random_ids(3, 30)
+    pads = pads and torch.tensor(pads)
+    cache = model.new_cache(3, 32)
+    with torch.no_grad():
+        pieces = [model.hidden(part, cache, pads) for part in idx.split([12, 1, 5, 1, 11], dim=1)]
+        ours = torch.cat(pieces, dim=1)
+        for i, pad in enumerate([0, 0, 0] if pads is None else pads.tolist()):
+            whole = model.hidden(idx[i : i + 1, pad:])  # the same tokens without padding, at once
+            torch.testing.assert_close(ours[i : i + 1, pad:], whole, atol=1e-10, rtol=0)
+    assert cache.filled == 30
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model = qwen3()
+    muon, adamw = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", "muon")
+    names = {id(p): name for name, p in model.named_parameters()}
+    in_muon = [names[id(p)] for group in muon.param_groups for p in group["params"]]
+    in_adamw = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert in_muon == [n for n, p in model.named_parameters() if p.dim() == 2 and ".h." in n]
+    assert sorted(in_muon + in_adamw) == sorted(names.values())
+    assert "transformer.wte.weight" in in_adamw
+    with pytest.raises(ModelError, match="arch='qwen3'"):
+        tiny().configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", "muon")

@@ -88,10 +88,11 @@ def assert_same_state(a, b):
         assert a == b
 
 
-def test_resume_gives_the_same_weights_and_metrics(arguments, tmp_path):
-    train.main(arguments("whole"))
-    train.main(arguments("parts", max_iters=3, lr_decay_iters=6))
-    train.main(arguments("parts", lr_decay_iters=6, init_from="resume"))
+@pytest.mark.parametrize("recipe", [{}, dict(arch="qwen3", optimizer="muon"), dict(dtype="float16")])
+def test_resume_gives_the_same_weights_and_metrics(arguments, tmp_path, recipe):
+    train.main(arguments("whole", **recipe))
+    train.main(arguments("parts", max_iters=3, lr_decay_iters=6, **recipe))
+    train.main(arguments("parts", lr_decay_iters=6, init_from="resume", **recipe))
     whole, parts = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("whole", "parts"))
     for state in (whole, parts):
         del state["config"]  # lr_decay_iters=6 is said in one and meant in the other
@@ -157,7 +158,7 @@ def test_ranks_share_the_batches_of_one_process(start):
 def gradients(run):
     """The gradients that a step would apply."""
     applied = {}
-    run.optimizer.step = lambda *_: applied.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
+    run.optimizers[-1].step = lambda *_: applied.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
     train.train_step(run, batches_of(run))
     return applied
 
@@ -189,6 +190,20 @@ def test_float16_skips_a_step_that_overflows(start):
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     loss, norm, _ = train.train_step(run, batches)
     assert math.isfinite(norm) and run.scaler.get_scale() == 2.0**10
+    assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+
+
+def test_muon_and_adamw_step_together_or_not_at_all(start):
+    run = start(dtype="float16", dropout=0.0, arch="qwen3", optimizer="muon")
+    batches = batches_of(run)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    train.train_step(run, batches)  # the zeros of the projections let no gradient into the rest of the first step
+    hook = run.model.transformer.wte.weight.register_hook(lambda g: g * math.inf)  # AdamW's part alone overflows
+    before = {n: p.clone() for n, p in run.model.named_parameters()}
+    assert not math.isfinite(train.train_step(run, batches)[1])
+    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
+    hook.remove()
+    assert math.isfinite(train.train_step(run, batches)[1])
     assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
 
 
@@ -302,9 +317,9 @@ def test_new_settings_take_effect_after_a_resume(arguments, tmp_path):
     train.main(arguments(max_iters=3))
     config = load_config(train.TrainConfig, arguments(init_from="resume", weight_decay=0.3, beta2=0.999))
     run = train.start_run(config)
-    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.3, 0.0]
-    assert all(group["betas"] == (0.9, 0.999) for group in run.optimizer.param_groups)
-    assert run.progress.step == 3 and len(run.optimizer.state) == len(list(run.model.parameters()))
+    assert [group["weight_decay"] for group in run.optimizers[-1].param_groups] == [0.3, 0.0]
+    assert all(group["betas"] == (0.9, 0.999) for group in run.optimizers[-1].param_groups)
+    assert run.progress.step == 3 and len(run.optimizers[-1].state) == len(list(run.model.parameters()))
 
 
 def test_an_old_run_is_neither_overwritten_nor_continued_as_another(arguments, tmp_path):
