@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 
 VERSION = 1
 LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
+BEFORE_DECAY = "ckpt_before_decay.pt"  # where a longer wsd run can go on from
 NEW = "ckpt_new.pt"  # of a save that has not ended
 TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: a flip in it is seen
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
@@ -188,11 +189,12 @@ class Saver:
         self.out_dir, self.keep_every = Path(out_dir), keep_every
         self.thread, self.writing, self.seconds = ThreadPoolExecutor(1), None, 0.0
 
-    def save(self, state, is_best):
+    def save(self, state, names=()):
+        """Saves as ckpt.pt, and under other names (BEST, BEFORE_DECAY) too."""
         self.wait()
-        self.writing = self.thread.submit(self._write, snapshot(state), is_best)
+        self.writing = self.thread.submit(self._write, snapshot(state), names)
 
-    def _write(self, state, is_best):
+    def _write(self, state, names):
         began = time.monotonic()
         new, latest, step = self.out_dir / NEW, self.out_dir / LATEST, state["iter_num"]
         write(new, state)  # and read back: only then does an older one lose a name
@@ -200,7 +202,7 @@ class Saver:
         try:
             if latest.exists():
                 durable.second_name(latest, PREVIOUS)
-            for name in [LATEST, *[BEST] * is_best, *[STEP.format(step)] * keep]:
+            for name in [LATEST, *names, *[STEP.format(step)] * keep]:
                 durable.second_name(new, name)
             new.unlink()
         except OSError as error:

@@ -53,13 +53,28 @@ def peak_flops(name, sms=None):
 
 
 def learning_rate(step, config):
-    """The rate of the step that follows `step` steps: linear warm-up, cosine to min_lr, then min_lr."""
+    """The rate of the step that follows `step` steps: linear warm-up, then the schedule, min_lr at its end and after.
+
+    config.lr_schedule: "cosine", "linear", or "wsd" (warm-up, stable, decay: the rate stays at its peak until the
+    linear decay of the last `decay_iters` steps, Hu et al. 2024, arXiv 2404.06395).
+    """
+    peak, floor = config.learning_rate, config.min_lr
     if not config.decay_lr:
-        return config.learning_rate
+        return peak
     if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+        return peak * (step + 1) / (config.warmup_iters + 1)
     end = config.lr_decay_iters or config.max_iters
     if step >= end:
-        return config.min_lr
+        return floor
+    if config.lr_schedule == "wsd":
+        return floor + (peak - floor) * min(1.0, (end - step) / (end - decay_start(config)))
     share = (step - config.warmup_iters) / (end - config.warmup_iters)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * share)) * (config.learning_rate - config.min_lr)
+    if config.lr_schedule == "linear":
+        return floor + (peak - floor) * (1 - share)
+    return floor + 0.5 * (1 + math.cos(math.pi * share)) * (peak - floor)
+
+
+def decay_start(config):
+    """The step at which the decay of a "wsd" schedule begins: a fifth of the run before its end, if not given."""
+    end = config.lr_decay_iters or config.max_iters
+    return end - (config.decay_iters or max(1, end // 5))

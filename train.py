@@ -49,6 +49,7 @@ class TrainConfig:
         "a new run; or go on with the one in out_dir; auto: if there is one",
         choices=("scratch", "resume", "auto"),
     )
+    resume_from: str = key("", "a checkpoint file of another run, to go on from in this out_dir")
     overwrite: bool = key(False, "let a new run replace the one that is in out_dir")
     allow_new_data: bool = key(False, "let a resumed run go on with a dataset that is not the one it began with")
     # evaluation, log, checkpoints
@@ -88,7 +89,9 @@ class TrainConfig:
     beta2: float = key(0.95, "AdamW's, of the square", low=0.0, high=1.0)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0.0)
     # learning rate
-    decay_lr: bool = key(True, "warm-up and cosine decay; False: learning_rate throughout")
+    decay_lr: bool = key(True, "warm-up and decay; False: learning_rate throughout")
+    lr_schedule: str = key("cosine", "shape of the decay; wsd: only at the end", choices=("cosine", "linear", "wsd"))
+    decay_iters: int = key(0, "steps of wsd's decay; 0: a fifth of the run", low=0)
     warmup_iters: int = key(2000, "steps of linear warm-up", low=0)
     lr_decay_iters: int = key(0, "step at which min_lr is reached; 0: max_iters", low=0)
     min_lr: float = key(6e-5, "learning rate at the end of the decay", low=0.0)
@@ -228,18 +231,27 @@ def data_identity(train_blocks, val_blocks):
     }
 
 
+def is_new(config):
+    """Whether out_dir gets a new run, rather than more of the one that is in it."""
+    return config.init_from == "scratch" or (config.init_from == "auto" and not checkpoint.candidates(config.out_dir))
+
+
 def load_saved(config, data, say):
     """-> the checkpoint to go on from, or None for a new run. Refuses what would make another run of it."""
     out_dir = Path(config.out_dir)
     existing = checkpoint.candidates(out_dir)
-    if config.init_from == "scratch" or (config.init_from == "auto" and not existing):
+    if is_new(config):
         if existing and not config.overwrite and not config.eval_only:
             raise ConfigError(
                 f"{existing[0]} holds a run: --init_from=resume goes on with it, --overwrite=True replaces it, another "
                 "--out_dir keeps both"
             )
-        return None
-    saved, path, problems = checkpoint.load_newest(out_dir)
+        if not config.resume_from:
+            return None
+        path, problems = Path(config.resume_from), []
+        saved = checkpoint.load(path)
+    else:
+        saved, path, problems = checkpoint.load_newest(out_dir)
     for problem in problems:
         say(f"{problem}; going on from {path.name} of step {saved['iter_num']} instead")
     known = TrainConfig.__dataclass_fields__.keys()
@@ -314,16 +326,17 @@ def start_run(config, stop=None):
     describe_run(model, train_blocks, val_blocks, config, runtime)
     if runtime.rank == 0 and not config.eval_only:
         steps = config.max_iters - progress.step
-        checkpoint.check_room(config.out_dir, model.num_params(), steps, config.keep_every, resumed=bool(saved))
+        checkpoint.check_room(config.out_dir, model.num_params(), steps, config.keep_every, resumed=not is_new(config))
     batch_size, micro_steps = split_step(model, config, runtime, progress)
     compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
     held = (train_blocks, val_blocks, model, compiled, optimizers, scaler, progress, batch_size, micro_steps)
     run = Run(config, runtime, stop or Stop(), *held)
     if runtime.rank == 0 and not config.eval_only:
-        if not saved:
+        new = is_new(config)
+        if new:
             checkpoint.remove_all(config.out_dir)  # overwrite=True
         run.saver = checkpoint.Saver(config.out_dir, config.keep_every)
-        run.metrics = start_metrics(run, saved, data)
+        run.metrics = start_metrics(run, new, data)
     return run
 
 
@@ -340,7 +353,7 @@ def split_step(model, config, runtime, progress):
     return batch_size, micro_steps(sequences, batch_size, runtime.world_size)
 
 
-def start_metrics(run, saved, data):
+def start_metrics(run, new, data):
     config, progress, wandb_run = run.config, run.progress, None
     if config.wandb_log:
         progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
@@ -348,7 +361,7 @@ def start_metrics(run, saved, data):
         wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
         if reason:
             run.say(f"wandb_log=True, but wandb does not start: {reason}; going on without it")
-    reached = (progress.step, progress.last_eval_step) if saved else (-1, -1)
+    reached = (-1, -1) if new else (progress.step, progress.last_eval_step)
     metrics = MetricsWriter(config.out_dir, *reached, wandb_run)
     about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name, data=data)
     metrics.write("start", progress.step, **about, parameters=run.model.num_params(positions=False))
@@ -541,8 +554,22 @@ def window_means(run):
     return numbers
 
 
-def save(run, is_best=False):
-    """Starts to write the checkpoint, unless the weights are not finite: then what is on disk stays."""
+def evaluate_and_save(run):
+    """What is due between two steps: an evaluation, a checkpoint, the checkpoint before wsd's decay."""
+    config, step, names = run.config, run.progress.step, []
+    done, wanted = step >= config.max_iters, False
+    if (done or step % config.eval_interval == 0) and run.progress.last_eval_step != step:
+        is_best = evaluate(run)
+        names += [checkpoint.BEST] * is_best
+        wanted = done or is_best or config.always_save_checkpoint
+    if config.lr_schedule == "wsd" and config.decay_lr and step == plan.decay_start(config):
+        names.append(checkpoint.BEFORE_DECAY)
+    if step and (wanted or names):
+        save(run, names)
+
+
+def save(run, names=()):
+    """Starts to write the checkpoint, under these names too; not if the weights are not finite: what is there stays."""
     if run.saver is None:
         return
     norms = torch.stack(torch._foreach_norm([p.detach() for p in run.model.parameters()]))
@@ -560,7 +587,7 @@ def save(run, is_best=False):
     state |= dict(data=data_identity(run.train_blocks, run.val_blocks))
     if len(run.optimizers) > 1:
         state["muon"] = run.optimizers[0].state_dict()
-    run.saver.save(state, is_best)
+    run.saver.save(state, names)
 
 
 # ---- the run
@@ -578,16 +605,11 @@ def train(config, stop):
         run.say(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
     batches = Batches(run.train_blocks, run.batch_size, run.runtime, progress.sequences)
     while not wish:
-        done = progress.step >= config.max_iters
-        if (done or progress.step % config.eval_interval == 0) and progress.last_eval_step != progress.step:
-            try:
-                is_best = evaluate(run)
-            except Stopped:
-                wish = stop.wish()
-                break
-            if progress.step and (done or is_best or config.always_save_checkpoint):
-                save(run, is_best)
-        if done:
+        try:
+            evaluate_and_save(run)
+        except Stopped:
+            wish = stop.wish()
+        if wish or progress.step >= config.max_iters:
             break
         began = time.perf_counter()
         loss, norm, wish = train_step(run, batches)

@@ -46,7 +46,7 @@ def assert_is(state, expected):
 def save_all(folder, steps, keep_every=0, best=()):
     saver = Saver(folder, keep_every)
     for step in steps:
-        saver.save(some_state(step), is_best=step in best)
+        saver.save(some_state(step), ["ckpt_best.pt"] * (step in best))
     saver.close()
 
 
@@ -85,7 +85,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(tmp
     monkeypatch.setattr(checkpoint, "write", lambda *args: go_on.wait(60) and write(*args))
     state, saver = some_state(1), Saver(tmp_path)
     expected = copy.deepcopy(state)
-    saver.save(state, is_best=False)  # returns although nothing has been written
+    saver.save(state)  # returns although nothing has been written
     assert not list(tmp_path.glob("*"))
     state["model"]["wte"].zero_()
     state["optimizer"]["state"][0]["exp_avg"].add_(1)
@@ -113,7 +113,7 @@ def test_an_old_one_loses_its_name_only_when_the_new_one_has_been_read_back(tmp_
 
     monkeypatch.setattr(checkpoint, "verify", flip_and_verify)
     saver = Saver(tmp_path)
-    saver.save(some_state(3), is_best=True)
+    saver.save(some_state(3), ["ckpt_best.pt"])
     with pytest.raises(CheckpointError, match="damaged"):
         saver.close()
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -248,7 +248,7 @@ def test_a_full_disk_in_a_save_is_named_and_harms_nothing(small_disk):
     with open(folder / "filler", "wb") as file:
         file.write(bytes(shutil.disk_usage(folder).free - 100_000))
     saver = Saver(folder)
-    saver.save(some_state(3, numbers=50_000), is_best=True)
+    saver.save(some_state(3, numbers=50_000), ["ckpt_best.pt"])
     message = r"ckpt_new\.pt: could not be written \(No space left on device, after [\d,]+ bytes\); 98,304 bytes are"
     with pytest.raises(CheckpointError, match=message):
         saver.close()
@@ -267,7 +267,7 @@ def test_a_limit_on_the_size_of_files_is_named_and_harms_nothing(tmp_path, size)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         saver = Saver(tmp_path)
-        saver.save(some_state(3, numbers=50_000), is_best=True)  # 203 kB
+        saver.save(some_state(3, numbers=50_000), ["ckpt_best.pt"])  # 203 kB
         saver.thread.shutdown()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -280,7 +280,7 @@ def test_a_failed_save_is_said_at_the_next_call(tmp_path):
     shutil.rmtree(tmp_path)
     for call in ("poll", "wait", "close", "save"):
         saver = Saver(tmp_path)
-        saver.save(some_state(3), is_best=False)
+        saver.save(some_state(3))
         saver.thread.shutdown()
         with pytest.raises(CheckpointError, match="No such file or directory"):
             getattr(saver, call)(*(some_state(4), False) * (call == "save"))
@@ -293,7 +293,7 @@ def test_names_that_cannot_be_given_are_said(tmp_path, monkeypatch):
     save_all(tmp_path, [1])
     monkeypatch.setattr(checkpoint.durable, "second_name", full)
     saver = Saver(tmp_path)
-    saver.save(some_state(2), is_best=False)
+    saver.save(some_state(2))
     with pytest.raises(CheckpointError, match=r"ckpt\.pt: could not be written \(No space left on device"):
         saver.close()
     assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 2  # whole, under the name of an unfinished save
@@ -361,7 +361,7 @@ for deadly in range(1, 1000):
         saver = checkpoint.Saver(out, keep_every=2)
         for step in (4, 5, 6):
             saves += 1
-            saver.save(some_state(step), is_best=step != 5)
+            saver.save(some_state(step), ["ckpt_best.pt"] * (step != 5))
             saver.wait()
         saves = 0
         (folder / "stages").write_text(" ".join(stages))

@@ -300,6 +300,27 @@ def test_learning_rate_is_a_warm_up_a_cosine_and_a_floor():
     assert plan.learning_rate(0, constant) == plan.learning_rate(10**6, constant) == 1.0
 
 
+def test_linear_and_wsd_schedules():
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=110, lr_schedule="linear")
+    assert [plan.learning_rate(step, config) for step in (10, 35, 60, 110)] == pytest.approx([1, 0.75, 0.5, 0])
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, lr_schedule="wsd")
+    assert plan.decay_start(config) == 80
+    rates = [plan.learning_rate(step, config) for step in (10, 50, 80, 85, 90, 95, 100, 101)]
+    assert rates == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
+
+
+def test_a_wsd_run_goes_on_from_before_its_decay_as_if_it_had_been_longer(arguments, tmp_path):
+    wsd = dict(lr_schedule="wsd", decay_iters=2, eval_interval=100)
+    train.main(arguments("long", max_iters=8, **wsd))
+    train.main(arguments("short", max_iters=4, **wsd))
+    before = tmp_path / "short" / "ckpt_before_decay.pt"
+    assert checkpoint.load(before)["iter_num"] == 2
+    train.main(arguments("longer", max_iters=8, resume_from=before, **wsd))
+    long, longer = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("long", "longer"))
+    assert_same_state(long["model"], longer["model"])
+    assert_same_state(long["optimizer"], longer["optimizer"])
+
+
 def test_dropout_differs_between_steps_and_ranks():
     seeds = {train.step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
     assert len(seeds) == 3 * 50 * 4
