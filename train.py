@@ -494,7 +494,7 @@ def sequence_losses(run, blocks, tokens):
     bar.close()
     if runtime.world_size > 1:
         dist.all_reduce(losses)
-    return losses.double().cpu().numpy()
+    return losses.cpu().double().numpy()  # (an Apple GPU has no float64)
 
 
 def evaluate(run):
@@ -608,7 +608,7 @@ def train(config, stop):
         try:
             evaluate_and_save(run)
         except Stopped:
-            wish = stop.wish()
+            wish = run.wish()
         if wish or progress.step >= config.max_iters:
             break
         began = time.perf_counter()
