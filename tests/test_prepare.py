@@ -45,7 +45,7 @@ def run(tmp_path, capsys):
     def run(*arguments, dataset="docs"):
         code = 0
         try:
-            arguments = [str(argument) for argument in arguments] + [f"--data_dir={tmp_path / 'data'}"]
+            arguments = ["--encoder=tiktoken", *map(str, arguments), f"--data_dir={tmp_path / 'data'}"]
             prepare.main([*arguments, f"--dataset={dataset}"] if dataset else arguments)
         except SystemExit as stop:
             code = stop.code
@@ -118,7 +118,7 @@ def test_bytes_do_not_depend_on_workers_or_encoder_and_duplicates_share_a_split(
         write_parquet(tmp_path / "in" / f"{name}.parquet", some_texts(60, 0) + some_texts(60, ord(name)))
     options = (tmp_path / "in", "--val_fraction=0.3", "--shard_tokens=3000")
     folders = []
-    for number, extra in enumerate((("--workers=1",), ("--workers=3",), ("--workers=2", "--encoder=tiktoken"))):
+    for number, extra in enumerate((("--workers=1",), ("--workers=3",), ("--workers=2", "--encoder=auto"))):
         assert run(*options, *extra, dataset=f"d{number}")[0] == 0
         folders.append(files_of(tmp_path / "data" / f"d{number}"))
     assert len(folders[0]) > 8 and folders[0] == folders[1]
