@@ -119,22 +119,20 @@ def find_files(inputs):
 
 
 def find_local(name):
-    path = Path(name)
+    """A file, the matches of a glob, or all below a folder: its parquet files if there are any."""
+    path, found = Path(name), sorted(map(Path, glob.glob(name, recursive=True)))
     if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+        below = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
         found = [p for p in below if p.suffix == ".parquet"] or below
-    else:
-        found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
-    return [p.as_posix() for p in found]
+    return [p.as_posix() for p in ([path] if path.is_file() else found)]
 
 
 def find_hub(name):
     """The parquet files of an hf:// path (a file, folder or glob)."""
     with reading(name):
-        system = hub()
-        if not glob.has_magic(name) and system.isdir(name):
+        if not glob.has_magic(name) and hub().isdir(name):
             name = name.rstrip("/") + "/**/*.parquet"
-        return [f"hf://{path}" for path in sorted(system.glob(name)) if path.endswith(".parquet")]
+        return [f"hf://{path}" for path in sorted(hub().glob(name)) if path.endswith(".parquet")]
 
 
 def hub():
@@ -643,36 +641,31 @@ def remove_leftovers(folder, owned, plan):
 def lock(path, planning=False):
     """Holds a lock that dies with this process. Raises PrepareError naming who has it, unless both only plan."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
+    with open(path, "ab+", buffering=0) as file:
         patience = time.monotonic() + 2 * planning
-        while not try_lock(descriptor):
-            holder = os.pread(descriptor, 100, 0).decode() if hasattr(os, "pread") else path.read_text()
+        while not try_lock(file):
+            file.seek(0)
+            holder = file.read().decode() or "another process"
             if time.monotonic() > patience and not (planning and holder.endswith("planning")):
-                place = path.parent.parent
-                raise PrepareError(f"{place}: {holder or 'another process'} is preparing it; wait, or stop that one")
+                raise PrepareError(f"{path.parent.parent}: {holder} is preparing it; wait, or stop that one")
             time.sleep(0.1)
-        os.ftruncate(descriptor, 0)
-        text = f"process {os.getpid()} on {socket.gethostname()}{', planning' * planning}"
+        file.truncate(0)
         with contextlib.suppress(OSError):  # a full disk: then nobody learns our name
-            os.write(descriptor, text.encode())
+            file.write(f"process {os.getpid()} on {socket.gethostname()}{', planning' * planning}".encode())
         yield
-    finally:
-        os.close(descriptor)
 
 
-def try_lock(descriptor):
+def try_lock(file):
     try:
         if os.name == "nt":
             import msvcrt
 
-            os.lseek(descriptor, 1 << 20, os.SEEK_SET)  # beyond the text, which others must be able to read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            os.lseek(descriptor, 0, os.SEEK_SET)
+            file.seek(1 << 20)  # beyond the text, which others must be able to read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
@@ -720,9 +713,8 @@ def do_missing(plan, records, owned, config, folder):
         return {}
     if config.merge:
         missing = [number for number in owned if number not in records]
-        raise PrepareError(
-            f"{folder}: units {missing[:9]} of {len(owned)} are not done; run the tasks that are missing"
-        )
+        remedy = "run their tasks, or leave out --merge"
+        raise PrepareError(f"{folder}: units {missing[:9]} of {len(owned)} are not done; {remedy}")
     there = read_manifest(folder)
     if there and 0 < config.max_tokens < min(there["tokens"], there["settings"]["max_tokens"] or math.inf):
         remedy = "leave it out, or name a new dataset"
@@ -833,7 +825,7 @@ def summary(manifest):
         lines.append("  no document fell into val, which train.py needs: a new dataset with --val_fraction=0.1, say")
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items())
     lines.append(f"  skipped: {skipped}; lone surrogates replaced: {manifest['replaced']:,}")
-    lines += [f"  FAILED: {reason}" for reason in manifest["failed"]]
+    lines += [f"  FAILED, with {len(manifest['failed'])} units: {reason}" for reason in manifest["failed"][:1]]
     return "\n".join(lines)
 
 
@@ -883,7 +875,7 @@ def inspect(folder, manifest):
     tokenizer, counted, lengths = load_tokenizer(), 0, []
     for shard in manifest["shards"]:
         tokens = open_tokens(folder / shard["name"])[:LOOK_TOKENS]
-        lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot)) - 1)
+        lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot), append=len(tokens)) - 1)
         counted += len(tokens)
         if counted >= LOOK_TOKENS:
             break
@@ -897,9 +889,9 @@ def inspect(folder, manifest):
     train = [shard for shard in manifest["shards"] if shard["split"] == "train"]
     first, last = (open_tokens(folder / shard["name"]) for shard in (train[0], train[-1]))
     for name, tokens in (("first", first[:10_000]), ("last", last[-10_000:])):
-        documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:]
+        documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:] or [tokens]
         for document in documents[:3] if name == "first" else documents[-3:]:
-            text = tokenizer.decode(document[1:])
+            text = tokenizer.decode(document[document != tokenizer.eot])
             print(f"--- {name}: {textwrap.shorten(text, 400)}")
 
 
@@ -924,21 +916,18 @@ def docstrings(library):
     The files are parsed, never imported; those that are no Python (templates, samples) are passed over.
     """
     left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "pydoc_data"}
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    found = []
+    documented, found = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, []
     for path in sorted(library.rglob("*.py")):
         place = path.relative_to(library)
         if left_out & set(place.parts):
             continue
-        try:
+        with contextlib.suppress(SyntaxError, ValueError):
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
-        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-        tree.body = [node for node in tree.body if node not in classes]
-        for part in (tree, *classes):
-            texts = [ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, documented)]
-            found.append((f"{place.as_posix()}:{getattr(part, 'name', '')}", "\n\n".join(filter(None, texts))))
+            classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+            tree.body = [node for node in tree.body if node not in classes]
+            for part in (tree, *classes):
+                texts = [ast.get_docstring(node) for node in ast.walk(part) if isinstance(node, documented)]
+                found.append((f"{place.as_posix()}:{getattr(part, 'name', '')}", "\n\n".join(filter(None, texts))))
     return [(name, text) for name, text in found if text]
 
 
@@ -971,6 +960,8 @@ def main(argv=None):
                 config = quickstart(config)
             code = prepare(config, folder)
         except OSError as error:
+            if isinstance(error, BrokenPipeError):  # of our own output, `| head`
+                raise
             raise PrepareError(f"{folder}: cannot be written ({error}); free it, or take another --data_dir") from error
         except KeyboardInterrupt:
             print("stopped; what is finished is kept: the same command goes on from there", file=sys.stderr)

@@ -552,6 +552,13 @@ def test_inspect_shows_counts_lengths_sources_and_texts(run, tmp_path):
         assert part in said, part
 
 
+def test_inspect_shows_a_dataset_of_one_long_document(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "long " * 30_000}))
+    assert run(tmp_path / "a.jsonl")[0] == 0
+    code, said = run("--inspect")
+    assert code == 0 and "30,001, 30,001" in said and "last: long long" in said
+
+
 def test_verify_compares_with_token_count(run, tmp_path):
     texts = some_texts(100)
     encode = load_tokenizer().reference.encode_ordinary
