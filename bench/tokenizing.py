@@ -31,7 +31,6 @@ import pyarrow.parquet as pq  # noqa: E402
 from shards import ShardWriter, read_manifest  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
-
 # ---- the ways ----------------------------------------------------------------------------------------------
 
 
@@ -79,10 +78,13 @@ def self_command(*arguments):
 
 
 def timed(command):
-    """Wall seconds of a command, from its start to its end."""
+    """(wall seconds, processor seconds of it and all its children) of a command, from its start to its end."""
     begun = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.perf_counter() - begun
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, command
+    return time.perf_counter() - begun, used.ru_utime + used.ru_stime
 
 
 def peak_of_workers(command):
@@ -127,7 +129,7 @@ def write_large(sources, path, size):
 
 
 def speeds(files, size, folder, rounds):
-    """{way: [MB/s of each round]}; the order of the ways is drawn anew in each round."""
+    """{way: [(MB a second, MB a processor second) of each round]}; their order is drawn anew in each round."""
     encoders = ["tiktoken", "fastokens"] if installed("fastokens") else ["tiktoken"]
     ways = {("reading alone", 1): self_command("read", *files)}
     for workers in (1, 2):
@@ -142,8 +144,8 @@ def speeds(files, size, folder, rounds):
             shutil.rmtree(folder / "ours", ignore_errors=True)
             shutil.rmtree(folder / "usual", ignore_errors=True)
             (folder / "usual").mkdir()
-            results[way].append(size / timed(ways[way]) / 1e6)
-            print(f"round {round_}: {way} {results[way][-1]:.1f} MB/s", file=sys.stderr)
+            results[way].append([size / seconds / 1e6 for seconds in timed(ways[way])])
+            print(f"round {round_}: {way} {results[way][-1]}", file=sys.stderr)
     return results
 
 
@@ -154,7 +156,7 @@ def kills(files, folder, count):
     def hashes(name):
         return [shard["sha256"] for shard in read_manifest(folder / name / "bench")["shards"]]
 
-    seconds = timed(prepare_command(files, folder / "whole", 2, "auto", *options))
+    seconds, _ = timed(prepare_command(files, folder / "whole", 2, "auto", *options))
     equal, moments, draw = 0, [], random.Random(0)
     for number in range(count):
         command = prepare_command(files, folder / f"kill{number}", 2, "auto", *options)
@@ -180,30 +182,33 @@ def installed(package):
 
 
 def report_speeds(results, files, size):
-    print(
-        f"\n{len(files)} files, {size / 1e6:.0f} MB of text, {len(next(iter(results.values())))} rounds; MB/s, median"
-    )
-    print("(smallest to largest).\n\n| way | 1 worker | 2 workers |\n|---|---|---|")
+    rounds = len(next(iter(results.values())))
+    print(f"\n{len(files)} files, {size / 1e6:.0f} MB of text, {rounds} rounds; median (smallest to largest).\n")
+    print("| way | MB/s, 1 worker | MB/s, 2 workers | MB a processor second, 2 workers |\n|---|---|---|---|")
     for name in dict.fromkeys(name for name, _ in results):
-        cells = []
-        for workers in (1, 2):
-            rates = results.get((name, workers))
-            cell = f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})" if rates else ""
-            cells.append(cell)
-        print(f"| {name} | {' | '.join(cells)} |")
-    usual = ("usual way, 1 document a task", 2)
-    print("\n| ratio, within each round | median | smallest to largest | wanted |\n|---|---|---|---|")
+        cells = [[rates[0] for rates in results.get((name, workers), [])] for workers in (1, 2)]
+        cells.append([rates[1] for rates in results.get((name, 2), results.get((name, 1)))])
+        print(f"| {name} | {' | '.join(map(spread, cells))} |")
+    print("\n| ratio, within each round | of seconds | of processor seconds | wanted |\n|---|---|---|---|")
+    usual, ours = "usual way, 1 document a task", "prepare.py, {}"
     for over, under, wanted in (
-        (("prepare.py, tiktoken", 2), usual, "1.25"),
-        (("prepare.py, tiktoken", 2), ("prepare.py, tiktoken", 1), "1.5"),
-        (("prepare.py, fastokens", 2), usual, "3"),
-        (("prepare.py, fastokens", 1), ("usual way, 1 document a task", 1), "3"),
-        (("prepare.py, tiktoken", 2), ("usual way, 16 documents a task", 2), ""),
+        ((ours.format("tiktoken"), 2), (usual, 2), "1.25"),
+        ((ours.format("tiktoken"), 2), (ours.format("tiktoken"), 1), "1.5 of seconds"),
+        ((ours.format("fastokens"), 2), (usual, 2), "3"),
+        ((ours.format("fastokens"), 1), (usual, 1), "3"),
+        ((ours.format("tiktoken"), 2), ("usual way, 16 documents a task", 2), ""),
+        ((ours.format("fastokens"), 2), ("usual way, 16 documents a task", 2), ""),
     ):
         if over in results:
-            ratios = [a / b for a, b in zip(results[over], results[under], strict=True)]
-            row = f"{over[0]}, {over[1]} workers / {under[0]}, {under[1]}"
-            print(f"| {row} | {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {wanted} |")
+            pairs = list(zip(results[over], results[under], strict=True))
+            cells = [spread([a[kind] / b[kind] for a, b in pairs], 2) for kind in (0, 1)]
+            print(f"| {over[0]}, {over[1]} workers / {under[0]}, {under[1]} | {' | '.join(cells)} | {wanted} |")
+
+
+def spread(rates, digits=1):
+    if not rates:
+        return ""
+    return f"{statistics.median(rates):.{digits}f} ({min(rates):.{digits}f} to {max(rates):.{digits}f})"
 
 
 def main():
@@ -216,9 +221,8 @@ def main():
     commit = subprocess.run(["git", "-C", ROOT, "log", "-1", "--format=%h"], capture_output=True, text=True).stdout
     libraries = ", ".join(f"{name} {installed(name)}" for name in ("tiktoken", "fastokens", "pyarrow", "numpy"))
     print("## Tokenising (bench/tokenizing.py)\n")
-    print(
-        f"Commit {commit.strip()}; {os.cpu_count()} cores of {processor()}; Python {platform.python_version()}, {libraries}."
-    )
+    print(f"Commit {commit.strip()}; {os.cpu_count()} cores, {processor()}; Python {platform.python_version()},")
+    print(f"{libraries}. Load by other work at the start: {os.getloadavg()[0]:.1f}.", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files, size = shuffled_copies(sources, folder / "in", 4, "copy")
@@ -234,9 +238,7 @@ def main():
                     peaks.append(peak_of_workers(prepare_command(inputs, folder / "ours", 2, encoder)))
                 print(f"| {encoder}, 2 workers | {peaks[0]} | {peaks[1]} ({peaks[1] / peaks[0]:.2f} times) |")
         equal, moments, shards = kills(sources, folder, 10)
-        print(
-            f"\nkill -9 at ten random moments, then run again: {equal} of 10 ended with the bytes of a run never stopped"
-        )
+        print(f"\nkill -9 at ten random moments, then run again: {equal} of 10 gave the bytes of a run never stopped")
         print(f"({shards} shards; finished units at the kill: {', '.join(map(str, moments))}).")
 
 
