@@ -26,6 +26,7 @@ from tqdm import tqdm
 import checkpoint
 import durable
 import plan
+import resume
 from configurator import ConfigError, describe, key, load_config, run_script
 from metrics import MetricsError, MetricsWriter, deviations, duration, log_line, start_wandb
 from model import GPT, GPTConfig, ModelError
@@ -123,6 +124,10 @@ class TrainConfig:
             )
         return found
 
+    def model_args(self):
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def step_sequences(self):
         return self.tokens_per_step // self.block_size or self.gradient_accumulation_steps * self.batch_size
@@ -209,86 +214,10 @@ def open_data(config):
     return train, val
 
 
-def model_args(config):
-    names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch")
-    return {name: getattr(config, name) for name in names}
-
-
-def identity(config, data):
-    """What makes a run that run: none of it may change when it is resumed (dropout apart)."""
-    return (
-        model_args(config)
-        | dict(seed=config.seed, tokens_per_step=config.step_tokens, optimizer=config.optimizer)
-        | data
-    )
-
-
-def data_identity(train_blocks, val_blocks):
-    return {
-        f"{name}_{what}": getattr(blocks, what)
-        for name, blocks in (("train", train_blocks), ("val", val_blocks))
-        for what in ("tokens", "fingerprint")
-    }
-
-
-def is_new(config):
-    """Whether out_dir gets a new run, rather than more of the one that is in it."""
-    return config.init_from == "scratch" or (config.init_from == "auto" and not checkpoint.candidates(config.out_dir))
-
-
-def load_saved(config, data, say):
-    """-> the checkpoint to go on from, or None for a new run. Refuses what would make another run of it."""
-    out_dir = Path(config.out_dir)
-    existing = checkpoint.candidates(out_dir)
-    if is_new(config):
-        if existing and not config.overwrite and not config.eval_only:
-            raise ConfigError(
-                f"{existing[0]} holds a run: --init_from=resume goes on with it, --overwrite=True replaces it, another "
-                "--out_dir keeps both"
-            )
-        if not config.resume_from:
-            return None
-        path, problems = Path(config.resume_from), []
-        saved = checkpoint.load(path)
-    else:
-        saved, path, problems = checkpoint.load_newest(out_dir)
-    for problem in problems:
-        say(f"{problem}; going on from {path.name} of step {saved['iter_num']} instead")
-    known = TrainConfig.__dataclass_fields__.keys()
-    old = TrainConfig(**{k: v for k, v in saved["config"].items() if k in known})
-    now, then = identity(config, data), identity(old, saved["data"])
-    differ = [k for k in now if now[k] != then[k] and k != "dropout" and not (config.allow_new_data and k in data)]
-    if differ:
-        values = ", ".join(f"{k}={now[k]!r} (checkpoint: {then[k]!r})" for k in differ)
-        purpose = "; --allow_new_data=True goes on with other data on purpose" if set(differ) & set(data) else ""
-        raise ConfigError(f"{path} cannot go on with {values}: give the checkpoint's values, or start anew{purpose}")
-    say_changes(old, config, saved["iter_num"], say)
-    if saved["data"] != data:
-        say(f"goes on with other data: {data['train_tokens']:,} tokens, {saved['data']['train_tokens']:,} before")
-        if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
-            saved["best_val_loss"] = math.inf
-    return saved
-
-
-def say_changes(old, config, step, say):
-    """Names what a resumed run does otherwise than before; loudly, where the learning rate jumps by it."""
-    unimportant = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only")
-    pairs = {k: (getattr(old, k), v) for k, v in asdict(config).items() if k not in unimportant}
-    changed = [f"{k} {a!r} -> {b!r}" for k, (a, b) in pairs.items() if a != b]
-    if changed:
-        say(f"resumed with other settings: {', '.join(changed)}")
-    before, after = plan.learning_rate(step, old), plan.learning_rate(step, config)
-    if not math.isclose(before, after, rel_tol=0.01):
-        say(
-            f"WARNING: with these settings the learning rate jumps from {before:.2e} to {after:.2e} at step {step}"
-            + (": the loss will rise with it at first" if after > before else "")
-        )
-
-
 def build(config, runtime, saved=None):
     """-> (model, optimizers, scaler) on the device, from the seed, or from the checkpoint `saved`."""
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**model_args(config)))
+    model = GPT(GPTConfig(**config.model_args()))
     model.activation_checkpointing = config.activation_checkpointing
     if saved:
         model.load_state_dict(saved["model"])
@@ -318,21 +247,23 @@ def start_run(config, stop=None):
     """-> Run: device, data, checkpoint, network, in the order in which a mistake costs the user least time."""
     runtime = start_runtime(config)
     train_blocks, val_blocks = open_data(config)
-    data = data_identity(train_blocks, val_blocks)
-    saved = load_saved(config, data, runtime.say)
+    data = resume.data_identity(train_blocks, val_blocks)
+    saved = resume.load_saved(config, data, runtime.say)
     runtime.require_same(step=saved and saved["iter_num"], **data)
     model, optimizers, scaler = build(config, runtime, saved)
     progress = Progress.restore(saved) if saved else Progress()
     describe_run(model, train_blocks, val_blocks, config, runtime)
     if runtime.rank == 0 and not config.eval_only:
         steps = config.max_iters - progress.step
-        checkpoint.check_room(config.out_dir, model.num_params(), steps, config.keep_every, resumed=not is_new(config))
+        checkpoint.check_room(
+            config.out_dir, model.num_params(), steps, config.keep_every, resumed=not resume.is_new(config)
+        )
     batch_size, micro_steps = split_step(model, config, runtime, progress)
     compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
     held = (train_blocks, val_blocks, model, compiled, optimizers, scaler, progress, batch_size, micro_steps)
     run = Run(config, runtime, stop or Stop(), *held)
     if runtime.rank == 0 and not config.eval_only:
-        new = is_new(config)
+        new = resume.is_new(config)
         if new:
             checkpoint.remove_all(config.out_dir)  # overwrite=True
         run.saver = checkpoint.Saver(config.out_dir, config.keep_every)
@@ -584,7 +515,7 @@ def save(run, names=()):
         model=run.model.state_dict(), optimizer=run.optimizers[-1].state_dict(), scaler=run.scaler.state_dict()
     )
     state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
-    state |= dict(data=data_identity(run.train_blocks, run.val_blocks))
+    state |= dict(data=resume.data_identity(run.train_blocks, run.val_blocks))
     if len(run.optimizers) > 1:
         state["muon"] = run.optimizers[0].state_dict()
     run.saver.save(state, names)

@@ -209,7 +209,7 @@ def scaling(folder, device):
             tokens = network["batch_size"] * network["block_size"] * network["gradient_accumulation_steps"]
             with torch.device("meta"):
                 config = config_of(network, dtype, False, folder)
-                gflop = tokens * train.GPT(train.GPTConfig(**train.model_args(config))).flops_per_token() / 1e9
+                gflop = tokens * train.GPT(train.GPTConfig(**config.model_args())).flops_per_token() / 1e9
             print(f"| {name} | {value} | {row['ms']:.0f} | {gflop:.1f} | {row['ms'] / gflop:.2f} |", flush=True)
 
 

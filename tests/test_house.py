@@ -19,8 +19,10 @@ MAY_IMPORT = {
     "durable": set(),
     "runtime": {"plan"},
     "checkpoint": {"model", "durable"},
+    "resume": {"checkpoint", "plan", "configurator"},
     "prepare": {"configurator", "shards", "tokenizer", "durable"},
-    "train": {"configurator", "model", "shards", "checkpoint", "plan", "tokenizer", "metrics", "runtime", "durable"},
+    "train": {"configurator", "model", "checkpoint", "resume", "plan", "metrics", "runtime", "durable", "shards"},
+    "convert": {"configurator", "checkpoint", "model", "tokenizer", "durable"},
     "sample": {"configurator", "checkpoint", "tokenizer", "runtime"},
 }
 SCRIPTS = ("prepare", "train", "sample")
