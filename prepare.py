@@ -444,17 +444,22 @@ def make_plan(found, config, folder):
     """The plan: settings, sources, units. It only grows, at its end: numbers once given stay. Raises PrepareError."""
     path = folder / ".prepare" / "plan.json"
     settings = {name: getattr(config, name) for name in ("text_column", "val_fraction", "shard_tokens")}
-    plan = {"settings": settings, "sources": [], "units": []}
-    if path.exists():
-        plan = json.loads(path.read_text(encoding="utf-8"))
-    problems = [
-        f"{name}: {folder} was begun with {plan['settings'][name]!r}, not {value!r}; keep it, or name a new dataset"
-        for name, value in settings.items()
-        if plan["settings"][name] != value
-    ]
-    before = json.dumps(plan)
+    plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"sources": [], "units": []}
+    before, problems = json.dumps(plan), []
+    for name, value in settings.items():
+        known = plan.setdefault("settings", settings)[name]
+        if value != known and (config.inputs or value != getattr(PrepareConfig, name)):
+            remedy = "keep it, or name a new dataset"
+            problems.append(f"{name}: {folder} was begun with {known!r}, not {value!r}; {remedy}")
+    ids, paths = {known["id"]: known for known in plan["sources"]}, {known["path"] for known in plan["sources"]}
     for source, units in found:
-        problems += add_source(plan, source, units)
+        if source["id"] in ids:
+            ids[source["id"]]["path"] = source["path"]  # it may have been moved
+        elif source["path"] in paths:
+            problems.append(f"{source['path']}: has changed since this dataset was begun; name a new dataset")
+        else:
+            plan["units"] += [{"source": len(plan["sources"]), **unit} for unit in units]
+            plan["sources"].append(source)
     if not plan["units"]:
         problems.append(f"{folder}: nothing to prepare; name files with rows in them")
     if problems:
@@ -462,19 +467,6 @@ def make_plan(found, config, folder):
     if json.dumps(plan) != before:
         write_json(path, plan)
     return plan
-
-
-def add_source(plan, source, units):
-    """Appends a source to the plan, if it is new there; returns the problem that it makes."""
-    for known in plan["sources"]:
-        if known["id"] == source["id"]:
-            known["path"] = source["path"]  # it may have been moved
-            return []
-        if known["path"] == source["path"]:
-            return [f"{source['path']}: has changed since this dataset was begun; name a new dataset"]
-    plan["sources"].append(source)
-    plan["units"] += [{"source": len(plan["sources"]) - 1, **unit} for unit in units]
-    return []
 
 
 def read_records(plan, owned, folder):

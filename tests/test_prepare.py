@@ -263,6 +263,11 @@ def test_settings_of_a_dataset_cannot_change(run, tmp_path):
         run(path, "--val_fraction=0.2", "--shard_tokens=5000")
     lines = str(error.value).splitlines()
     assert len(lines) == 2 and "begun with 0.1, not 0.2" in lines[0] and "100000000, not 5000" in lines[1]
+    with pytest.raises(PrepareError, match=r"begun with 0\.1, not 0\.005"):
+        run(path)
+    assert "nothing to do" in run()[1]  # without inputs, what was not said again holds
+    with pytest.raises(PrepareError, match=r"begun with 0\.1, not 0\.3"):
+        run("--val_fraction=0.3")
 
 
 def minimal_prefix(texts, group, most):
@@ -329,9 +334,9 @@ def test_tasks_and_a_merge_make_what_one_run_makes(run, tmp_path):
         assert code == 0 and "--merge" in said
     assert not (tmp_path / "data/docs/manifest.json").exists()
     with pytest.raises(PrepareError, match=r"units \[2, 5, .* are not done"):
-        run("--merge", *options[1:])
+        run("--merge")
     assert run(*options, "--task=3/3")[0] == 0
-    assert run("--merge", *options[1:])[0] == 0
+    assert run("--merge")[0] == 0
     assert run(*options, dataset="whole")[0] == 0
     assert files_of(tmp_path / "data/docs") == files_of(tmp_path / "data/whole")
 
