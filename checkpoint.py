@@ -226,8 +226,8 @@ class Saver:
 
 
 def check_room(out_dir, parameters, steps, keep_every, resumed):
-    """Raises CheckpointError if the checkpoints of a run will not fit: weights and two moments in float32, four files
-    at once (a new one while latest, previous and best stand) and those kept for good.
+    """Raises CheckpointError if the checkpoints of a run will not fit: weights and two moments in float32, five files
+    at once (a new one while latest, previous, best and before_decay stand) and those kept for good.
 
     The ones that are there make room, but for those kept for good; two names of a file are one file.
     """
@@ -235,7 +235,7 @@ def check_room(out_dir, parameters, steps, keep_every, resumed):
     kept = {path.stat().st_ino for path in out_dir.glob(STEP.replace("{:09d}", "*"))} if resumed else ()
     old = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}
     free = shutil.disk_usage(out_dir).free + sum(size for inode, size in old.items() if inode not in kept)
-    need = (12 * parameters + 2**20) * (4 + (steps // keep_every if keep_every else 0))
+    need = (12 * parameters + 2**20) * (5 + (steps // keep_every if keep_every else 0))
     if need > free:
         raise CheckpointError(
             f"out_dir={out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are free: "

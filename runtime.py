@@ -43,6 +43,13 @@ class Runtime:
         if self.rank == 0:
             print(text, flush=True)
 
+    def largest(self, number):
+        """The largest of a whole number over the processes."""
+        if self.world_size > 1:
+            number = torch.tensor(number, device=self.device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
     def require_same(self, **seen):
         """Raises DeviceError if the processes do not see the same: two machines without a shared folder, say."""
         if self.world_size == 1:
@@ -53,8 +60,8 @@ class Runtime:
             for key in seen:
                 if other[key] != others[0][key]:
                     raise DeviceError(
-                        f"process {rank} has {key}={other[key]!r}, process 0 {others[0][key]!r}: all need the same files in "
-                        "data_dir and out_dir, by a shared folder or by copies"
+                        f"process {rank} has {key}={other[key]!r}, process 0 {others[0][key]!r}: all need the same files "
+                        "in data_dir and out_dir, by a shared folder or by copies"
                     )
 
 
@@ -154,8 +161,9 @@ def find_batch_size(model, sequences, block_size, runtime):
         free, _ = torch.cuda.mem_get_info(runtime.device)
         budget = 0.92 * (free + torch.cuda.memory_reserved(runtime.device))
         fits = largest_that_fits(fits, lambda n: peak_bytes(model, n, block_size, runtime), budget)
-    runtime.say(f"found batch_size={fits[-1]} for {sequences} sequences a step")
-    return fits[-1]
+    batch_size = -runtime.largest(-fits[-1])  # the smallest of all cards
+    runtime.say(f"found batch_size={batch_size} for {sequences} sequences a step")
+    return batch_size
 
 
 def largest_that_fits(sizes, measure, budget):
@@ -242,7 +250,7 @@ def compile_model(model, shape, wanted, runtime):
             compiled = model
         model.zero_grad(set_to_none=True)
     if runtime.world_size > 1:
-        compiled = DistributedDataParallel(compiled, broadcast_buffers=False)
+        compiled = DistributedDataParallel(compiled)
     return compiled
 
 

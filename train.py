@@ -192,7 +192,7 @@ class Run:
 
 
 class Stopped(Exception):
-    """Raised inside an evaluation when the run is to stop."""
+    """Raised inside an evaluation when the run is to stop; its argument is the wish."""
 
 
 # ---- the start of a run: data, checkpoint, network
@@ -287,7 +287,7 @@ def split_step(model, config, runtime, progress):
 def start_metrics(run, new, data):
     config, progress, wandb_run = run.config, run.progress, None
     if config.wandb_log:
-        progress.wandb_id = progress.wandb_id or secrets.token_hex(4)
+        progress.wandb_id = (not new and progress.wandb_id) or secrets.token_hex(4)
         name = config.wandb_run_name or Path(config.out_dir).name
         wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
         if reason:
@@ -407,22 +407,18 @@ def sequence_losses(run, blocks, tokens):
     runtime, batch_size = run.runtime, run.batch_size
     n = max(1, min(blocks.blocks, tokens // blocks.block_size))
     windows = np.arange(n) * blocks.blocks // n
-    mine = np.arange(runtime.rank, n, runtime.world_size)
     losses = torch.zeros(n, device=runtime.device)
-    bar = tqdm(
-        total=len(mine), desc=f"evaluating {blocks.split}", delay=5, leave=False, disable=runtime.rank > 0 or None
-    )
-    for i in range(0, len(mine), batch_size):
-        if runtime.world_size == 1 and run.wish():
-            raise Stopped
-        batch = mine[i : i + batch_size]
-        padded = np.resize(batch, batch_size)  # one shape, one compilation
+    rounds = range(runtime.rank * batch_size, n + runtime.rank * batch_size, runtime.world_size * batch_size)
+    silent = runtime.rank > 0 or None
+    for first in tqdm(rounds, desc=f"evaluating {blocks.split}", delay=5, leave=False, disable=silent):
+        if wish := runtime.largest(run.wish()):
+            raise Stopped(wish)
+        batch = np.arange(first, min(first + batch_size, n))
+        padded = np.resize(batch if len(batch) else 0, batch_size)  # one shape, one compilation
         tokens = torch.from_numpy(blocks.rows(windows[padded])).to(runtime.device).to(torch.int64)
         with runtime.autocast():
             loss = run.compiled(tokens[:, :-1], tokens[:, 1:], reduction="none")  # (B, T)
-        losses[torch.from_numpy(batch).to(runtime.device)] = loss.mean(1)[: len(batch)]
-        bar.update(len(batch))
-    bar.close()
+        losses[first : first + batch_size] = loss.mean(1)[: len(batch)]
     if runtime.world_size > 1:
         dist.all_reduce(losses)
     return losses.cpu().double().numpy()  # (an Apple GPU has no float64)
@@ -538,8 +534,8 @@ def train(config, stop):
     while not wish:
         try:
             evaluate_and_save(run)
-        except Stopped:
-            wish = run.wish()
+        except Stopped as stopped:
+            wish = stopped.args[0]
         if wish or progress.step >= config.max_iters:
             break
         began = time.perf_counter()
