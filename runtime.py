@@ -60,8 +60,8 @@ class Runtime:
             for key in seen:
                 if other[key] != others[0][key]:
                     raise DeviceError(
-                        f"process {rank} has {key}={other[key]!r}, process 0 {others[0][key]!r}: all need the same files "
-                        "in data_dir and out_dir, by a shared folder or by copies"
+                        f"process {rank} has {key}={other[key]!r}, process 0 {others[0][key]!r}: all need the same "
+                        "files in data_dir and out_dir, by a shared folder or by copies"
                     )
 
 
