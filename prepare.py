@@ -55,7 +55,7 @@ from tokenizer import TokenizerError, check_parity, load_tokenizer, mend, pieces
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
 BYTES_PER_TOKEN = 4.67  # FineWeb's; turns shard_tokens into bytes of text, which is what a footer knows
-BATCH_BYTES = 4 << 20  # of text, about, that a worker holds at a time
+BATCH_BYTES = 1 << 20  # of text, about, that a worker holds at a time
 TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after so many bytes
 LOOK_TOKENS = 50_000_000  # that --inspect reads
 HUB_TRIES = 5  # on top of those that huggingface_hub itself makes

@@ -215,6 +215,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="+", help="a folder of parquet files with a text column")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--copies", type=int, default=4, help="files to make of the rows, each in another order")
     parser.add_argument("--large", type=float, default=2.0, help="GB of the large parquet file")
     arguments = parser.parse_args()
     sources = [path for source in arguments.sources for path in sorted(Path(source).glob("*.parquet"))]
@@ -225,7 +226,7 @@ def main():
     print(f"{libraries}. Load by other work at the start: {os.getloadavg()[0]:.1f}.", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files, size = shuffled_copies(sources, folder / "in", 4, "copy")
+        files, size = shuffled_copies(sources, folder / "in", arguments.copies, "copy")
         report_speeds(speeds(files, size, folder, arguments.rounds), files, size)
 
         print("\n| peak memory of a worker, MB | the sources | one file of", f"{arguments.large:g} GB |\n|---|---|---|")
