@@ -708,7 +708,7 @@ def do_missing(plan, records, owned, config, folder):
         remedy = "run their tasks, or leave out --merge"
         raise PrepareError(f"{folder}: units {missing[:9]} of {len(owned)} are not done; {remedy}")
     there = read_manifest(folder)
-    if there and 0 < config.max_tokens < min(there["tokens"], there["settings"]["max_tokens"] or math.inf):
+    if there and 0 < config.max_tokens < min(there["tokens"], there["settings"].get("max_tokens") or math.inf):
         remedy = "leave it out, or name a new dataset"
         raise PrepareError(f"max_tokens: {folder} holds {there['tokens']:,} tokens already; {remedy}")
     texts = first_texts(plan, todo[0][0])
