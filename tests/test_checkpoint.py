@@ -283,7 +283,7 @@ def test_a_failed_save_is_said_at_the_next_call(tmp_path):
         saver.save(some_state(3))
         saver.thread.shutdown()
         with pytest.raises(CheckpointError, match="No such file or directory"):
-            getattr(saver, call)(*(some_state(4), False) * (call == "save"))
+            getattr(saver, call)(*(some_state(4),) * (call == "save"))
 
 
 def test_names_that_cannot_be_given_are_said(tmp_path, monkeypatch):
@@ -299,19 +299,19 @@ def test_names_that_cannot_be_given_are_said(tmp_path, monkeypatch):
     assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 2  # whole, under the name of an unfinished save
 
 
-def test_room_for_four_checkpoints_and_those_kept_is_asked_for_before_the_run(small_disk):
-    folder = small_disk(5 << 20)
+def test_room_for_the_checkpoints_and_those_kept_is_asked_for_before_the_run(small_disk):
+    folder = small_disk(6 << 20)
     checkpoint.check_room(folder, 10_000, steps=100, keep_every=0, resumed=False)
-    need = 6 * (12 * 10_000 + 2**20)  # latest, previous, best, a new one, and two to keep
-    with pytest.raises(CheckpointError, match=rf"need {need:,} bytes at their most, 5,242,880 are free.*--keep_every"):
+    need = 7 * (12 * 10_000 + 2**20)  # latest, previous, best, before_decay, a new one, and two to keep
+    with pytest.raises(CheckpointError, match=rf"need {need:,} bytes at their most, 6,291,456 are free.*--keep_every"):
         checkpoint.check_room(folder, 10_000, steps=100, keep_every=50, resumed=False)
     (folder / "ckpt.pt").write_bytes(bytes(2 << 20))
     os.link(folder / "ckpt.pt", folder / "ckpt_best.pt")
     checkpoint.check_room(folder, 10_000, steps=100, keep_every=0, resumed=True)  # they will be replaced
-    with pytest.raises(CheckpointError, match=r"5,242,880 are free"):  # two names of one file make its room once
+    with pytest.raises(CheckpointError, match=r"6,291,456 are free"):  # two names of one file make its room once
         checkpoint.check_room(folder, 50_000, steps=100, keep_every=0, resumed=False)
     os.link(folder / "ckpt.pt", folder / "ckpt_step_000000100.pt")
-    with pytest.raises(CheckpointError, match=r"3,145,728 are free"):  # kept for good
+    with pytest.raises(CheckpointError, match=r"4,194,304 are free"):  # kept for good
         checkpoint.check_room(folder, 10_000, steps=100, keep_every=0, resumed=True)
     checkpoint.check_room(folder, 10_000, steps=100, keep_every=0, resumed=False)
 

@@ -157,10 +157,10 @@ def assert_same_run(a, b):
 
 
 def test_killed_at_random_moments_and_resumed_it_is_the_run_that_never_stopped(flags, start, tmp_path):
-    keys = dict(max_iters=100, lr_decay_iters=100, eval_interval=7)
+    keys = dict(max_iters=70, lr_decay_iters=70, eval_interval=7)
     train.main(flags("whole", **keys))
     draw = random.Random(0)
-    for kill in range(4):
+    for kill in range(3):
         training = start(flags("killed", **keys))
         for _ in range(draw.randint(1, 12)):
             training.wait_for("^step")
@@ -351,7 +351,8 @@ def test_of_200_flipped_bits_in_a_shard_none_crashes_the_training(flags, start, 
     folder = tmp_path / "small"
     make_dataset(folder, np.arange(600) % 96, np.arange(100) % 96)
     keys = dict(data_dir=tmp_path, dataset="small", overwrite=True, init_from="scratch", max_iters=5, eval_interval=9)
-    keys |= dict(n_layer=1, n_embd=8, eval_tokens=16, log_interval=9)  # 5 steps of 8 windows, of which there are 37
+    keys |= dict(n_layer=1, n_embd=8, eval_tokens=16, log_interval=9)
+    keys |= dict(batch_size=8, gradient_accumulation_steps=1)  # 5 steps see 40 windows, of which there are 37
     training = start(flags(**keys), script=("-c", FLIPS, folder / "train_000000.bin"))
     code, said = training.end()
     refused, trained = map(int, re.search(r"refused (\d+) trained (\d+)", said).groups())
