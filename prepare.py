@@ -25,7 +25,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import sysconfig
 import textwrap
@@ -39,6 +38,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
+from durable import OwnedError, owned, replacing
 from shards import (
     MANIFEST,
     ShardError,
@@ -469,10 +469,10 @@ def make_plan(found, config, folder):
     return plan
 
 
-def read_records(plan, owned, folder):
+def read_records(plan, mine, folder):
     """{unit: record} of the finished units whose shards are there in their full size."""
     records = {}
-    for number in owned:
+    for number in mine:
         try:
             record = json.loads(unit_record(folder, number).read_text(encoding="utf-8"))
             for shard in record["shards"]:
@@ -486,15 +486,15 @@ def read_records(plan, owned, folder):
     return records
 
 
-def next_units(plan, records, owned, running, failed, max_tokens):
-    """[(unit, limit)] of the owned units that can start now, in order; limit 0 is no limit.
+def next_units(plan, records, mine, running, failed, max_tokens):
+    """[(unit, limit)] of our units that can start now, in order; limit 0 is no limit.
 
     With max_tokens, a unit starts when all before it are done, so that its limit is exact, or without a limit
     when it is surely needed whole (even if half as many tokens again came out as are expected). A record that was
     made by another limit than turns out right is not taken: the result is the same with any number of workers.
     """
     ready, before, exact = [], 0, True
-    for number in owned:
+    for number in mine:
         limit = (max_tokens or math.inf) - before
         record, most = records.get(number), 1.5 * plan["units"][number]["bytes"] / BYTES_PER_TOKEN
         if limit <= 0:
@@ -541,16 +541,16 @@ def work(connection, encoder, threads):
                 send("failed", str(error))
 
 
-def run_units(plan, records, owned, config, folder, encoder):
-    """Prepares the owned units that have no record, and puts theirs into `records`; returns {unit: why it failed}.
+def run_units(plan, records, mine, config, folder, encoder):
+    """Prepares our units that have no record, and puts theirs into `records`; returns {unit: why it failed}.
 
     Raises ShardError if the output cannot be written, PrepareError if a worker process dies. Then, and on Ctrl-C,
     no worker and no temporary file is left.
     """
     failed, jobs, tokens, started = {}, {}, 0, time.monotonic()  # jobs: {connection: job}
-    todo = next_units(plan, records, owned, (), failed, config.max_tokens)
+    todo = next_units(plan, records, mine, (), failed, config.max_tokens)
     pool = start_workers(min(config.workers or cores(), len(todo)), encoder)  # {connection: process}
-    bar = tqdm(total=expected_bytes(plan, records, owned, config), unit="B", unit_scale=True, disable=None)
+    bar = tqdm(total=expected_bytes(plan, records, mine, config), unit="B", unit_scale=True, disable=None)
     try:
         while todo or jobs:
             for connection in [c for c in pool if c not in jobs][: len(todo)]:
@@ -572,7 +572,7 @@ def run_units(plan, records, owned, config, folder, encoder):
                 else:
                     records[number] = content
                 running = [job["number"] for job in jobs.values()]
-                todo = next_units(plan, records, owned, running, failed, config.max_tokens)
+                todo = next_units(plan, records, mine, running, failed, config.max_tokens)
     except (EOFError, ConnectionError) as error:
         pool[connection].join()
         raise PrepareError(
@@ -584,7 +584,7 @@ def run_units(plan, records, owned, config, folder, encoder):
         for process in pool.values():
             process.terminate()
             process.join()
-        remove_leftovers(folder, owned, plan)
+        remove_leftovers(folder, mine, plan)
     return failed
 
 
@@ -612,55 +612,34 @@ def make_job(plan, number, limit, folder):
     return plan["settings"] | job | {"path": plan["sources"][unit["source"]]["path"]}
 
 
-def expected_bytes(plan, records, owned, config):
+def expected_bytes(plan, records, mine, config):
     """Bytes of text that are still to be read, about."""
-    missing = sum(plan["units"][number]["bytes"] for number in owned if number not in records)
+    missing = sum(plan["units"][number]["bytes"] for number in mine if number not in records)
     if not config.max_tokens:
         return missing
     done = sum(record["tokens"] for record in records.values())
     return min(missing, int(max(0, config.max_tokens - done) * BYTES_PER_TOKEN))
 
 
-def remove_leftovers(folder, owned, plan):
-    """Removes the temporary files of the owned units, and if these are all, of the dataset."""
+def remove_leftovers(folder, mine, plan):
+    """Removes the temporary files of our units, and if these are all, of the dataset."""
     for path in [*folder.glob("*.tmp"), *folder.glob(".prepare/*.tmp")]:
         number = re.search(r"_(\d{6,})\.", path.name)
-        if int(number[1]) in owned if number else len(owned) == len(plan["units"]):
+        if int(number[1]) in mine if number else len(mine) == len(plan["units"]):
             path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def lock(path, planning=False):
-    """Holds a lock that dies with this process. Raises PrepareError naming who has it, unless both only plan."""
+def own(locks, path, what, patience=0.0):
+    """Owns a lock file as long as `locks` is open; waits `patience` seconds for others that only plan."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+", buffering=0) as file:
-        patience = time.monotonic() + 2 * planning
-        while not try_lock(file):
-            file.seek(0)
-            holder = file.read().decode() or "another process"
-            if time.monotonic() > patience and not (planning and holder.endswith("planning")):
-                raise PrepareError(f"{path.parent.parent}: {holder} is preparing it; wait, or stop that one")
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return locks.enter_context(owned(path, what))
+        except OwnedError:
+            if time.monotonic() > end:
+                raise
             time.sleep(0.1)
-        file.truncate(0)
-        with contextlib.suppress(OSError):  # a full disk: then nobody learns our name
-            file.write(f"process {os.getpid()} on {socket.gethostname()}{', planning' * planning}".encode())
-        yield
-
-
-def try_lock(file):
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(1 << 20)  # beyond the text, which others must be able to read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
@@ -675,38 +654,38 @@ def prepare(config, folder):
     task, tasks = map(int, config.task.split("/")) if config.task else (1, 1)
     with contextlib.ExitStack() as locks:
         if config.task:
-            locks.enter_context(lock(state / f"task_{task}_of_{tasks}.lock"))
-            with lock(state / "all.lock", planning=True):
+            own(locks, state / f"task_{task}_of_{tasks}.lock", f"task {config.task} of {folder}")
+            with contextlib.ExitStack() as planning:
+                own(planning, state / "all.lock", str(folder), patience=5.0)
                 plan = make_plan(found, config, folder)
         else:
-            locks.enter_context(lock(state / "all.lock"))
-            for path in state.glob("task_*.lock"):
-                locks.enter_context(lock(path))
+            for path in (state / "all.lock", *state.glob("task_*.lock")):
+                own(locks, path, f"{folder} ({path.name})")
             plan = make_plan(found, config, folder)
-        owned = range(task - 1, len(plan["units"]), tasks)
-        remove_leftovers(folder, owned, plan)
+        mine = range(task - 1, len(plan["units"]), tasks)
+        remove_leftovers(folder, mine, plan)
         for problem in damaged:
             print(f"  left out: {problem}", file=sys.stderr)
-        records = read_records(plan, owned, folder)
-        failed = do_missing(plan, records, owned, config, folder)
+        records = read_records(plan, mine, folder)
+        failed = do_missing(plan, records, mine, config, folder)
         if config.task:
             tokens = sum(record["tokens"] for record in records.values())
-            print(f"task {config.task}: {len(records)} of {len(owned)} units are done, {tokens:,} tokens")
+            print(f"task {config.task}: {len(records)} of {len(mine)} units are done, {tokens:,} tokens")
             print(f"when all tasks are done: python prepare.py --merge --dataset={config.dataset}")
         else:
             finish(plan, records, config, folder, failed, time.monotonic() - started)
     return 1 if failed or damaged else 0
 
 
-def do_missing(plan, records, owned, config, folder):
+def do_missing(plan, records, mine, config, folder):
     """Announces and runs what has no record yet; returns {unit: why it failed}. Raises PrepareError if it cannot."""
-    todo = next_units(plan, records, owned, (), {}, config.max_tokens)
+    todo = next_units(plan, records, mine, (), {}, config.max_tokens)
     if not todo:
         return {}
     if config.merge:
-        missing = [number for number in owned if number not in records]
+        missing = [number for number in mine if number not in records]
         remedy = "run their tasks, or leave out --merge"
-        raise PrepareError(f"{folder}: units {missing[:9]} of {len(owned)} are not done; {remedy}")
+        raise PrepareError(f"{folder}: units {missing[:9]} of {len(mine)} are not done; {remedy}")
     there = read_manifest(folder)
     if there and 0 < config.max_tokens < min(there["tokens"], there["settings"].get("max_tokens") or math.inf):
         remedy = "leave it out, or name a new dataset"
@@ -715,15 +694,15 @@ def do_missing(plan, records, owned, config, folder):
     encoder = choose_encoder(config, texts)
     tokens = sum(map(len, encode_texts(load_tokenizer(), texts)))
     bytes_per_token = sum(len(text.encode()) for text in texts) / tokens if tokens else BYTES_PER_TOKEN
-    size, free = expected_bytes(plan, records, owned, config), shutil.disk_usage(folder).free
+    size, free = expected_bytes(plan, records, mine, config), shutil.disk_usage(folder).free
     need = int(2 * size / bytes_per_token)
-    print(f"{folder}: {len(owned)} units of {len(plan['sources'])} files, {len(records)} of them done already")
+    print(f"{folder}: {len(mine)} units of {len(plan['sources'])} files, {len(records)} of them done already")
     print(f"  to do: {size / 1e6:,.1f} MB of text, about {need / 2e6:,.1f}M tokens; {encoder}")
     print(f"  disk:  {need / 1e6:,.1f} MB, of {free / 1e6:,.1f} MB that are free")
     if need > free:
         remedy = "free some, or take another --data_dir, or fewer tokens by --max_tokens"
         raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
-    return run_units(plan, records, owned, config, folder, encoder)
+    return run_units(plan, records, mine, config, folder, encoder)
 
 
 def choose_encoder(config, texts):
@@ -932,9 +911,8 @@ def write_fineweb(path, texts):
         for name, text in texts
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows), temporary, row_group_size=1000)
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=1000)
 
 
 def main(argv=None):
@@ -963,4 +941,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_script(main, PrepareError, ShardError, TokenizerError)
+    run_script(main, PrepareError, ShardError, TokenizerError, OwnedError)

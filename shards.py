@@ -17,12 +17,12 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import secrets
 from pathlib import Path
 
 import numpy as np
+
+from durable import replacing
 
 MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801  # llm.c's files of Llama 3 tokens: uint32
@@ -47,16 +47,15 @@ class ShardWriter:
     """
 
     def __init__(self, path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.{secrets.token_hex(4)}.tmp")
+        self.path, self.opened = Path(path), contextlib.ExitStack()
         self.tokens, self.sha256 = 0, None
 
     def __enter__(self):
         try:
-            self.file = open(self.temporary, "w+b")
-            self.file.write(bytes(HEADER_BYTES))
+            self.file = self.opened.enter_context(replacing(self.path))
         except OSError as error:
             raise self.refused(error) from error
+        self.file.write(bytes(HEADER_BYTES))
         return self
 
     def write(self, ids):
@@ -67,37 +66,22 @@ class ShardWriter:
             raise self.refused(error) from error
         self.tokens += len(ids)
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, *raised):
+        if raised[0] is not None:
+            return self.opened.__exit__(*raised)
         try:
-            if kind is None:
-                self.finish()
-        except OSError as failure:
-            raise self.refused(failure) from failure
-        finally:
-            drop(self.file, self.temporary)
-
-    def finish(self):
-        self.file.seek(0)
-        self.file.write(np.array([MAGIC, VERSION, self.tokens], dtype="<i4").data)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.seek(0)
-        self.sha256 = hash_file(self.file)
-        self.file.close()
-        os.replace(self.temporary, self.path)
-        sync_folder(self.path.parent)
+            with self.opened:
+                self.file.seek(0)
+                self.file.write(np.array([MAGIC, VERSION, self.tokens], dtype="<i4").data)
+                self.file.seek(0)
+                self.sha256 = hash_file(self.file)
+        except OSError as error:
+            raise self.refused(error) from error
 
     def refused(self, error):
         reached = HEADER_BYTES + 2 * self.tokens
         remedy = "make room and run it again: what is finished is kept"
         return ShardError(f"{self.path}: could not be written past {reached:,} bytes ({error.strerror}); {remedy}")
-
-
-def drop(file, path):
-    """Closes and removes a temporary file, if it is still there."""
-    with contextlib.suppress(OSError):  # closing flushes: the full disk that brought us here fails it again
-        file.close()
-    path.unlink(missing_ok=True)
 
 
 def hash_file(file):
@@ -106,16 +90,6 @@ def hash_file(file):
     while chunk := file.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync_folder(folder):
-    """Makes a rename in this folder outlast a power cut (Windows has no such call and needs none)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def layout(path):
@@ -185,19 +159,11 @@ def check_shard(path, entry, tokenizer):
 
 def write_json(path, content):
     """Writes JSON whole or not at all. Raises ShardError for what the system refuses to write."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with replacing(path) as file:
+            file.write(json.dumps(content, indent=1).encode())
     except OSError as error:
         raise ShardError(f"{path}: could not be written ({error.strerror}); make room and run it again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_manifest(folder, manifest):

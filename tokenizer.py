@@ -12,6 +12,7 @@ and a million spaces cost no more than a million letters.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from pathlib import Path
@@ -73,12 +74,16 @@ class Tokenizer:
     name, n_vocab, eot, sha256 = "gpt2", 50257, 50256, VOCABULARY_SHA256
 
     def __init__(self, content, encoder):
-        pairs = (line.split() for line in content.splitlines())
+        self.content, self.encoder = content, encoder
+        self.fast = fast_encoding() if encoder == "fastokens" else None
+
+    @functools.cached_property
+    def reference(self):
+        """tiktoken's Encoding; fastokens needs it for decoding only."""
+        pairs = (line.split() for line in self.content.splitlines())
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-        self.reference = tiktoken.Encoding(
-            self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={ENDOFTEXT: self.eot}
-        )
-        self.encoder, self.fast = encoder, fast_encoding() if encoder == "fastokens" else None
+        special = {ENDOFTEXT: self.eot}
+        return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text):
         """str -> uint16 (n,). Lone surrogates, which no UTF-8 can hold, are taken as U+FFFD."""

@@ -148,14 +148,14 @@ def test_killed_at_each_step_of_writing_a_unit(start, run, tmp_path, call, numbe
     folder = tmp_path / "data/docs"
     options = f"data_dir={str(tmp_path / 'data')!r}, dataset='docs', val_fraction=0.3, shard_tokens=3000"
     code = f"""if True:
-        import os, pathlib, prepare, tokenizer
+        import durable, os, pathlib, prepare, tokenizer
         real, calls = {call}, []
         def deadly(*arguments):
             calls.append(arguments)
             if len(calls) == {number}:
                 os.kill(os.getpid(), 9)
             return real(*arguments)
-        prepare.sync_folder = __import__("shards").sync_folder = lambda folder: None
+        durable.sync_folder = lambda folder: None
         {call} = deadly
         folder = pathlib.Path({str(folder)!r})
         (folder / ".prepare").mkdir(parents=True)
@@ -268,8 +268,8 @@ def holder(tmp_path):
 
     def hold(name):
         path = str(tmp_path / "data/docs/.prepare" / name)
-        code = "import pathlib, time, prepare\n"
-        code += f"with prepare.lock(pathlib.Path({path!r})): print(1, flush=True); time.sleep(99)"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        code = f"import time, durable\nwith durable.owned({path!r}, ''): print(1, flush=True); time.sleep(99)"
         processes.append(subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE))
         processes[-1].stdout.readline()
         return processes[-1]
