@@ -4,11 +4,13 @@
 """
 
 import os
+import secrets
 import shutil
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -128,8 +130,32 @@ def start_runtime(config):
         peak_flops = plan.peak_flops(card.name, card.multi_processor_count)
     if world_size > 1:
         micro_steps(config.step_sequences, config.batch_size or 1, world_size)  # refuses what does not divide
-        dist.init_process_group(config.backend if device.type == "cuda" else "gloo")
+        backend = config.backend if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meet(rank, world_size), rank=rank, world_size=world_size)
     return Runtime(device, pick_dtype(config.dtype, device), rank, world_size, peak_flops)
+
+
+def meet(rank, world_size):
+    """-> a store that only the processes of this start share. torchrun keeps one store over its restarts, and with it
+    the addresses of processes that are dead, for which the new ones would wait (pytorch issue 135712). So the first
+    process thinks of a name and tells it to each that is alive; who has read an older name gets no answer, and asks
+    again."""
+    store, *_ = next(dist.rendezvous("env://"))
+    if rank == 0:
+        name = secrets.token_hex(8)
+        store.set("name", name)
+        for other in range(1, world_size):
+            store.set(store.get(f"{name}/{other}"), "welcome")
+        return dist.PrefixStore(name, store)
+    me = secrets.token_hex(8)
+    while True:
+        name = store.get("name").decode()
+        store.set(f"{name}/{rank}", me)
+        try:
+            store.wait([me], timedelta(seconds=1))
+            return dist.PrefixStore(name, store)
+        except dist.DistStoreError:
+            continue
 
 
 def micro_steps(sequences, batch_size, world_size):
