@@ -10,7 +10,6 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -138,24 +137,19 @@ def start_runtime(config):
 def meet(rank, world_size):
     """-> a store that only the processes of this start share. torchrun keeps one store over its restarts, and with it
     the addresses of processes that are dead, for which the new ones would wait (pytorch issue 135712). So the first
-    process thinks of a name and tells it to each that is alive; who has read an older name gets no answer, and asks
+    process thinks of a name, and answers each that has read it; who has read a dead one's gets no answer, and asks
     again."""
     store, *_ = next(dist.rendezvous("env://"))
-    if rank == 0:
-        name = secrets.token_hex(8)
-        store.set("name", name)
-        for other in range(1, world_size):
-            store.set(store.get(f"{name}/{other}"), "welcome")
-        return dist.PrefixStore(name, store)
     me = secrets.token_hex(8)
-    while True:
-        name = store.get("name").decode()
-        store.set(f"{name}/{rank}", me)
-        try:
-            store.wait([me], timedelta(seconds=1))
-            return dist.PrefixStore(name, store)
-        except dist.DistStoreError:
-            continue
+    if rank == 0:
+        store.set("name", me)
+        for other in range(1, world_size):
+            store.set(store.get(f"{me}/{other}").decode(), me)
+        return dist.PrefixStore(me, store)
+    while not store.check([me]):
+        store.set(f"{store.get('name').decode()}/{rank}", me)
+        time.sleep(0.05)
+    return dist.PrefixStore(store.get(me).decode(), store)
 
 
 def micro_steps(sequences, batch_size, world_size):
