@@ -391,26 +391,3 @@ class GPT(nn.Module):
             return [adamw]
         rms = dict(adjust_lr_fn="match_rms_adamw")
         return [torch.optim.Muon(muon, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, **rms), adamw]
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, stop_id=None, generator=None):
-        """idx (1, T), T >= 1 -> idx with up to max_new_tokens ids behind it; ends early after stop_id.
-
-        temperature 0 takes the likeliest id; top_k > 0 draws among the k likeliest only. The context is the last
-        block_size ids. Ids past GPT-2's 50257 are padding and are never drawn.
-        """
-        for _ in range(max_new_tokens):
-            hidden = self.hidden(idx[:, -self.config.block_size :])
-            logits = self.head(hidden[:, -1])  # (1, V)
-            if temperature == 0:
-                next_id = logits.argmax(-1, keepdim=True)
-            else:
-                logits = logits / temperature
-                if top_k:
-                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                next_id = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            idx = torch.cat((idx, next_id), dim=1)
-            if stop_id is not None and next_id.item() == stop_id:
-                break
-        return idx

@@ -143,46 +143,6 @@ def test_residual_projections_start_smaller():
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
 
 
-def test_greedy_generation_takes_the_likeliest_of_the_last_block_size_ids():
-    model, idx = tiny().eval(), random_ids(1, 5)
-    ids = model.generate(idx, 40, temperature=0)
-    assert ids.shape == (1, 45) and torch.equal(ids[:, :5], idx)
-    for n in range(5, 45):
-        assert ids[0, n] == model(ids[:, max(0, n - 32) : n])[0, -1].argmax()
-
-
-def test_generation_draws_among_the_top_k_with_their_probabilities():
-    model, idx = tiny().eval(), random_ids(1, 4)
-    logits = model(idx)[0, -1].detach() * 2  # temperature 0.5
-    top = logits.topk(5)
-    expected = top.values.double().softmax(-1)
-    generator = torch.Generator().manual_seed(0)
-    drawn = [model.generate(idx, 1, 0.5, 5, generator=generator)[0, -1].item() for _ in range(2000)]
-    counts = torch.tensor([drawn.count(i) for i in top.indices.tolist()], dtype=torch.float64)
-    assert counts.sum() == 2000
-    chi_square = ((counts - 2000 * expected) ** 2 / (2000 * expected)).sum().item()
-    assert chi_square < 18.5  # 4 degrees of freedom, p = 0.001
-
-
-def test_generation_ends_behind_the_stop_id():
-    model, idx = tiny().eval(), random_ids(1, 5)
-    ids = model.generate(idx, 20, temperature=0)[0].tolist()
-    stop = ids[9]
-    assert model.generate(idx, 20, temperature=0, stop_id=stop)[0].tolist() == ids[: ids.index(stop, 5) + 1]
-
-
-def test_padding_ids_are_never_drawn():
-    model = GPT(GPTConfig(block_size=8, n_layer=1, n_head=1, n_embd=8)).eval()
-    torch.nn.init.zeros_(model.transformer.wpe.weight)
-    torch.nn.init.ones_(model.transformer.wte.weight)
-    with torch.no_grad():
-        model.transformer.ln_f.bias.fill_(1.0)
-        model.transformer.wte.weight[50257:] = 100.0  # the likeliest by far
-    assert model(torch.zeros(1, 1, dtype=torch.int64))[0, -1].argmax() >= 50257
-    for temperature in (0, 1.0):
-        assert model.generate(torch.zeros(1, 1, dtype=torch.int64), 50, temperature).max() < 50257
-
-
 def test_too_long_a_sequence_and_bad_shapes_are_sentences():
     with pytest.raises(ModelError, match="block_size=32"):
         tiny()(random_ids(1, 33))
