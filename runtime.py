@@ -157,7 +157,8 @@ def micro_steps(sequences, batch_size, world_size):
     if sequences % (batch_size * world_size) == 0:
         return sequences // (batch_size * world_size)
     if sequences % world_size:
-        key, given, fits = "nproc_per_node", world_size, divisors(sequences)
+        shares = sequences // batch_size if sequences % batch_size == 0 else sequences
+        key, given, fits = "nproc_per_node", world_size, divisors(shares)
     else:
         key, given, fits = "batch_size", batch_size, divisors(sequences // world_size)
     near = {max(n for n in fits if n <= given), min((n for n in fits if n >= given), default=fits[-1])}
