@@ -59,9 +59,9 @@ def flags(tiny_data, tmp_path):
 class Torchrun:
     """train.py in several processes; `said`: the lines they have printed until now."""
 
-    def __init__(self, flags, processes=2, restarts=0):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [f"--max-restarts={restarts}", "train.py", *flags]
+    def __init__(self, flags, script="train.py", restarts=0):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command += [f"--max-restarts={restarts}", script, *flags]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
@@ -198,7 +198,7 @@ def test_a_signal_during_an_evaluation_stops_two_processes_at_the_same_batch(fla
     assert checkpoint.load(tmp_path / "run/ckpt.pt")["last_eval_step"] == -1
 
 
-def test_processes_that_see_other_checkpoints_are_refused(flags, torchrun, tmp_path, monkeypatch):
+def test_processes_that_see_other_checkpoints_are_refused(flags, torchrun, tmp_path):
     """As two machines without a shared folder would: here the second process is given another out_dir."""
     train.main(flags("first", max_iters=5))
     script = tmp_path / "two_machines.py"
@@ -208,12 +208,5 @@ def test_processes_that_see_other_checkpoints_are_refused(flags, torchrun, tmp_p
         "argv = [a.replace('/first', folder) for a in sys.argv[1:]]\n"
         "configurator.run_script(lambda: train.main(argv), train.DeviceError)\n"
     )
-    run = Torchrun.__new__(Torchrun)
-    monkeypatch.setattr(subprocess, "Popen", with_script(subprocess.Popen, script))
-    Torchrun.__init__(run, flags("first"))
-    code, said = run.end()
+    code, said = torchrun(flags("first"), script=script).end()
     assert code != 0 and "process 1 has step=None, process 0 5" in said, said
-
-
-def with_script(popen, script):
-    return lambda command, **options: popen([script if c == "train.py" else c for c in command], **options)
