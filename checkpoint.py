@@ -160,21 +160,25 @@ def load_model(path):
     return model.eval(), state
 
 
-def snapshot(state, copies=None):
+def snapshot(state, memory, copied=None):
     """A copy of nested dicts and lists with all tensors on the CPU, which training can no longer change.
 
-    A tensor that stands in it twice (the tied embedding) is copied once and stands in the copy twice.
+    memory: dict that keeps the copies, for the next snapshot to write over: new memory takes several times as long as
+    the copying. A tensor that stands in it twice (the tied embedding) is copied once and stands in the copy twice.
     """
-    copies = {} if copies is None else copies
+    copied = set() if copied is None else copied
     if isinstance(state, torch.Tensor):
         place = (state.data_ptr(), state.shape, state.dtype)
-        if place not in copies or state.numel() == 0:
-            copies[place] = state.detach().to("cpu", copy=True)
-        return copies[place]
+        if place not in memory:
+            memory[place] = state.detach().to("cpu", copy=True)
+        elif place not in copied:
+            memory[place].copy_(state.detach())
+        copied.add(place)
+        return memory[place]
     if isinstance(state, dict):
-        return {key: snapshot(value, copies) for key, value in state.items()}
+        return {key: snapshot(value, memory, copied) for key, value in state.items()}
     if isinstance(state, list | tuple):
-        return type(state)(snapshot(value, copies) for value in state)
+        return type(state)(snapshot(value, memory, copied) for value in state)
     return state
 
 
@@ -187,12 +191,12 @@ class Saver:
 
     def __init__(self, out_dir, keep_every=0):
         self.out_dir, self.keep_every = Path(out_dir), keep_every
-        self.thread, self.writing, self.seconds = ThreadPoolExecutor(1), None, 0.0
+        self.thread, self.writing, self.seconds, self.memory = ThreadPoolExecutor(1), None, 0.0, {}
 
     def save(self, state, names=()):
         """Saves as ckpt.pt, and under other names (BEST, BEFORE_DECAY) too."""
         self.wait()
-        self.writing = self.thread.submit(self._write, snapshot(state), names)
+        self.writing = self.thread.submit(self._write, snapshot(state, self.memory), names)
 
     def _write(self, state, names):
         began = time.monotonic()
