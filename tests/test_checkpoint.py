@@ -94,6 +94,19 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_cannot_change_it(tmp
     assert_is(checkpoint.load(tmp_path / "ckpt.pt"), expected)
 
 
+def test_a_snapshot_is_the_state_of_its_time_in_the_memory_of_the_one_before():
+    state, memory = some_state(1), {}
+    first = checkpoint.snapshot(state, memory)
+    assert torch.equal(first["model"]["wte"], state["model"]["wte"])
+    assert first["model"]["lm_head"] is first["model"]["wte"] is not state["model"]["wte"]
+    for moment in range(3):
+        state["model"]["wte"].fill_(moment)
+        again = checkpoint.snapshot(state, memory)
+        assert again["model"]["wte"] is first["model"]["wte"] and again["model"]["wte"].eq(moment).all()
+        assert_is({"version": checkpoint.VERSION, **again}, state)
+    assert len(memory) == 3  # a tensor that stands in it twice is one
+
+
 def test_latest_previous_best_and_every_nth_are_kept(tmp_path):
     save_all(tmp_path, [2, 4, 5, 6, 8, 10], keep_every=4, best=(2, 6))
     kept = {"ckpt_step_000000004.pt": 4, "ckpt_step_000000008.pt": 8}
