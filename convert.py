@@ -84,10 +84,6 @@ The settings of the run:
 """
 
 
-class ConvertError(ValueError):
-    """Weights that cannot be read or written, or that are others afterwards: which file, why, what to do."""
-
-
 @dataclass(frozen=True)
 class ConvertConfig:
     inputs: tuple[str, ...] = key(
@@ -99,6 +95,10 @@ class ConvertConfig:
 
     def problems(self):
         return [] if len(self.inputs) == 1 else ["give one source: python convert.py out/run --to=hf"]
+
+
+class ConvertError(ValueError):
+    """Weights that cannot be read or written, or that are others afterwards: which file, why, what to do."""
 
 
 def need(module, extra):
