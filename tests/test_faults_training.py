@@ -590,6 +590,27 @@ def test_a_signal_at_the_step_of_an_evaluation_and_a_kill_after_it_write_no_line
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [dict(), dict(dtype="float16", lr_schedule="wsd"), dict(dtype="bfloat16", arch="qwen3", optimizer="muon")],
+)
+def test_a_run_stopped_after_each_of_its_steps_is_the_run_that_never_stopped(flags, tmp_path, monkeypatch, keys):
+    train.main(flags("whole", **keys))
+    step_of = train.train_step
+
+    def step_with_signal(run, batches):
+        signal.raise_signal(signal.SIGTERM)
+        return step_of(run, batches)
+
+    monkeypatch.setattr(train, "train_step", step_with_signal)
+    for step in range(1, BASE["max_iters"] + 1):
+        with pytest.raises(SystemExit, match="143"):
+            train.main(flags("stopped", **keys))
+        assert checkpoint.load(tmp_path / "stopped/ckpt.pt")["iter_num"] == step
+    train.main(flags("stopped", **keys))  # the evaluation of the last step
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 @pytest.mark.parametrize("eval_only", [False, True])
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, start, tmp_path, eval_only):
     keys = dict(n_layer=6, n_embd=64, batch_size=1, gradient_accumulation_steps=1, eval_tokens=0, max_iters=2)
