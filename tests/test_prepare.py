@@ -18,8 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare
-from prepare import PrepareConfig, PrepareError, cut_groups, examine, in_val, next_units, read_texts
+import sources
+from prepare import PrepareError, in_val, next_units
 from shards import TokenBlocks, open_tokens, read_manifest
+from sources import SourceError, cut_groups, examine, read_texts
 from tokenizer import HARD_STRINGS, load_tokenizer
 
 CORPUS = sorted(Path(__file__).resolve().parents[2].glob("shared/corpus/*.parquet"))
@@ -146,7 +148,7 @@ def test_every_kind_of_string_column_gives_the_same_texts(tmp_path, kind):
     else:
         column = pa.array(texts, getattr(pa, kind)())
     path = write_parquet(tmp_path / "a.parquet", column).as_posix()
-    _, units = examine(path, PrepareConfig())
+    _, units = examine(path, "text", 10**9)
     found = [value for unit in units for _, values, _ in read_texts(path, unit, "text") for value in values]
     assert found == [text if text is None else text.encode() for text in texts]
 
@@ -368,13 +370,13 @@ def test_jsonl_gives_the_same_tokens_as_parquet(run, tmp_path, suffix):
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])
 def test_text_files_are_cut_into_whole_lines_and_lose_nothing(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr(prepare, "TXT_BYTES", 100)
+    monkeypatch.setattr(sources, "TXT_BYTES", 100)
     draw = random.Random(parts)
     lines = ["".join(draw.choices("ab é\r", k=draw.randint(0, 30))) + "\n" for _ in range(500)]
     content = ("".join(lines) + "no end of line").encode()
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    units = prepare.cut_bytes(str(path), len(content), len(content) / parts)
+    units = sources.cut_bytes(str(path), len(content), len(content) / parts)
     assert len(units) == parts
     rows = [
         row for unit in units for batch in read_texts(str(path), unit, "text") for row in zip(*batch[:2], strict=True)
@@ -393,16 +395,16 @@ def test_a_text_file_starts_without_its_byte_order_mark(run, tmp_path):
 def test_folders_and_globs_are_taken_in_the_order_of_their_names(tmp_path):
     for name in ("b/1.parquet", "a/2.parquet", "a/10.parquet", "a/x.jsonl", "a/readme.md"):
         write_parquet(tmp_path / name, ["x"])
-    names = [p.removeprefix(f"{tmp_path.as_posix()}/") for p in prepare.find_files([str(tmp_path)])]
+    names = [p.removeprefix(f"{tmp_path.as_posix()}/") for p in sources.find_files([str(tmp_path)])]
     assert names == ["a/10.parquet", "a/2.parquet", "b/1.parquet"]
-    assert prepare.find_files([f"{tmp_path}/**/2.*"]) == [f"{tmp_path.as_posix()}/a/2.parquet"]
+    assert sources.find_files([f"{tmp_path}/**/2.*"]) == [f"{tmp_path.as_posix()}/a/2.parquet"]
 
 
 def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
     good = write_parquet(tmp_path / "good.parquet", ["x"])
-    with pytest.raises(PrepareError) as error:
+    with pytest.raises(SourceError) as error:
         run(good, *(tmp_path / name for name in ("none.parquet", "empty", "notes.md", "*.nothing")))
     lines = str(error.value).splitlines()
     assert len(lines) == 4
@@ -527,8 +529,8 @@ def test_reading_goes_on_after_its_last_row_when_the_connection_breaks(tmp_path,
     """The hub's file breaks off in the middle of the second row group, twice."""
     texts = some_texts(100)
     path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=25)
-    _, units = examine(path.as_posix(), PrepareConfig())
-    state, real, waits = {"opened": 0}, prepare.parquet_batches, []
+    _, units = examine(path.as_posix(), "text", 10**9)
+    state, real, waits = {"opened": 0}, sources.parquet_batches, []
 
     def breaking(file, name, unit, column, start):
         state["opened"] += 1
@@ -537,9 +539,9 @@ def test_reading_goes_on_after_its_last_row_when_the_connection_breaks(tmp_path,
                 raise ConnectionResetError("gone")
             yield batch
 
-    monkeypatch.setattr(prepare, "parquet_batches", breaking)
-    monkeypatch.setattr(prepare, "open_file", lambda name: path.open("rb"))
-    monkeypatch.setattr(prepare.time, "sleep", waits.append)
+    monkeypatch.setattr(sources, "parquet_batches", breaking)
+    monkeypatch.setattr(sources, "open_file", lambda name: path.open("rb"))
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
     found = [value.decode() for _, values, _ in read_texts("hf://a.parquet", units[0], "text") for value in values]
     assert found == texts and waits == [2, 2]
 
