@@ -37,6 +37,10 @@ class MetricsWriter:
             raise self.refused(error) from error
         if self.wandb_run and kind != "start":
             plain = {f"{kind}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+            if kind == "samples":
+                import wandb
+
+                plain["samples/texts"] = wandb.Table(columns=["text"], data=[[text] for text in numbers["texts"]])
             self.wandb_run.log(plain, step=step)
 
     def sync(self):

@@ -28,10 +28,12 @@ import durable
 import plan
 import resume
 from configurator import ConfigError, describe, key, load_config, run_script
+from generation import sample_texts
 from metrics import MetricsError, MetricsWriter, deviations, duration, log_line, start_wandb
 from model import GPT, GPTConfig, ModelError
 from runtime import Batches, DeviceError, Runtime, Stop, compile_model, find_batch_size, micro_steps, start_runtime
 from shards import ShardError, TokenBlocks
+from tokenizer import load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
 EVAL_GROUPS = 64
@@ -63,6 +65,7 @@ class TrainConfig:
     keep_every: int = key(
         0, "keep the checkpoint of every so many steps for good; 0: only latest, previous, best", low=0
     )
+    sample_interval: int = key(0, "steps between three texts of the model, into the metrics; 0: none", low=0)
     wandb_log: bool = key(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
     wandb_project: str = key("onecard", "project there")
     wandb_run_name: str = key("", "name of the run there; empty: the name of out_dir")
@@ -481,6 +484,14 @@ def window_means(run):
     return numbers
 
 
+def show_samples(run):
+    """Three texts of the model as it is, the same draws every time, on the screen and into the metrics."""
+    with run.runtime.autocast():
+        texts = sample_texts(run.model, load_tokenizer())
+    run.record("samples", texts=texts)
+    run.say(f"step {run.progress.step}: the model writes\n" + "\n---------------\n".join(texts))
+
+
 def evaluate_and_save(run):
     """What is due between two steps: an evaluation, a checkpoint, the checkpoint before wsd's decay."""
     config, step, names = run.config, run.progress.step, []
@@ -543,6 +554,8 @@ def train(config, stop):
         seconds = time.perf_counter() - began
         watch(run, loss, norm)
         log_step(run, loss, norm, seconds)
+        if config.sample_interval and progress.step % config.sample_interval == 0 and run.metrics:
+            show_samples(run)
         if run.saver:
             run.saver.poll()
     if wish:

@@ -463,3 +463,13 @@ def test_out_of_memory_says_which_keys_keep_the_tokens_a_step(arguments, monkeyp
     monkeypatch.setattr(train, "train_step", full)
     with pytest.raises(DeviceError, match="batch_size=1 --gradient_accumulation_steps=8 should fit"):
         train.main(arguments())
+
+
+def test_samples_go_into_the_metrics_and_change_nothing(arguments, tmp_path, capsys):
+    train.main(arguments("plain", vocab_size=50304))
+    train.main(arguments("sampled", vocab_size=50304, sample_interval=3))
+    plain, sampled = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("plain", "sampled"))
+    assert_same_state(plain["model"], sampled["model"])
+    lines = read_metrics(tmp_path / "sampled", "samples")
+    assert [line["step"] for line in lines] == [3, 6] and all(len(line["texts"]) == 3 for line in lines)
+    assert lines[0]["texts"][0] in capsys.readouterr().out
