@@ -1,11 +1,11 @@
 """Trains, is killed with kill -9 at random moments, resumes, and is compared with a run never stopped, bit for bit.
 
-    python bench/soak.py --kills=50       # about five minutes on one CPU core
+    python bench/soak.py --kills=50       # five to twenty minutes on a CPU
 
-Half of the kills come at a random time, from outside; the other half at a random system call of a save (after a part
-of the file, before each sync, rename, second name and removal), by a hook that this script sets before it calls
-train.main. After every kill the newest checkpoint must be, bit for bit, what the uninterrupted run had at that step,
-and nothing broken may bear a final name; a run that has reached its end must have its weights, moments and metrics.
+A quarter of the kills come at a random time, from outside; the others at a random system call of a save (inside a
+write, before a sync, a rename, a second name, a removal), by a hook that this script sets before it calls train.main.
+After every kill the newest checkpoint must be, bit for bit, what the uninterrupted run had at that step, and nothing
+broken may bear a final name; a run that has reached its end must have its weights, moments and metrics.
 """
 
 import argparse
@@ -79,13 +79,12 @@ def make_data(folder):
 
 
 def die_at(deadly, argv):
-    """Trains, and kills itself before the system call of a save that has this number."""
-    count = 0
+    """Trains, and kills itself before the system call of a save that has this number; if negative, inside a write."""
+    counts = collections.Counter()
 
-    def stage(name):
-        nonlocal count
-        count += 1
-        if count == deadly:
+    def stage(name, kind=1):
+        counts[kind] += kind
+        if counts[kind] == deadly:
             os.write(1, f"\nkilled before {name}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -106,11 +105,10 @@ def die_at(deadly, argv):
     def write(self, data, call=checkpoint._HashingFile.write):
         if len(data) < 10_000:
             return call(self, data)
-        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
-            stage("writing a part of the file")
-            call(self, part)
-            self.file.flush()
-        return len(data)
+        call(self, data[: len(data) // 2])
+        self.file.flush()
+        stage("the second half of a write", kind=-1)
+        return len(data) // 2 + call(self, data[len(data) // 2 :])
 
     checkpoint._HashingFile.write = write
     before(checkpoint, "verify", lambda path: "reading it back" if str(path).endswith(".tmp") else None)
@@ -134,8 +132,8 @@ def start(argv, deadly=0):
 
 def kill_once(draw, argv, seconds):
     """Starts the training and kills it -> where, or None if it came to its end first."""
-    inside = draw.random() < 0.5
-    process = start(argv, deadly=draw.randint(1, 90) if inside else 0)
+    deadly = draw.choice((0, draw.randint(1, 70), draw.randint(1, 70), -draw.randint(1, 90)))
+    process = start(argv, deadly)
     said = []
     for line in process.stdout:
         said.append(line)
@@ -143,7 +141,7 @@ def kill_once(draw, argv, seconds):
             break
     reader = threading.Thread(target=lambda: said.extend(process.stdout))
     reader.start()
-    if not inside:
+    if not deadly:
         time.sleep(draw.uniform(0, seconds))
         process.send_signal(signal.SIGKILL)
     code = process.wait()
@@ -151,7 +149,7 @@ def kill_once(draw, argv, seconds):
     if code == 0:
         return None
     assert code == -signal.SIGKILL, "".join(said)
-    return said[-1].strip() if inside else "killed at a random time"
+    return said[-1].strip() if deadly else "killed at a random time"
 
 
 def differences(a, b):
