@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "runtime": {"plan"},
     "checkpoint": {"model", "durable"},
     "resume": {"checkpoint", "plan", "configurator"},
-    "prepare": {"configurator", "shards", "tokenizer", "durable"},
+    "sources": set(),
+    "prepare": {"configurator", "shards", "sources", "tokenizer", "durable"},
     "generation": set(),
     "train": {"configurator", "model", "checkpoint", "resume", "plan", "metrics", "runtime", "durable", "shards"}
     | {"generation", "tokenizer"},
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "sample": {"configurator", "checkpoint", "tokenizer", "runtime", "generation"},
 }
 SCRIPTS = ("prepare", "train", "sample", "convert")
-NO_TORCH = ("configurator", "shards", "plan", "tokenizer", "metrics", "durable", "prepare")
+NO_TORCH = ("configurator", "shards", "plan", "tokenizer", "metrics", "durable", "sources", "prepare")
 
 
 def imports(path):
