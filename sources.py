@@ -224,7 +224,8 @@ def parquet_batches(file, path, unit, column, start):
         if end <= start:
             row = end
             continue
-        for batch in parquet.iter_batches(rows_a_batch, row_groups=[group], columns=[column]):
+        batches = parquet.iter_batches(rows_a_batch, row_groups=[group], columns=[column], use_threads=False)
+        for batch in batches:  # (one column: a thread for it would only hold memory of its own)
             begin, finish = max(row, start), min(row + len(batch), stop)
             if begin < finish:
                 texts = batch.column(0)[begin - row : finish - row]
