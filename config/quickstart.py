@@ -3,6 +3,8 @@
     python prepare.py                            (makes data/quickstart, about half a million tokens)
     python train.py config/quickstart.py         (from a loss of 10.8, ln of the vocabulary, to below 6)
     python sample.py --out_dir=out/quickstart
+
+Half an epoch: enough for words and their habits, not for sense.
 """
 
 out_dir = "out/quickstart"
