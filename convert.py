@@ -402,6 +402,9 @@ def model_card(c, about, name, parameters):
         rows |= {"trained on": f"{about['sequences'] * c.block_size:,} tokens in {about['iter_num']:,} steps"}
     if loss is not None:
         rows |= {"val loss": f"{loss:.4f} +- {about['val_error']:.4f} nats a token (standard error of the val windows)"}
+    if about.get("began_from"):
+        rows |= {"began from": Path(about["began_from"]).name}
+    config = {k: v for k, v in config.items() if k not in ("out_dir", "data_dir", "init_from", "resume_from")}  # paths
     table = "\n".join(["| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows.items()]])
     return CARD.format(name=name, table=table, config=json.dumps(config, indent=1))
 

@@ -1,55 +1,72 @@
-"""What a run will do, as pure numbers: the learning rate at each step, and the peak rate of the card. No torch here."""
+"""What a run will cost and should reach, as pure numbers: memory, hours, loss, the forecast of its end; the GPU table.
+
+train.py shows it at its start (alone with --plan_only=True), report.py sets it beside what came:
+
+    lines = plan.lines(plan.plan(config, train_tokens=10**10, val_tokens=10**7, card="RTX 4070"))
+
+`config` is train.py's, or anything with the same attributes. The one thing to know: where no figure carries a
+prediction there is none, and the reason is said instead. No torch here, and nothing of ours.
+"""
 
 import math
+from itertools import accumulate
 
-# Dense 16-bit matrix products with 32-bit accumulation, in TFLOPS, and the number of multiprocessors (SMs), which
-# tells apart two cards of one name. GeForce: the vendor's architecture whitepapers (GA102 2020, Ada 2022, Blackwell
-# 2025) and, for cards they leave out, their rule: SMs x 512 FLOP a clock x boost clock. Others: vendor's datasheets.
-PEAK_TFLOPS = {
-    "RTX 3060": (28, 25.5),
-    "RTX 3060 Ti": (38, 32.4),
-    "RTX 3070": (46, 40.6),
-    "RTX 3070 Ti": (48, 43.5),
-    "RTX 3080": (68, 59.5),
-    "RTX 3080 Ti": (80, 68.2),
-    "RTX 3090": (82, 71.0),
-    "RTX 3090 Ti": (84, 80.0),
-    "RTX 4060": (24, 30.2),
-    "RTX 4060 Ti": (34, 44.1),
-    "RTX 4070": (46, 58.3),
-    "RTX 4070 SUPER": (56, 71.0),
-    "RTX 4070 Ti": (60, 80.2),
-    "RTX 4070 Ti SUPER": (66, 88.2),
-    "RTX 4080": (76, 97.5),
-    "RTX 4080 SUPER": (80, 104.4),
-    "RTX 4090": (128, 165.2),
-    "RTX 5060": (30, 38.4),
-    "RTX 5060 Ti": (36, 47.4),
-    "RTX 5070": (48, 61.7),
-    "RTX 5070 Ti": (70, 87.9),
-    "RTX 5080": (84, 112.6),
-    "RTX 5090": (170, 209.5),
-    "A10": (72, 125.0),
-    "A100": (108, 312.0),
-    "H100": (132, 989.0),  # SXM; the PCIe card has 114 SMs
-    "H200": (132, 989.0),
-    "L4": (58, 121.0),
-    "L40S": (142, 362.0),
+import numpy as np
+
+GiB = 2**30
+# Dense 16-bit matrix products with 32-bit accumulation, in TFLOPS; the number of multiprocessors (SMs), which tells
+# apart two cards of one name; memory in GiB (the smaller where a card is sold with two sizes). GeForce: the vendor's
+# architecture whitepapers (GA102 2020, Ada 2022, Blackwell 2025) and, for cards they leave out, their rule: SMs x 512
+# FLOP a clock x boost clock. Others: vendor's datasheets.
+CARDS = {
+    "RTX 3060": (28, 25.5, 12),
+    "RTX 3060 Ti": (38, 32.4, 8),
+    "RTX 3070": (46, 40.6, 8),
+    "RTX 3070 Ti": (48, 43.5, 8),
+    "RTX 3080": (68, 59.5, 10),
+    "RTX 3080 Ti": (80, 68.2, 12),
+    "RTX 3090": (82, 71.0, 24),
+    "RTX 3090 Ti": (84, 80.0, 24),
+    "RTX 4060": (24, 30.2, 8),
+    "RTX 4060 Ti": (34, 44.1, 8),
+    "RTX 4070": (46, 58.3, 12),
+    "RTX 4070 SUPER": (56, 71.0, 12),
+    "RTX 4070 Ti": (60, 80.2, 12),
+    "RTX 4070 Ti SUPER": (66, 88.2, 16),
+    "RTX 4080": (76, 97.5, 16),
+    "RTX 4080 SUPER": (80, 104.4, 16),
+    "RTX 4090": (128, 165.2, 24),
+    "RTX 5060": (30, 38.4, 8),
+    "RTX 5060 Ti": (36, 47.4, 8),
+    "RTX 5070": (48, 61.7, 12),
+    "RTX 5070 Ti": (70, 87.9, 16),
+    "RTX 5080": (84, 112.6, 16),
+    "RTX 5090": (170, 209.5, 32),
+    "A10": (72, 125.0, 24),
+    "A100": (108, 312.0, 40),
+    "H100": (132, 989.0, 80),  # SXM; the PCIe card has 114 SMs
+    "H200": (132, 989.0, 141),
+    "L4": (58, 121.0, 24),
+    "L40S": (142, 362.0, 48),
 }
 FORM_FACTORS = ("SXM4", "PCIE", "PCIe", "HBM3", "40GB", "80GB", "24GB", "16GB", "12GB", "8GB")
+DESKTOP = 11.2 / 12  # of a card's memory can be used where a desktop has some of it
+
+
+def card(name):
+    """(SMs, TFLOPS, GiB) of a card by the name that its driver gives ("NVIDIA GeForce RTX 4070"), None if not known.
+
+    The whole name has to fit, so that a "RTX 4070 Laptop GPU" is not taken for a RTX 4070.
+    """
+    words = [w for w in name.replace("-", " ").split() if w not in ("NVIDIA", "GeForce", *FORM_FACTORS)]
+    return CARDS.get(" ".join(words))
 
 
 def peak_flops(name, sms=None):
-    """FLOP/s of a card by the name that its driver gives ("NVIDIA GeForce RTX 4070"), or None if it is not known.
-
-    The whole name has to fit, so that a "RTX 4070 Laptop GPU" is not taken for a RTX 4070, and so has the number of
-    multiprocessors, if given: an unknown card has no MFU, never a wrong one.
-    """
-    words = [w for w in name.replace("-", " ").split() if w not in ("NVIDIA", "GeForce", *FORM_FACTORS)]
-    row = PEAK_TFLOPS.get(" ".join(words))
-    if row is None or (sms is not None and sms != row[0]):
-        return None
-    return row[1] * 1e12
+    """FLOP/s of a card by its name and, if given, its number of multiprocessors; None if no row of the table fits
+    both: an unknown card has no MFU, never a wrong one."""
+    row = card(name)
+    return row[1] * 1e12 if row and sms in (None, row[0]) else None
 
 
 def learning_rate(step, config):
@@ -78,3 +95,350 @@ def decay_start(config):
     """The step at which the decay of a "wsd" schedule begins: a fifth of the run before its end, if not given."""
     end = config.lr_decay_iters or config.max_iters
     return end - (config.decay_iters or max(1, end // 5))
+
+
+def rates(config):
+    """The learning rate of every step of a run: list of max_iters."""
+    return [learning_rate(step, config) for step in range(config.max_iters)]
+
+
+# ---- the network, and its memory
+
+
+def parameters(config):
+    """Trained numbers by place, as model.py makes them: embedding (which is the head too), positions, blocks with the
+    last norm, and their total."""
+    C, D, V = config.n_embd, config.n_embd // config.n_head, config.vocab_size
+    if config.arch == "qwen3":
+        block, norms, positions = 4 * C * C + 3 * C * inner_width(config) + 2 * D, 2 * C, 0
+    else:
+        block, norms, positions = 12 * C * C + 9 * C * config.bias, 2 * C * (1 + config.bias), config.block_size * C
+    blocks = config.n_layer * (block + norms) + norms // 2
+    return dict(embedding=V * C, positions=positions, blocks=blocks, total=V * C + positions + blocks)
+
+
+def inner_width(config):
+    return 4 * config.n_embd if config.arch == "gpt2" else 64 * math.ceil(8 * config.n_embd / 3 / 64)
+
+
+def flops_per_token(config):
+    """Forward and backward, counted as PaLM does (Chowdhery et al. 2022, appendix B): 6 for each parameter that is
+    multiplied, 12 x n_layer x C x T for attention, without a rebate for the causal mask."""
+    p = parameters(config)
+    return 6 * (p["total"] - p["positions"]) + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def step_tokens(config):
+    return config.tokens_per_step or config.gradient_accumulation_steps * config.batch_size * config.block_size
+
+
+# Bytes that a block keeps for backward, for each token and channel, and for each column inside its MLP, with 16-bit
+# products and with 32-bit ones. Counted with torch.autograd.graph.saved_tensors_hooks (torch 2.13, no dropout); the
+# compiler keeps the same of GPT-2's block and computes half of the other's again.
+KEPT = {
+    ("gpt2", False): (20, 4, 32, 8),
+    ("gpt2", True): (20, 4, 32, 8),
+    ("qwen3", False): (52, 8, 60, 16),
+    ("qwen3", True): (21, 8, 33, 16),
+}
+CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**27}  # as model.chunk_rows has it
+PROCESS = 330 * 2**20  # a CPU process that has imported torch and runs it
+COMPILER = 250 * 2**20  # and torch's compiler
+
+
+def memory(config, device_type="cuda", wide=False):
+    """Bytes at the peak of a training step, by what holds them; on a card those of torch's allocator, on a CPU those of
+    the whole process. None where the micro batch is not known yet (batch_size=0).
+
+    wide: matrix products in float32. Weights, gradients, AdamW's moments in float32: 16 bytes a parameter (Muon has one
+    moment). Measured on CPUs (bench/plan_memory.py); on a card it has not been measured.
+    """
+    if not config.batch_size:
+        return None
+    p, C, V = parameters(config), config.n_embd, config.vocab_size
+    tokens, kept = config.batch_size * config.block_size, KEPT[config.arch, bool(config.compile)]
+    matrices = p["blocks"] if config.optimizer == "muon" else 0
+    layer = C * kept[2 * wide] + inner_width(config) * kept[2 * wide + 1]
+    if config.dropout:  # masks; and a CPU has no fused attention with dropout: it keeps B x H x T x T scores
+        layer += 2 * C
+        if device_type == "cpu":
+            layer += 6 * C + config.n_head * config.block_size * (5 + 4 * wide if config.compile else 12)
+    blocks = tokens * (config.n_layer * 4 * C + layer if config.activation_checkpointing else config.n_layer * layer)
+    chunks = math.ceil(tokens * V / CHUNK_LOGITS[device_type])
+    held = 8 if config.compile else 12 if wide or device_type != "cpu" else 16  # bytes a logit of a chunk
+    loss = math.ceil(tokens / chunks) * V * held + (4 if wide else 6) * V * C
+    accumulated = config.gradient_accumulation_steps > 1 or config.tokens_per_step > tokens
+    backward = 4 * p["total"] * (not accumulated) + 8 * V * C + 28 * C * tokens
+    parts = dict(
+        weights=4 * p["total"],
+        moments=8 * p["total"] - 4 * matrices,
+        gradients=4 * p["total"] * accumulated,
+        copies=0 if wide else 2 * p["total"],
+        activations=blocks + (20 if wide else 14) * C * tokens,
+        loss=max(loss, backward),
+    )
+    if device_type == "cpu":
+        parts["process"] = PROCESS + COMPILER * config.compile
+        parts["checkpoint"] = parts["weights"] + parts["moments"]  # the copy that is written while training goes on
+    return parts
+
+
+# ---- the loss to expect
+
+E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28  # Hoffmann et al. 2022, arXiv 2203.15556
+ANCHOR = (124_475_904, 10.26e9, 3.2722)  # GPT-2 with AdamW on FineWeb by llm.c: parameters, tokens, val loss
+BAND = 0.08  # so far the law is trusted
+MULTIPLIER = {("gpt2", "adamw"): 1.0}  # what a token is worth in tokens of GPT-2's recipe, by network and optimizer
+
+
+def law(parameters, tokens):
+    """L(N, D) = E + A / N^0.34 + B / D^0.28 (Hoffmann et al. 2022), shifted to meet the anchor: nats a GPT-2 token of
+    FineWeb after a finished schedule, N all parameters."""
+
+    def loss(n, d):
+        return E + A / n**ALPHA + B / d**BETA
+
+    return loss(parameters, tokens) + ANCHOR[2] - loss(*ANCHOR[:2])
+
+
+def best_size(parameters, tokens):
+    """(N, D) with the lowest loss by the law at the FLOPs of 6 x parameters x tokens."""
+    product = parameters * tokens
+    n = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * product ** (BETA / (ALPHA + BETA))
+    return n, product / n
+
+
+def expected_loss(config, epochs=None):
+    """-> (loss, None), or (None, the reason why there is no expectation): val loss on FineWeb, trusted to BAND."""
+    n, tokens = parameters(config)["total"], step_tokens(config) * config.max_iters
+    multiplier = MULTIPLIER.get((config.arch, config.optimizer))
+    end = config.lr_decay_iters or config.max_iters
+    if multiplier is None:
+        reason = f"the law is of GPT-2's network with AdamW, not of {config.arch} with {config.optimizer}"
+    elif not 50257 <= config.vocab_size <= 51200:
+        reason = f"the law is of GPT-2's tokens, not of a vocabulary of {config.vocab_size:,}"
+    elif not (2e7 <= n <= 1.6e9 and 5e8 <= tokens <= 5e11):
+        reason = "the law was never held against networks so small, or against so few tokens"
+    elif (epochs or 0) > 4.05:
+        reason = "the law is of fresh tokens; past 4 epochs a repeated one is worth less"
+    elif not config.decay_lr or end > 1.05 * config.max_iters or config.min_lr > 0.3 * config.learning_rate:
+        reason = "the law is of finished schedules; here the learning rate is still high at max_iters"
+    else:
+        return law(n, tokens * multiplier), None
+    return None, reason
+
+
+# ---- the forecast of a run's own end
+
+MOMENTUM = 0.999  # Tissue et al.'s, of the falls of the rate
+EXPONENTS = np.arange(0.1, 1.5, 0.02)
+TO_COME = 0.25  # error of the law, as a share of the fall that it sees to come; bench/forecast.py measures it
+
+
+def annealing(rates):
+    """rates (n,) of n steps -> S1 and S2 (n + 1,) after 0 .. n steps, with the rate in units of its peak.
+
+    S1 sums the rates, S2 the momentum of their falls (Tissue, Wang, Wang 2024, arXiv 2408.11029).
+    """
+    rates = np.asarray(rates, dtype=float) / max(rates)
+    falls = np.maximum(0.0, -np.diff(rates, prepend=rates[0]))
+    momentum = np.fromiter(accumulate(falls.tolist(), lambda m, fall: MOMENTUM * m + fall), float, len(falls))
+    return np.append(0.0, np.cumsum(rates)), np.append(0.0, np.cumsum(momentum))
+
+
+def forecast(steps, losses, rates):
+    """-> (dict, None), or (None, the reason why there is none). The loss at the end of a schedule from its beginning.
+
+    steps (m,) at which the losses (m,) were evaluated; rates: the learning rate of every step of the schedule. The law
+    is L = L0 + A S1^-a - C S2: for each a on a grid a linear least squares problem. Early evaluations, which the law
+    does not describe, are left out as long as that lowers the scatter by a third. "band" (two standard deviations) has
+    three parts: the uncertainty of the fit (its likelihood along a), the scatter of one evaluation, and a quarter of
+    the fall that is still to come: so much was the law wrong by, on runs that were not used to find it.
+    """
+    steps, losses, n = np.asarray(steps, dtype=int), np.asarray(losses, dtype=float), len(rates)
+    if not len(steps) or 2 * steps[-1] < n:
+        return None, f"no forecast before step {-(-n // 2):,}, half of the schedule"
+    s1, s2 = annealing(rates)
+    if 0 < s2[-1] * 0.1 > s2[min(steps[-1], n)]:
+        return None, "no forecast before the learning rate has begun to fall: what its fall brings is not known yet"
+    warm, best = int(np.argmax(rates)), None
+    for share in (0.05, 0.1, 0.15, 0.2):
+        use = (steps >= max(2 * warm, share * n)) & (steps <= n)
+        if use.sum() < 7:
+            break
+        fit = fit_law(s1[steps[use]] / s1[-1], s2[steps[use]] / (s2[-1] or 1), losses[use])
+        if best and fit["scatter"] > 0.67 * best["scatter"]:
+            break
+        best = fit | dict(first_step=int(steps[use][0]), scale=(s1[-1], s2[-1] or 1))
+    if best is None:
+        return None, f"no forecast from fewer than seven evaluations behind step {int(max(2 * warm, 0.05 * n)):,}"
+    now = min(int(steps[-1]), n)
+    curve = follow(best, rates)
+    band = 2 * math.sqrt(best["fit_error"] ** 2 + best["scatter"] ** 2 + (TO_COME * (curve[now] - curve[-1])) ** 2)
+    return best | dict(loss=float(curve[-1]), band=band, now=float(curve[now]), step=now, end=n), None
+
+
+def fit_law(x1, x2, y):
+    """Least squares of y = L0 + A x1^-a - C x2, x1 and x2 being 1 at the end of the schedule.
+
+    A weak prior holds C where few points do: the rate's fall brings 3 +- 5 percent of the loss.
+    """
+    columns = 3 if x2.any() else 2
+    prior = np.array([0.0, 0.0, 1.0])[:columns] / (0.05 * y[-1])
+    aim = 0.03 / 0.05 * (columns == 3)
+
+    def solve(a, weight):
+        X = np.stack((np.ones_like(x1), x1**-a, -x2), axis=1)[:, :columns]
+        X, t = np.vstack((X, weight * prior)), np.append(y, weight * aim)
+        b = np.linalg.lstsq(X, t, rcond=None)[0]
+        b = b if b[1] > 0 else np.array([y.mean(), 0.0, 0.0])[:columns]  # it does not fall: no power law
+        return b, X, float(np.sum((t - X @ b) ** 2))
+
+    scatter = math.sqrt(min(solve(a, 0.0)[2] for a in EXPONENTS) / (len(y) - columns - 1)) + 1e-9
+    fits = [solve(a, scatter) for a in EXPONENTS]
+    misfits = np.array([fit[2] for fit in fits]) / scatter**2
+    i, weights = int(misfits.argmin()), np.exp((misfits.min() - misfits) / 2)
+    end = np.array([1.0, 1.0, -1.0])[:columns]
+    ends = np.array([b @ end for b, *_ in fits])
+    spread = [
+        scatter**2 * end @ np.linalg.pinv(X.T @ X) @ end + (e - ends[i]) ** 2
+        for e, (_, X, _) in zip(ends, fits, strict=True)
+    ]
+    b = np.append(fits[i][0], 0.0)[:3]
+    return dict(a=float(EXPONENTS[i]), b=b, scatter=scatter, fit_error=math.sqrt(np.average(spread, weights=weights)))
+
+
+def follow(fit, rates):
+    """What the law of a fit says after 1 .. n steps at these rates (index 0: after the first): (n + 1,)."""
+    s1, s2 = annealing(rates)
+    s1[0] = s1[1]  # the law is infinite at 0
+    L0, A, C = fit["b"]
+    return L0 + A * (s1 / fit["scale"][0]) ** -fit["a"] - C * s2 / fit["scale"][1]
+
+
+def forecast_line(evals, config):
+    """What train.py says at its evaluations, (step, train loss, val loss) each, from half of the schedule on."""
+    steps, _, val = zip(*evals, strict=True)
+    if 2 * steps[-1] < config.max_iters or steps[-1] >= config.max_iters:
+        return ""
+    found, _ = forecast(steps, val, rates(config))
+    return f"forecast: val loss {found['loss']:.4f} +- {found['band']:.4f} at step {found['end']:,}" if found else ""
+
+
+# ---- the whole plan
+
+NOISE = 0.4  # standard deviation of the loss of one window of 1,024 tokens: 16 of them scatter by 0.1 (both anchors)
+
+
+def plan(config, train_tokens=None, val_tokens=None, eval_tokens=10_485_760, device="cpu", sms=None, world_size=1,
+         wide=False, free_bytes=None, holders="", disk_free=None):  # fmt: skip
+    """-> dict of all that can be known of a run beforehand; None where it cannot.
+
+    train_tokens, val_tokens: on disk; eval_tokens: of each split in an evaluation; device: "cpu", or the name of a card
+    with `sms` multiprocessors; wide: products in float32; free_bytes: of the card, holders: who has the rest of it.
+    """
+    p, known, step = parameters(config), card(device), step_tokens(config)
+    tokens, evaluated = step * config.max_iters, min(eval_tokens, val_tokens or eval_tokens)
+    found = dict(parameters=p, step_tokens=step, tokens=tokens, train_tokens=train_tokens, val_tokens=val_tokens)
+    found |= dict(tokens_per_parameter=tokens / (p["total"] - p["positions"]), flops=tokens * flops_per_token(config))
+    found |= dict(epochs=tokens / train_tokens if train_tokens else None, device=device, holders=holders)
+    found |= dict(memory=memory(config, "cpu" if device == "cpu" else "cuda", wide), disk_free=disk_free)
+    found |= dict(free_bytes=free_bytes or (DESKTOP * known[2] * GiB if known else None))
+    kept = config.max_iters // config.keep_every if config.keep_every else 0
+    found |= dict(disk_need=(12 * p["total"] + 2**20) * (5 + kept))  # as checkpoint.check_room has it
+    found |= dict(eval_tokens=evaluated, eval_error=NOISE / math.sqrt(evaluated / 1024))
+    found |= dict(hours=None, utilisation=utilisation(config) if known and config.compile and not wide else None)
+    if found["utilisation"] and peak_flops(device, sms):  # an evaluation is forward only, a third, of two splits
+        evaluations = config.max_iters // config.eval_interval + 1
+        flops = found["flops"] + evaluations * 2 / 3 * evaluated * flops_per_token(config)
+        found["hours"] = flops / (peak_flops(device, sms) * found["utilisation"] * world_size) / 3600
+    found["loss"], found["no_loss"] = expected_loss(config, found["epochs"])
+    return found | dict(warnings=list(warnings(config, found)))
+
+
+def utilisation(config):
+    """Share of the peak that training reaches, compiled and in 16 bits: 69% at width 384 and 82% at 768, as the two
+    anchors had on an RTX 4070; a line in the logarithm of the width between and beside them."""
+    return min(0.82, max(0.5, 0.69 + 0.13 * math.log2(config.n_embd / 384)))
+
+
+def hours_left(config, step, seconds_per_step, eval_seconds=0.0):
+    """From the speed that was measured: the steps that are left, and their evaluations."""
+    evaluations = config.max_iters // config.eval_interval - step // config.eval_interval
+    return ((config.max_iters - step) * seconds_per_step + evaluations * eval_seconds) / 3600
+
+
+def warnings(config, found):
+    """A line for each choice in the config that costs something, with what to change."""
+    c, epochs, val_tokens = config, found["epochs"] or 0, found["val_tokens"]
+    if val_tokens is not None and val_tokens < 100_000:
+        error = f"an evaluation errs by {found['eval_error']:.3f} or more"
+        yield f"val split of {val_tokens:,} tokens: {error}; prepare with a larger --val_fraction, 1M tokens or more"
+    if epochs > 4:
+        yield f"{epochs:.1f} epochs: past 4 a repeated token teaches little; prepare more text or train shorter"
+    if advice := size_advice(found):
+        yield f"network far from the best for these tokens: {advice}"
+    if c.decay_lr and c.warmup_iters > 0.1 * c.max_iters:
+        yield f"warm-up of {c.warmup_iters} in {c.max_iters} steps: --warmup_iters={c.max_iters // 50} is enough"
+    if c.decay_lr and c.min_lr > 0.101 * c.learning_rate:
+        yield f"min_lr={c.min_lr:g}, above a tenth of the peak, leaves noise; --min_lr={c.learning_rate / 10:g} or less"
+    if c.n_embd < 64 * c.n_head:
+        fits = f"; --n_head={c.n_embd // 64}" if c.n_embd % 64 == 0 else ""
+        yield f"heads of {c.n_embd // c.n_head}: 64 or 128 learn better and run faster{fits}"
+    if c.dropout and 0 < epochs <= 4:
+        why = "nothing is learned by heart so early, it costs loss, memory and time"
+        yield f"dropout={c.dropout:g} in {epochs:.2f} epochs: {why}; --dropout=0"
+    if c.dtype == "float16" and card(found["device"]):  # all of the table have bfloat16
+        why = "float16 has three more bits, which may help at very small rates"
+        yield f"float16 needs a GradScaler and skips steps; bfloat16 is as fast on this card and does not ({why})"
+    critical = 2.1e8 / found["loss"] ** (1 / 0.21) if found["loss"] else math.inf  # Kaplan et al. 2020, eq. 5.3
+    if found["step_tokens"] > 2 * critical:
+        why = f"past {critical:,.0f} more bring little (Kaplan et al. 2020)"
+        yield f"{found['step_tokens']:,} tokens a step: {why}; halve them and double max_iters"
+
+
+def size_advice(found):
+    """What to grow or shrink, by the law where it holds, else by the ratio of tokens and parameters; or nothing."""
+    size, tokens, ratio = found["parameters"]["total"], found["tokens"], found["tokens_per_parameter"]
+    if not found["loss"]:
+        return "" if not tokens or 1 <= ratio <= 1000 else f"{ratio:.2g} a parameter, about 20 are"
+    n, d = best_size(size, tokens)
+    gain = law(size, tokens) - law(n, d)
+    text = f"{n / 1e6:.0f}M parameters on {d / 1e9:.2f}B tokens would end {gain:.2f} lower with the same FLOPs"
+    return text if gain > 0.05 else ""
+
+
+def lines(found, config):
+    """The plan for people: a line each."""
+    p, free = found["parameters"], found["free_bytes"]
+    blocks = f"{p['embedding'] / 1e6:.2f}M embedding, {p['blocks'] / 1e6:.2f}M in {config.n_layer} blocks"
+    yield f"model   {(p['total'] - p['positions']) / 1e6:.2f}M parameters without positions: {blocks}"
+    yield f"run     {config.max_iters:,} steps of {found['step_tokens']:,} tokens are {found['tokens']:,} tokens, " + (
+        f"{found['tokens_per_parameter']:.3g} a parameter (compute-optimal: about 20)"
+    )
+    if found["train_tokens"]:
+        yield f"data    {found['train_tokens']:,} tokens to train on: {found['epochs']:.2f} epochs"
+        yield f"val     {found['val_tokens']:,} tokens, {found['eval_tokens']:,} of them in an evaluation: " + (
+            f"standard error about {found['eval_error']:.4f}"
+        )
+    if found["memory"]:
+        need = sum(found["memory"].values())
+        parts = ", ".join(f"{name} {n / GiB:.2f}" for name, n in found["memory"].items() if n > 0.005 * need)
+        where = f"of {free / GiB:.1f} free on {found['device']}" if free else "of this process"
+        holders = f"; others hold {found['holders']}" if found["holders"] else ""
+        yield f"memory  {need / GiB:.2f} GiB at the peak {where}, predicted: {parts}{holders}"
+        if free and need > free:
+            yield "        too much: halve batch_size and double gradient_accumulation_steps, the run stays the same"
+    else:
+        yield "memory  batch_size=0: the largest micro batch that fits is found at the start"
+    work = f"{found['flops']:.2e} FLOP"
+    if found["hours"]:
+        rate = f"{found['utilisation']:.0%} of its peak (the share that nanoGPT had on an RTX 4070 at this width)"
+        yield f"time    {found['hours']:.1f} h for {work} on {found['device']} at {rate}"
+    else:
+        yield f"time    {work}; hours are known after the first steps"
+    if found["disk_free"]:
+        yield f"disk    {found['disk_need'] / 1e9:.2f} GB for checkpoints, {found['disk_free'] / 1e9:,.1f} GB are free"
+    expected = f"{found['loss'] or 0:.2f} +- {BAND} on FineWeb at the end (law of Hoffmann et al. 2022)"
+    yield f"loss    {expected if found['loss'] else 'no expectation: ' + found['no_loss']}"
+    yield from (f"WARNING {text}" for text in found["warnings"])

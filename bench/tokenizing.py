@@ -1,6 +1,6 @@
 """How fast and how lean prepare.py is, beside the usual way: a pool that is handed one document a task.
 
-    python bench/tokenizing.py ../shared/corpus --rounds=5 > bench/results_tokenizing.md
+    python bench/tokenizing.py ../shared/corpus --rounds=5 (its tables go into bench/RESULTS.md)
 
 Every way reads the same parquet files and writes the same tokens to disk; each is a process of its own, timed from
 its start to its end, so imports and start-up count. Rounds are interleaved and ratios are taken within a round, so

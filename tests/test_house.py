@@ -26,10 +26,23 @@ MAY_IMPORT = {
     "train": {"configurator", "model", "checkpoint", "resume", "plan", "metrics", "runtime", "durable", "shards"}
     | {"generation", "tokenizer"},
     "convert": {"configurator", "checkpoint", "model", "tokenizer", "durable"},
+    "diagnosis": {"plan"},
+    "report": {"configurator", "plan", "metrics", "diagnosis"},
     "sample": {"configurator", "checkpoint", "tokenizer", "runtime", "generation"},
 }
 SCRIPTS = ("prepare", "train", "sample", "convert")
-NO_TORCH = ("configurator", "shards", "plan", "tokenizer", "metrics", "durable", "sources", "prepare")
+NO_TORCH = (
+    "configurator",
+    "shards",
+    "plan",
+    "tokenizer",
+    "metrics",
+    "durable",
+    "sources",
+    "prepare",
+    "diagnosis",
+    "report",
+)
 
 
 def imports(path):

@@ -1,0 +1,151 @@
+"""Loss curves for the tests and benches of plan.py and diagnosis.py: two real ones, and made ones of known cause.
+
+The real ones (tests/data) are the printed logs of two nanoGPT runs on FineWeb on an RTX 4070: kind, step, train loss,
+val loss, ms. An evaluation is of 200 batches of each split; the loss of an "iter" line is that of its last micro batch.
+"""
+
+import csv
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+import plan
+from diagnosis import Run
+from report import DEFAULTS
+
+ANCHORS = {  # by parameters: the keys of the run
+    "40m": dict(n_embd=384, batch_size=16, gradient_accumulation_steps=32, learning_rate=1e-3, min_lr=1e-4)
+    | dict(max_iters=20000, lr_decay_iters=20000, dropout=0.1),
+    "124m": dict(n_embd=768, batch_size=8, gradient_accumulation_steps=64, learning_rate=3e-4, min_lr=3e-5)
+    | dict(max_iters=12000, lr_decay_iters=12000, dropout=0.0),
+}
+ANCHORS = {name: keys | dict(warmup_iters=500, eval_interval=500, eval_iters=200) for name, keys in ANCHORS.items()}
+
+
+def config(**keys):
+    """nanoGPT's defaults, and these."""
+    return SimpleNamespace(**(DEFAULTS | keys))
+
+
+def anchor_rows(name):
+    with open(Path(__file__).parent / "data" / f"fineweb_{name}_rtx4070.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def anchor(name):
+    """-> steps, train, val of the evaluations."""
+    rows = [row for row in anchor_rows(name) if row["kind"] == "eval"]
+    steps = np.array([int(row["step"]) for row in rows])
+    return steps, *(np.array([float(row[f"{split}_loss"]) for row in rows]) for split in ("train", "val"))
+
+
+def printed_log(name, until):
+    """The log as nanoGPT printed it, up to a step."""
+    for row in anchor_rows(name):
+        if int(row["step"]) > until:
+            return
+        if row["kind"] == "eval":
+            yield f"step {row['step']}: train loss {row['train_loss']}, val loss {row['val_loss']}"
+        else:
+            yield f"iter {row['step']}: loss {row['train_loss']}, time {row['time_ms']}ms, mfu 12.87%"
+
+
+# what is made -> the names of PROBLEMS that a diagnosis has to give, and no others
+CAUSES = {
+    "healthy": set(),
+    "a gap, nothing else": set(),
+    "overfitting": {"overfitting"},
+    "flat": {"flat"},
+    "rate too high: spikes": {"rate too high"},
+    "rate too high: diverges": {"rate too high"},
+    "rate too high: falls with the rate only": {"rate too high"},
+    "rate too low": {"rate too low"},
+    "noise only": {"too noisy to tell"},
+    "noisy val set": {"noisy val set"},
+    "scaler trouble": {"scaler trouble"},
+    "waits for data": {"waits for data"},
+}
+
+
+def made(cause, seed):
+    """-> a Run with one thing wrong with it, everything else drawn at random from what healthy runs have.
+
+    The loss is a power law of the steps with an annealing term and independent noise in each evaluation; what is wrong
+    is put on top of it, by formulas that diagnosis.py does not know.
+    """
+    rng = np.random.default_rng([seed, *cause.encode()])
+    n = int(rng.integers(20, 80)) * 250
+    usual = float(rng.uniform(4e-4, 1.2e-3))
+    peak = usual / rng.uniform(12, 30) if cause == "rate too low" else usual
+    keys = dict(max_iters=n, lr_decay_iters=n, warmup_iters=n // 40, learning_rate=peak, min_lr=peak / 10)
+    keys |= dict(eval_interval=n // 40, eval_iters=1 if cause == "noise only" else 200, n_head=12)
+    run_config = config(**keys)
+    complete = cause in ("rate too low", "rate too high: falls with the rate only")
+    last = n if complete else int(rng.uniform(0.55, 0.95) * 40) * (n // 40)
+    steps = np.arange(0, last + 1, n // 40)
+    s1, s2 = plan.annealing(plan.rates(run_config))
+    shape = rng.uniform(0.1, 0.4) * (np.maximum(s1[steps], 5) / s1[-1]) ** -rng.uniform(0.4, 0.8)
+    base = rng.uniform(2.9, 3.3) + np.minimum(shape, 7.5)
+    drop = 0 if cause == "rate too low" else rng.uniform(0.05, 0.15)
+    train, val = base - drop * s2[steps] / s2[-1], base - drop * s2[steps] / s2[-1] + rng.normal(0, 0.02)
+    share = steps / n
+    if cause == "a gap, nothing else":
+        val = val + rng.uniform(0.1, 0.5)
+    if cause == "overfitting":
+        begun = np.maximum(0, share - rng.uniform(0.05, 0.25))
+        val, train = val + rng.uniform(0.5, 2) * begun ** rng.uniform(1, 1.5), train - rng.uniform(0.2, 0.8) * begun
+    if cause == "flat":
+        stop = int(rng.uniform(0.1, 0.25) * 40)
+        train[stop:], val[stop:] = train[stop], val[stop]
+    if cause.endswith("diverges"):
+        rise = rng.uniform(0.8, 3) * np.maximum(0, share - rng.uniform(0.2, 0.35))
+        train, val = train + rise, val + rise
+    if cause.endswith("the rate only"):
+        rates = np.append(plan.rates(run_config), run_config.min_lr)[steps] / peak
+        stuck = rng.uniform(0.3, 0.8) * np.minimum(rates, 1) ** rng.uniform(0.7, 1.3)
+        train, val = (np.where(steps > n // 20, 3.2 + stuck + 0.05 * shape, y) for y in (train, val))
+    noise = rng.uniform(0.003, 0.008)
+    noises = {"noise only": (15 * noise, 15 * noise), "noisy val set": (noise, 3 * noise)}.get(cause, (noise, noise))
+    train, val = (y + rng.normal(0, sd, len(y)) for y, sd in zip((train, val), noises, strict=True))
+    as_printed = cause in ("noise only", "noisy val set")
+    lines = made_lines(
+        cause, rng, np.linspace(n // 200, last, 100 + 3 * len(steps)).astype(int), steps, train, run_config
+    )
+    if as_printed:
+        one = 15 * noise if cause == "noise only" else noise * math.sqrt(200)
+        lines = {
+            "step": lines["step"],
+            "loss": np.interp(lines["step"], steps, base) + rng.normal(0, one, len(lines["step"])),
+        }
+    groups = [] if as_printed else [(v + rng.normal(0, 8 * noise, 64)).tolist() for v in val]
+    events = []
+    if cause.endswith("spikes"):
+        at = rng.choice(np.arange(n // 10, last), int(rng.integers(3, 15)), replace=False)
+        events = [dict(kind="event", event="spike", step=int(step)) for step in sorted(at)]
+    tokens = n * plan.step_tokens(run_config) / (rng.uniform(8, 40) if cause == "overfitting" else rng.uniform(0.3, 3))
+    return Run(
+        cause,
+        dict(step=steps.astype(float), train=train, val=val),
+        groups,
+        lines,
+        micro=as_printed,
+        starts=[(0, run_config)],
+        about={} if as_printed else dict(data=dict(train_tokens=int(tokens))),
+        events=events,
+    )
+
+
+def made_lines(cause, rng, at, steps, train, run_config):
+    """The log lines between the evaluations: loss, norm of the gradient, time, GradScaler's scale."""
+    loss = np.interp(at, steps, train) + rng.normal(0, 0.02, len(at))
+    norm = rng.uniform(0.3, 2.0) * np.exp(rng.normal(0, 0.2, len(at))) * np.linspace(1, rng.uniform(0.5, 3), len(at))
+    skipped, scale = (rng.random(len(at)) < 0.01).astype(float), 65536.0 * 2.0 ** np.round(rng.normal(0, 1, len(at)))
+    if cause == "scaler trouble":
+        skipped = rng.poisson(0.05 * run_config.max_iters / len(at), len(at)).astype(float)
+        scale = np.maximum(1, 65536 * 2.0 ** -np.cumsum(rng.random(len(at)) < 0.1))
+    waits = rng.uniform(0.1, 0.4) if cause == "waits for data" else rng.uniform(0, 0.02)
+    data_share = np.clip(rng.normal(waits, waits / 5, len(at)), 0, 1)
+    lines = dict(step=at.astype(float), loss=loss, grad_norm=norm, skipped=skipped, scale=scale, data_share=data_share)
+    return lines | dict(ms_per_step=rng.normal(1000, 20, len(at)), tokens_per_s=np.full(len(at), 1e5))
