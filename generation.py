@@ -36,11 +36,13 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """Only the fewest likeliest tokens whose probabilities add up to p or more stay (Holtzman et al. 2020)."""
-    ascending, order = logits.sort(dim=-1)
-    out = ascending.softmax(-1).cumsum(-1) <= 1 - p  # those that together with all less likely ones have 1 - p at most
-    out[:, -1] = False
-    return logits.masked_fill(out.scatter(1, order, out), -math.inf)
+    """Only the fewest likeliest tokens whose probabilities add up to p or more stay (Holtzman et al. 2020), and those
+    that are as likely as the last of them: transformers drops some of these, as its sort happens to place them."""
+    possible = int((logits > -math.inf).sum(-1).max())  # behind top-k these are few, and quickly sorted
+    descending = logits.topk(possible).values
+    share = descending.softmax(-1)
+    kept = (share.cumsum(-1) - share < p).sum(-1, keepdim=True)  # those before whom p is not reached
+    return logits.masked_fill(logits < descending.gather(1, (kept - 1).clamp(min=0)), -math.inf)
 
 
 def keep_min_p(logits, share):
@@ -79,7 +81,7 @@ def choose(logits, generators, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         p = probabilities(logits, temperature, top_k, top_p, min_p)
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         ids = draw(p, uniform.to(p.device))
-    finite = logits.isfinite().all(-1).to(ids.device)
+    finite = logits.sum(-1).isfinite().to(ids.device)
     ids = ids.where(finite, -1).tolist()  # the one wait for the device in a step
     if -1 in ids:
         raise GenerationError("the logits are not finite: too large for this dtype (try float32), or a broken network")
