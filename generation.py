@@ -38,11 +38,13 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Only the fewest likeliest tokens whose probabilities add up to p or more stay (Holtzman et al. 2020), and those
     that are as likely as the last of them: transformers drops some of these, as its sort happens to place them."""
-    possible = int((logits > -math.inf).sum(-1).max())  # behind top-k these are few, and quickly sorted
-    descending = logits.topk(possible).values
-    share = descending.softmax(-1)
-    kept = (share.cumsum(-1) - share < p).sum(-1, keepdim=True)  # those before whom p is not reached
-    return logits.masked_fill(logits < descending.gather(1, (kept - 1).clamp(min=0)), -math.inf)
+    share = logits.softmax(-1)
+    for k in (min(2048, share.shape[-1]), share.shape[-1]):  # they are few, mostly: to sort all takes long
+        descending = share.topk(k).values
+        if descending.sum(-1).min() >= p:
+            break
+    kept = (descending.cumsum(-1) - descending < p).sum(-1, keepdim=True)  # those before whom p is not reached
+    return logits.masked_fill(share < descending.gather(1, (kept - 1).clamp(min=0)), -math.inf)
 
 
 def keep_min_p(logits, share):

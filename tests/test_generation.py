@@ -221,6 +221,17 @@ def test_probabilities_are_those_of_transformers(options):
     torch.testing.assert_close(ours, expected.softmax(-1), atol=1e-12, rtol=0)
 
 
+def test_top_p_over_a_large_vocabulary_keeps_as_many_as_it_takes():
+    """Zipf's law: as many as its sums say, few or more than 2,048; even odds: all, for all are equal."""
+    ranks = torch.arange(1, 50258, dtype=torch.float64)
+    logits = -ranks.log()[None] + 1e-9 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(5)).double()
+    sums = logits.softmax(-1).sort(descending=True).values.cumsum(-1)[0]
+    for p in (0.1, 0.5, 0.8, 0.99):
+        assert (keep_top_p(logits, p) > -math.inf).sum() == (sums < p).sum() + 1
+    assert (sums < 0.5).sum() < 2048 < (sums < 0.8).sum()
+    assert (keep_top_p(torch.zeros(1, 50257, dtype=torch.float64), 0.5) == 0).all()
+
+
 def test_each_step_keeps_the_likeliest_and_changes_nothing_that_it_keeps():
     logits = torch.randn(5, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     for out in (keep_top_k(logits, 1), keep_top_p(logits, 0.0), keep_min_p(logits, 1.0)):
