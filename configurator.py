@@ -319,6 +319,11 @@ def help_text(ConfigClass):
     return "\n".join(lines)
 
 
+def given(config):
+    """The names of the keys that a file or the command line has set."""
+    return set(getattr(config, "_sources", {}))
+
+
 def describe(config):
     """The resolved config: a line for each key that was set, and by what; then the keys at their defaults."""
     sources = getattr(config, "_sources", {})

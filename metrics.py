@@ -54,6 +54,11 @@ class MetricsWriter:
         remedy = "make room and resume: the checkpoints are as they were"
         return MetricsError(f"{self.path}: could not be written past {size:,} bytes ({error.strerror}); {remedy}")
 
+    def log_checkpoint(self, path):
+        """Gives a checkpoint to the wandb run; the next one of this run is a new version of the same artifact."""
+        if self.wandb_run:
+            self.wandb_run.log_artifact(str(path), name=f"checkpoint-{self.wandb_run.id}", type="model")
+
     def close(self):
         self.file.close()
         if self.wandb_run:
@@ -118,9 +123,17 @@ def log_line(step, max_iters, numbers):
         f"{numbers['tokens_per_s']:,.0f} tokens/s",
         f"MFU {numbers['mfu']:.1%}" if "mfu" in numbers else "",
         f"{numbers['skipped']} skipped" if numbers["skipped"] else "",
-        f"{duration((max_iters - step) * numbers['ms_per_step'] / 1000)} left",
+        f"{duration(3600 * numbers['hours_left'])} left",
     ]
     return " | ".join(column for column in columns if column)
+
+
+def eval_line(step, numbers, seconds):
+    """One line for the screen from the numbers of an "eval" line of the metrics."""
+    error = f" +- {numbers['val_error']:.4f}" if "val_error" in numbers else ""
+    per_byte = f", {numbers['bits_per_byte']:.4f} bits a byte" if "bits_per_byte" in numbers else ""
+    losses = f"train loss {numbers['train_loss']:.4f}, val loss {numbers['val_loss']:.4f}{error}"
+    return f"step {step}: {losses}, perplexity {numbers['perplexity']:.2f}{per_byte} ({duration(seconds)})"
 
 
 def duration(seconds):

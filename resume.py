@@ -4,12 +4,14 @@ What makes a run that run (network, seed, tokens of a step, data) must not chang
 """
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import checkpoint
 import plan
-from configurator import ConfigError
+from configurator import ConfigError, given
+
+NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that foreign weights decide
 
 
 def identity(config, data):
@@ -31,11 +33,23 @@ def data_identity(train_blocks, val_blocks):
 
 def is_new(config):
     """Whether out_dir gets a new run, rather than more of the one that is in it."""
-    return config.init_from == "scratch" or (config.init_from == "auto" and not checkpoint.candidates(config.out_dir))
+    if config.init_from == "auto":
+        return not checkpoint.candidates(config.out_dir)
+    return config.init_from != "resume"
+
+
+def take_network(config, args, source):
+    """-> config with the network of the weights in `source`, for the keys that the user has not set himself."""
+    wrong = [name for name in NETWORK if name in given(config) and getattr(config, name) != args[name]]
+    if wrong:
+        values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
+        raise ConfigError(f"the weights of {source} have {values}: leave {', '.join(wrong)} out")
+    return replace(config, **{name: args[name] for name in NETWORK})
 
 
 def load_saved(config, data, say):
-    """-> the checkpoint to go on from, or None for a new run. Refuses what would make another run of it."""
+    """-> (the checkpoint to go on from, or None for a new run; config, with the network of foreign weights where the
+    run began with those). Refuses what would make another run of it."""
     out_dir = Path(config.out_dir)
     existing = checkpoint.candidates(out_dir)
     if is_new(config):
@@ -45,13 +59,17 @@ def load_saved(config, data, say):
                 "--out_dir keeps both"
             )
         if not config.resume_from:
-            return None
+            return None, config
         path, problems = Path(config.resume_from), []
         saved = checkpoint.load(path)
     else:
         saved, path, problems = checkpoint.load_newest(out_dir)
     for problem in problems:
         say(f"{problem}; going on from {path.name} of step {saved['iter_num']} instead")
+    if "data" not in saved:
+        raise ConfigError(f"{path} is no run to go on with, but weights to begin from: --init_from={path}")
+    if saved.get("began_from"):
+        config = take_network(config, saved["model_args"], path)
     known = type(config).__dataclass_fields__.keys()
     old = type(config)(**{k: v for k, v in saved["config"].items() if k in known})
     now, then = identity(config, data), identity(old, saved["data"])
@@ -65,7 +83,7 @@ def load_saved(config, data, say):
         say(f"goes on with other data: {data['train_tokens']:,} tokens, {saved['data']['train_tokens']:,} before")
         if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
             saved["best_val_loss"] = math.inf
-    return saved
+    return saved, config
 
 
 def say_changes(old, config, step, say):

@@ -7,6 +7,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ class Runtime:
     def device_name(self):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
+    def plan_facts(self, out_dir):
+        """What plan.plan wants to know of the device, and of the disk of out_dir: keyword arguments for it."""
+        folder = next(path for path in (Path(out_dir), *Path(out_dir).absolute().parents) if path.exists())
+        facts = dict(device=self.device_name, world_size=self.world_size, wide=self.dtype == torch.float32)
+        facts |= dict(disk_free=shutil.disk_usage(folder).free)
+        if self.device.type == "cuda":
+            facts |= dict(sms=torch.cuda.get_device_properties(self.device).multi_processor_count)
+            facts |= dict(free_bytes=torch.cuda.mem_get_info(self.device)[0], holders=holders())
+        return facts
+
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -64,6 +75,16 @@ class Runtime:
                         f"process {rank} has {key}={other[key]!r}, process 0 {others[0][key]!r}: all need the same "
                         "files in data_dir and out_dir, by a shared folder or by copies"
                     )
+
+
+def holders():
+    """The other processes that hold memory of a card, as nvidia-smi names them; empty where it does not."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return "; ".join(line for line in said.splitlines() if not line.startswith(f"{os.getpid()},"))
 
 
 def pick_device(name):
@@ -284,7 +305,7 @@ class Batches:
     def __init__(self, blocks, batch_size, runtime, first_sequence=0):
         self.blocks, self.batch_size, self.device = blocks, batch_size, runtime.device
         self.stride = runtime.world_size * batch_size
-        self.thread = ThreadPoolExecutor(1)
+        self.thread, self.waited = ThreadPoolExecutor(1), 0.0
         self.request(first_sequence + runtime.rank * batch_size)
 
     def request(self, sequence):
@@ -296,7 +317,14 @@ class Batches:
 
     def next(self):
         """-> inputs and targets, (B, T) of int64 on the device."""
+        began = time.perf_counter()
         tokens = self.coming.result()
+        self.waited += time.perf_counter() - began
         self.request(self.sequence + self.stride)
         tokens = tokens.to(self.device, non_blocking=True).to(torch.int64)
         return tokens[:, :-1], tokens[:, 1:]
+
+    def take_waited(self):
+        """Seconds for which `next` has waited for tokens since this was last asked."""
+        waited, self.waited = self.waited, 0.0
+        return waited

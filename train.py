@@ -24,16 +24,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
+import convert
 import durable
 import plan
 import resume
 from configurator import ConfigError, describe, key, load_config, run_script
 from generation import sample_texts
-from metrics import MetricsError, MetricsWriter, deviations, duration, log_line, start_wandb
+from metrics import MetricsError, MetricsWriter, deviations, eval_line, log_line, start_wandb
 from model import GPT, GPTConfig, ModelError
 from runtime import Batches, DeviceError, Runtime, Stop, compile_model, find_batch_size, micro_steps, start_runtime
 from shards import ShardError, TokenBlocks
-from tokenizer import load_tokenizer
+from tokenizer import TokenizerError, load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
 EVAL_GROUPS = 64
@@ -49,12 +50,15 @@ class TrainConfig:
     dataset: str = key("fineweb", "name of the dataset, a folder in data_dir")
     init_from: str = key(
         "scratch",
-        "a new run; or go on with the one in out_dir; auto: if there is one",
-        choices=("scratch", "resume", "auto"),
+        "scratch: a new run; resume: go on with the one in out_dir; auto: if there is one; gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl, a folder in Hugging Face format or a ckpt.pt: a new run from those weights, whose "
+        "network it takes over",
     )
     resume_from: str = key("", "a checkpoint file of another run, to go on from in this out_dir")
     overwrite: bool = key(False, "let a new run replace the one that is in out_dir")
     allow_new_data: bool = key(False, "let a resumed run go on with a dataset that is not the one it began with")
+    plan_only: bool = key(False, "show what the run would need, cost and reach, and exit")
+    gpu: str = key("", "plan for this card, such as 'RTX 4070', instead of the one here; with plan_only")
     # evaluation, log, checkpoints
     eval_interval: int = key(2000, "steps between evaluations", low=1)
     eval_tokens: int = key(0, f"tokens of each split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
@@ -69,6 +73,7 @@ class TrainConfig:
     wandb_log: bool = key(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
     wandb_project: str = key("onecard", "project there")
     wandb_run_name: str = key("", "name of the run there; empty: the name of out_dir")
+    wandb_artifact: bool = key(False, "give it the last checkpoint too, as an artifact")
     # batch
     gradient_accumulation_steps: int = key(5 * 8, "micro batches a step, over all processes together", low=1)
     batch_size: int = key(12, "sequences in a micro batch; 0: as many as fit, with tokens_per_step", low=0)
@@ -83,6 +88,7 @@ class TrainConfig:
     activation_checkpointing: bool = key(False, "compute activations twice instead of keeping them: slower, smaller")
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
+    gelu: str = key("tanh", "GPT-2's form of it; none: the exact one, which nanoGPT has", choices=("tanh", "none"))
     # optimizer
     optimizer: str = key("adamw", "muon: for the matrices in the blocks, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
@@ -106,8 +112,22 @@ class TrainConfig:
     compile: bool = key(True, "torch.compile the model")
     backend: str = key("nccl", "of torch.distributed, for CUDA devices; others use gloo")
 
+    @property
+    def foreign(self):
+        """Whether a new run begins with weights that others trained."""
+        return self.init_from not in ("scratch", "resume", "auto")
+
     def problems(self):
         found = []
+        if self.foreign and self.init_from not in convert.HUB_NAMES and not os.path.exists(self.init_from):
+            found.append(
+                f"init_from={self.init_from!r} is no file or folder; permitted are scratch, resume, auto, "
+                f"{', '.join(convert.HUB_NAMES)}, a folder in Hugging Face format, a ckpt.pt"
+            )
+        if self.foreign and self.resume_from:
+            found.append(f"init_from={self.init_from} and resume_from={self.resume_from} exclude each other: give one")
+        if self.wandb_artifact and not self.wandb_log:
+            found.append("wandb_artifact=True needs wandb_log=True")
         if self.n_embd % self.n_head:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -120,6 +140,10 @@ class TrainConfig:
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 (find one that fits) needs tokens_per_step: 524288 is usual for 100M parameters")
+        if self.gpu and not plan.card(self.gpu):
+            found.append(f"gpu={self.gpu!r} is not known: it is one of {', '.join(plan.CARDS)}")
+        if self.gpu and not self.plan_only:
+            found.append("gpu is the card that is planned for: give --plan_only=True with it")
         if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
             found.append(
                 f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "
@@ -128,7 +152,7 @@ class TrainConfig:
         return found
 
     def model_args(self):
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch")
+        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch", "gelu")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -152,13 +176,15 @@ class Progress:
     bad_steps: int = 0  # of these, the last ones in a row
     running: dict = field(default_factory=lambda: dict(n=0, mean=0.0, variance=0.0))  # of the loss of a step
     window: dict = field(default_factory=dict)  # sums since the last log line
+    evals: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation, for the forecast
     wandb_id: str = ""
+    began_from: str = ""  # the foreign weights, if it was with such
     found: dict = field(default_factory=dict)  # the micro batch that batch_size=0 found, and on which device
 
     @classmethod
     def restore(cls, saved):
         names = [name for name in cls.__dataclass_fields__ if name != "step"]
-        return cls(step=saved["iter_num"], **{name: saved[name] for name in names})
+        return cls(step=saved["iter_num"], **{name: saved[name] for name in names if name in saved})
 
 
 @dataclass
@@ -182,6 +208,8 @@ class Run:
     saver: checkpoint.Saver | None = None
     timed_steps: int = 0  # since the last log line, in this process
     timed_seconds: float = 0.0
+    waited_seconds: float = 0.0  # of these, for tokens
+    eval_seconds: float = 0.0  # of the last evaluation
 
     def say(self, text):
         self.runtime.say(text)
@@ -217,10 +245,10 @@ def open_data(config):
     return train, val
 
 
-def build(config, runtime, saved=None):
-    """-> (model, optimizers, scaler) on the device, from the seed, or from the checkpoint `saved`."""
+def build(config, runtime, saved=None, model=None):
+    """-> (model, optimizers, scaler) on the device: `model`, or one from the seed, or from the checkpoint `saved`."""
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**config.model_args()))
+    model = model or GPT(GPTConfig(**config.model_args()))
     model.activation_checkpointing = config.activation_checkpointing
     if saved:
         model.load_state_dict(saved["model"])
@@ -248,14 +276,17 @@ def saved_optimizers(saved):
 
 def start_run(config, stop=None):
     """-> Run: device, data, checkpoint, network, in the order in which a mistake costs the user least time."""
-    runtime = start_runtime(config)
+    runtime, began = start_runtime(config), None
+    if config.foreign:
+        began = convert.start(config.init_from, config.block_size, config.dropout)
+        config = resume.take_network(config, asdict(began.config), config.init_from)
     train_blocks, val_blocks = open_data(config)
     data = resume.data_identity(train_blocks, val_blocks)
-    saved = resume.load_saved(config, data, runtime.say)
+    saved, config = resume.load_saved(config, data, runtime.say)
     runtime.require_same(step=saved and saved["iter_num"], **data)
-    model, optimizers, scaler = build(config, runtime, saved)
-    progress = Progress.restore(saved) if saved else Progress()
-    describe_run(model, train_blocks, val_blocks, config, runtime)
+    model, optimizers, scaler = build(config, runtime, saved, began)
+    progress = Progress.restore(saved) if saved else Progress(began_from=config.init_from * config.foreign)
+    show_plan(config, runtime.plan_facts(config.out_dir), train_blocks, val_blocks, runtime.say)
     if runtime.rank == 0 and not config.eval_only:
         steps = config.max_iters - progress.step
         checkpoint.check_room(
@@ -298,21 +329,28 @@ def start_metrics(run, new, data):
     reached = (-1, -1) if new else (progress.step, progress.last_eval_step)
     metrics = MetricsWriter(config.out_dir, *reached, wandb_run)
     about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name, data=data)
+    about |= dict(dtype=str(run.runtime.dtype).removeprefix("torch."))
     metrics.write("start", progress.step, **about, parameters=run.model.num_params(positions=False))
     return metrics
 
 
-def describe_run(model, train_blocks, val_blocks, config, runtime):
-    """What is about to be trained, on what, on how much: a line each."""
-    tokens = config.step_tokens * config.max_iters
-    runtime.say(
-        f"model   {model.num_params(positions=False) / 1e6:.2f}M parameters without positions, "
-        f"{model.num_params() / 1e6:.2f}M with them\n"
-        f"data    {config.dataset}: {train_blocks.tokens:,} tokens to train on, {val_blocks.tokens:,} to validate on\n"
-        f"run     {config.max_iters:,} steps of {config.step_tokens:,} tokens are {tokens:,} tokens, "
-        f"{tokens / (train_blocks.blocks * config.block_size):.2f} epochs\n"
-        f"device  {runtime.world_size} x {runtime.device_name}, {str(runtime.dtype).removeprefix('torch.')}"
-    )
+def show_plan(config, facts, train_blocks, val_blocks, say):
+    """What the run will need, cost and reach. facts: of the device, Runtime.plan_facts; blocks: None if not known."""
+    tokens = config.eval_tokens or config.eval_iters * config.batch_size * config.block_size or EVAL_TOKENS
+    facts |= {f"{blocks.split}_tokens": blocks.tokens for blocks in (train_blocks, val_blocks) if blocks}
+    say("\n".join(plan.lines(plan.plan(config, eval_tokens=tokens, **facts), config)))
+
+
+def plan_only(config):
+    """Shows the plan of a run that is not begun: no network is built, and with gpu no card is needed."""
+    planned = dict(device=config.gpu, wide=config.dtype == "float32")
+    facts = planned if config.gpu else start_runtime(config).plan_facts(config.out_dir)
+    try:
+        blocks = open_data(config)
+    except ShardError as error:
+        print(f"data    not known: {error}")
+        blocks = None, None
+    show_plan(config, facts, *blocks, print)
 
 
 # ---- a step
@@ -435,7 +473,7 @@ def evaluate(run):
     run.model.eval()
     train, val = (sequence_losses(run, blocks, tokens) for blocks in (run.train_blocks, run.val_blocks))
     run.model.train()
-    seconds = time.perf_counter() - began
+    seconds = run.eval_seconds = time.perf_counter() - began
     train_loss, val_loss = (float(losses.mean()) if np.isfinite(losses).all() else None for losses in (train, val))
     progress.last_eval_step = progress.step
     if train_loss is None or val_loss is None:
@@ -445,12 +483,20 @@ def evaluate(run):
     groups = [round(float(group.mean()), 6) for group in np.array_split(val, min(EVAL_GROUPS, len(val)))]
     is_best = val_loss < progress.best_val_loss
     progress.best_val_loss = min(val_loss, progress.best_val_loss)
-    run.record("eval", train_loss=train_loss, val_loss=val_loss, val_groups=groups, eval_seconds=seconds)
-    run.say(f"step {progress.step}: train loss {train_loss:.4f}, val loss {val_loss:.4f} ({duration(seconds)})")
+    numbers = dict(train_loss=train_loss, val_loss=val_loss, perplexity=math.exp(val_loss))
+    if len(val) > 1:
+        numbers["val_error"] = float(val.std(ddof=1) / math.sqrt(len(val)))
+    if run.val_blocks.text_bytes:  # the same for all tokenizers
+        numbers["bits_per_byte"] = val_loss / math.log(2) * run.val_blocks.tokens / run.val_blocks.text_bytes
+    run.record("eval", **numbers, val_groups=groups, eval_seconds=seconds)
+    run.say(eval_line(progress.step, numbers, seconds))
+    progress.evals.append((progress.step, train_loss, val_loss))
+    if line := plan.forecast_line(progress.evals, config):
+        run.say(line)
     return is_best
 
 
-def log_step(run, loss, norm, seconds):
+def log_step(run, loss, norm, seconds, waited):
     """Takes a step into the window; writes the log line if it is due."""
     config, progress, window = run.config, run.progress, run.progress.window
     applied = math.isfinite(norm) and math.isfinite(loss)
@@ -459,11 +505,12 @@ def log_step(run, loss, norm, seconds):
         window[name] = window.get(name, 0) + value
     run.timed_steps += 1
     run.timed_seconds += seconds
+    run.waited_seconds += waited
     if progress.step % config.log_interval == 0:
         numbers = window_means(run)
         run.record("train", **numbers)
         run.say(log_line(progress.step, config.max_iters, numbers))
-        progress.window, run.timed_steps, run.timed_seconds = {}, 0, 0.0
+        progress.window, run.timed_steps, run.timed_seconds, run.waited_seconds = {}, 0, 0.0, 0.0
 
 
 def window_means(run):
@@ -474,6 +521,8 @@ def window_means(run):
     numbers |= dict(lr=plan.learning_rate(run.progress.step - 1, config), skipped=window["steps"] - applied)
     numbers |= dict(tokens=run.progress.sequences * config.block_size)
     numbers |= dict(ms_per_step=1000 * seconds, tokens_per_s=config.step_tokens / seconds)
+    numbers |= dict(data_share=run.waited_seconds / run.timed_seconds)
+    numbers |= dict(hours_left=plan.hours_left(config, run.progress.step, seconds, run.eval_seconds))
     if run.scaler.is_enabled():
         numbers["scale"] = run.scaler.get_scale()
     if runtime.peak_flops:
@@ -553,7 +602,7 @@ def train(config, stop):
         loss, norm, wish = train_step(run, batches)
         seconds = time.perf_counter() - began
         watch(run, loss, norm)
-        log_step(run, loss, norm, seconds)
+        log_step(run, loss, norm, seconds, batches.take_waited())
         if config.sample_interval and progress.step % config.sample_interval == 0 and run.metrics:
             show_samples(run)
         if run.saver:
@@ -568,6 +617,8 @@ def end(run, wish):
     """Waits for the last checkpoint and says how the run ended."""
     if run.saver:
         run.saver.close()
+        if run.config.wandb_artifact:
+            run.metrics.log_checkpoint(Path(run.config.out_dir) / checkpoint.LATEST)
         run.metrics.close()
     out_dir, step = run.config.out_dir, run.progress.step
     if wish:
@@ -594,6 +645,8 @@ def main(argv=None):
     config = load_config(TrainConfig, argv)
     if int(os.environ.get("RANK", 0)) == 0:
         print(describe(config), flush=True)
+    if config.plan_only:
+        return plan_only(config)
     try:
         with own(config), Stop(config.max_hours) as stop:
             wish = train(config, stop)
@@ -623,4 +676,5 @@ def out_of_memory(config, error):
 
 
 if __name__ == "__main__":
-    run_script(main, ModelError, DeviceError, ShardError, MetricsError, checkpoint.CheckpointError, durable.OwnedError)
+    mistakes = (convert.ConvertError, TokenizerError, ModelError, DeviceError, ShardError, MetricsError)
+    run_script(main, *mistakes, checkpoint.CheckpointError, durable.OwnedError)

@@ -1,34 +1,39 @@
 """How much sooner the new recipe reaches the old recipe's loss: D0 / D1 in tokens, T0 / T1 in time.
 
-    python bench/speedrun.py --data_dir=data --dataset=docs            # on whatever device there is
-    python bench/speedrun.py --data_dir=data --dataset=docs --ladder   # four recipes in a row, one change each
-    python bench/speedrun.py --data_dir=data --dataset=docs --sweep    # learning rates of each recipe
+    python bench/speedrun.py --data_dir=data --dataset=docs     # on whatever device there is; tables for RESULTS.md
+    python bench/speedrun.py --dataset=docs --only=race         # one part of it: sweep, ladder, race or time
 
-Every number is the val loss at the end of a complete schedule, never a point in the middle of one. The GPT-2 recipe
-takes the best of its learning rates over D0 tokens and ends at L0; then the new recipe is run over fewer and fewer
-tokens, each time to the end of its own schedule. D1 is where the line through the last two of these crosses L0.
+Every number is the val loss at the end of a complete schedule, never a point in the middle of one. sweep: the best
+learning rate of each recipe, on schedules of half the length, by factors of two until both neighbours are worse.
+ladder: four recipes at their own best rates over D0 tokens, one change more each. race: the last of them over fewer and
+fewer tokens; D1 is where the line between two of those runs crosses L0, the loss of the first. time: a step of both,
+taking turns. Finished runs lie in --results and are not done again.
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).parent.parent
-GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0.1, learning_rate=1e-3, beta2=0.95)
-RECIPES = {  # each is the one above with one change more
-    "gpt2 + AdamW": GPT2,
-    "qwen3 + AdamW": GPT2 | dict(arch="qwen3", learning_rate=3e-3),
-    "+ Muon": GPT2 | dict(arch="qwen3", optimizer="muon", learning_rate=6e-3),
-    "+ linear to zero": GPT2
-    | dict(arch="qwen3", optimizer="muon", lr_schedule="linear", min_lr_share=0.0, learning_rate=6e-3),
+ROOT = Path(__file__).resolve().parents[1]
+GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0.1, beta2=0.95)
+QWEN3, MUON, LINEAR = dict(arch="qwen3"), dict(optimizer="muon"), dict(lr_schedule="linear", min_lr_share=0.0)
+RECIPES = {  # name: (keys, where the search for its learning rate begins); each is the one above with one change more
+    "gpt2 + AdamW": (GPT2, 2e-3),
+    "qwen3 + AdamW": (GPT2 | QWEN3, 4e-3),
+    "+ Muon": (GPT2 | QWEN3 | MUON, 8e-3),
+    "+ linear to zero": (GPT2 | QWEN3 | MUON | LINEAR, 8e-3),
 }
 OLD, NEW = "gpt2 + AdamW", "+ linear to zero"
 SIZES = {
@@ -36,95 +41,143 @@ SIZES = {
     "cuda": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
 }
 STEPS = {"cpu": 400, "cuda": 10_000}
+SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
 
 
-def run(recipe, steps, seed, size, options):
-    """Trains to the end of the schedule in a process of its own -> (val loss, its standard error, seconds a step)."""
-    keys = dict(size, **recipe)
-    keys["min_lr"] = keys["learning_rate"] * keys.pop("min_lr_share")
-    keys |= dict(max_iters=steps, warmup_iters=max(10, steps // 20), seed=seed, eval_interval=steps)
-    keys |= dict(eval_tokens=options.eval_tokens, log_interval=max(1, steps // 10), always_save_checkpoint=False)
-    keys |= dict(data_dir=options.data_dir, dataset=options.dataset, compile=options.device == "cuda")
-    keys |= dict(dtype=options.dtype)
-    with tempfile.TemporaryDirectory() as out_dir:
-        arguments = [f"--{k}={v}" for k, v in keys.items()] + [f"--out_dir={out_dir}"]
-        command = [sys.executable, str(ROOT / "train.py"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(arguments)}\n{done.stderr[-2000:]}")
-        lines = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
-    final = [line for line in lines if line["kind"] == "eval"][-1]
-    groups = np.array(final["val_groups"])
-    seconds = statistics.median(line["ms_per_step"] for line in lines if line["kind"] == "train") / 1000
-    skipped = sum(line["skipped"] for line in lines if line["kind"] == "train")
+class Runs:
+    """Trainings, each in a process of its own, `jobs` of them at a time; a finished one is never done again."""
+
+    def __init__(self, options):
+        self.options, self.size, self.lock = options, SIZES[options.device], threading.Lock()
+        self.path = Path(options.results)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.done = {json.dumps(row["keys"], sort_keys=True): row for row in map(json.loads, lines)}
+
+    def of(self, recipes):
+        """recipes: list of (keys of the recipe, learning rate, steps, seed) -> list of dict(val_loss, seconds, ...)."""
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            return list(pool.map(lambda recipe: self.one(*recipe), recipes))
+
+    def one(self, recipe, rate, steps, seed, again=""):
+        keys = dict(self.size, **recipe, learning_rate=rate, max_iters=steps, seed=seed)
+        keys["min_lr"] = rate * keys.pop("min_lr_share")
+        keys |= dict(warmup_iters=max(10, steps // 20), eval_interval=steps, eval_tokens=self.options.eval_tokens)
+        keys |= dict(log_interval=max(1, steps // 10), dtype=self.options.dtype, dataset=self.options.dataset)
+        name = json.dumps(keys | ({"again": again} if again else {}), sort_keys=True)
+        if name not in self.done:
+            row = self.train(keys)
+            with self.lock, self.path.open("a") as file:
+                self.done[name] = row
+                file.write(json.dumps(dict(keys=json.loads(name), **row)) + "\n")
+            print(
+                f"  {recipe['arch']} {recipe['optimizer']} {recipe['lr_schedule']}, {steps} steps, rate {rate:.1e}, "
+                f"seed {seed}: val loss {row['val_loss']:.4f}, {1000 * row['seconds']:.0f} ms a step, "
+                f"{row['skipped']} skipped",
+                file=sys.stderr,
+                flush=True,
+            )
+        return self.done[name]
+
+    def train(self, keys):
+        options, environment = self.options, dict(os.environ)
+        if options.device == "cpu":
+            environment["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // options.jobs))
+        extra = dict(data_dir=options.data_dir, compile=options.device == "cuda", always_save_checkpoint=False)
+        with tempfile.TemporaryDirectory() as out_dir:
+            arguments = [f"--{k}={v}" for k, v in (keys | extra).items()] + [f"--out_dir={out_dir}"]
+            command = [sys.executable, str(ROOT / "train.py"), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(arguments)}\n{done.stderr[-2000:]}")
+            lines = [json.loads(line) for line in (Path(out_dir) / "metrics.jsonl").read_text().splitlines()]
+        final = [line for line in lines if line["kind"] == "eval"][-1]
+        logged = [line for line in lines if line["kind"] == "train"]
+        row = dict(val_loss=final["val_loss"], val_error=final["val_error"])
+        row |= dict(seconds=statistics.median(line["ms_per_step"] for line in logged) / 1000)
+        return row | dict(skipped=sum(line["skipped"] for line in logged), scale=[line.get("scale") for line in logged])
+
+
+def spread(values, digits=4):
+    return f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def best_rate(name, runs, steps):
+    """-> the learning rate whose two neighbours, half and double, both end higher; one seed. Prints what it tried."""
+    recipe, rate = RECIPES[name]
+    losses, wanted = {}, {rate / 2, rate, 2 * rate}
+    while wanted - losses.keys():
+        new = sorted(wanted - losses.keys())
+        rows = runs.of([(recipe, r, max(20, steps // 2), 0) for r in new])
+        losses |= {r: row["val_loss"] for r, row in zip(new, rows, strict=True)}
+        best = min(losses, key=losses.get)
+        wanted = {best / 2, 2 * best}
+    tried = ", ".join(f"{r:.1e}: {losses[r]:.3f}" + " *" * (r == best) for r in sorted(losses))
+    print(f"| {name} | {tried} |", flush=True)
+    return best
+
+
+def sweep(runs, steps):
     print(
-        f"  {steps:6} steps, seed {seed}, lr {keys['learning_rate']:.1e}: val loss {final['val_loss']:.4f}, "
-        f"{1000 * seconds:.0f} ms a step, {skipped} skipped",
-        flush=True,
+        f"\nLearning rates, one seed, {max(20, steps // 2)} steps; * the best\n\n| recipe | rate: val loss |\n|---|---|"
     )
-    return final["val_loss"], groups.std(ddof=1) / len(groups) ** 0.5, seconds
+    return {name: best_rate(name, runs, steps) for name in RECIPES}
 
 
-def sweep(recipe, steps, size, options):
-    """-> (best learning rate, its loss) among factors of two around the recipe's, one seed each."""
-    losses = {}
-    for factor in options.rates:
-        rate = recipe["learning_rate"] * factor
-        losses[rate] = run(recipe | dict(learning_rate=rate), steps, 0, size, options)[0]
-    best = min(losses, key=losses.get)
-    if best in (min(losses), max(losses)):
-        print(f"  the best rate, {best:.1e}, is at the edge of the grid: the true best may lie beyond")
-    return best, losses[best]
+def seeds_of(name, rate, steps, runs):
+    return runs.of([(RECIPES[name][0], rate, steps, seed) for seed in range(runs.options.seeds)])
 
 
-def spread(values):
-    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+def ladder(runs, steps, rates):
+    print(f"\nFour recipes, {steps} steps, {runs.options.seeds} seeds: mean (least to most)\n")
+    print("| recipe | learning rate | val loss | skipped steps |\n|---|---|---|---|")
+    for name, rate in rates.items():
+        rows = seeds_of(name, rate, steps, runs)
+        skipped = sum(row["skipped"] for row in rows)
+        print(f"| {name} | {rate:.1e} | {spread([row['val_loss'] for row in rows])} | {skipped} |", flush=True)
 
 
-def ladder(steps, size, options):
-    print("\n| recipe | learning rate | val loss over seeds | ms a step |\n|---|---|---|---|")
-    rows = []
-    for name, recipe in RECIPES.items():
-        results = [run(recipe, steps, seed, size, options) for seed in range(options.seeds)]
-        seconds = statistics.median(r[2] for r in results)
-        rows.append(
-            f"| {name} | {recipe['learning_rate']:.0e} | {spread([r[0] for r in results])} | {1000 * seconds:.0f} |"
-        )
-    print("\n" + "\n".join(rows))
-
-
-def race(steps, size, options):
+def race(runs, steps, rates):
+    """-> D0 / D1, the mean over seeds; None if the new recipe never crosses L0."""
+    size = runs.size
     tokens = size["batch_size"] * size["gradient_accumulation_steps"] * size["block_size"]
-    print(f"{OLD}: its best learning rate over {steps} steps = {steps * tokens:,} tokens")
-    rate, _ = sweep(RECIPES[OLD], steps, size, options)
-    old = [run(RECIPES[OLD] | dict(learning_rate=rate), steps, seed, size, options) for seed in range(options.seeds)]
-    target, old_seconds = statistics.mean(r[0] for r in old), statistics.median(r[2] for r in old)
-    print(f"L0 = {spread([r[0] for r in old])}\n{NEW}: fewer and fewer steps")
-    points = []
-    for share in (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12):
+    old = [row["val_loss"] for row in seeds_of(OLD, rates[OLD], steps, runs)]
+    target = statistics.mean(old)
+    print(f"\n{OLD}, D0 = {steps * tokens:,} tokens: L0 = {spread(old)}\n")
+    print(f"| {NEW}, tokens | share of D0 | val loss |\n|---|---|---|")
+    points = {seed: [] for seed in range(runs.options.seeds)}
+    for share in SHARES:
         n = max(20, round(steps * share))
-        results = [run(RECIPES[NEW], n, seed, size, options) for seed in range(options.seeds)]
-        points.append((n, statistics.mean(r[0] for r in results), statistics.median(r[2] for r in results)))
-        if points[-1][1] > target:
+        losses = [row["val_loss"] for row in seeds_of(NEW, rates[NEW], n, runs)]
+        print(f"| {n * tokens:,} | 1/{steps / n:.1f} | {spread(losses)} |", flush=True)
+        for seed, loss in enumerate(losses):
+            points[seed].append((n, loss))
+        if min(losses) > target:
             break
-    n1 = crossing(points, target)
-    if n1 is None:
-        print(f"{NEW} does not cross L0 = {target:.4f} in {[p[0] for p in points]} steps")
-        return
-    seconds = statistics.median(p[2] for p in points)
-    print(f"D0/D1 = {steps / n1:.2f} ({steps * tokens:,} to {round(n1 * tokens):,} tokens)")
-    print(
-        f"time a step, new over old = {seconds / old_seconds:.2f}; T0/T1 = {steps * old_seconds / (n1 * seconds):.2f}"
-    )
+    crossings = [steps / n for n in (crossing(p, target) for p in points.values()) if n]
+    if len(crossings) < len(points):
+        print(f"\n{NEW} crosses L0 for {len(crossings)} of {len(points)} seeds only: no figure")
+        return None
+    print(f"\nD0/D1 = {spread(crossings, 2)} over the seeds of the new recipe")
+    return statistics.mean(crossings)
 
 
 def crossing(points, target):
-    """Where the line through the last two (steps, loss, ...) meets the target, in log steps; None if they do not."""
-    if len(points) < 2 or not points[-1][1] >= target >= points[-2][1]:
-        return None
-    (n2, l2, _), (n1, l1, _) = points[-2:]
-    share = (target - l2) / (l1 - l2)
-    return float(np.exp(np.log(n2) + share * (np.log(n1) - np.log(n2))))
+    """Where (steps, loss) of ever fewer steps first rise above the target, in log steps; None if they do not."""
+    for (n2, l2), (n1, l1) in itertools.pairwise(points):
+        if l2 <= target < l1:
+            return float(np.exp(np.log(n2) + (target - l2) / (l1 - l2) * (np.log(n1) - np.log(n2))))
+    return None
+
+
+def step_time(runs, rates, turns=5):
+    """-> seconds a step of the new recipe over the old one's: short runs that take turns, nothing else beside them."""
+    ratios = []
+    for turn in range(turns):
+        old, new = (runs.one(RECIPES[name][0], rates[name], 40, 0, again=f"turn {turn}") for name in (OLD, NEW))
+        ratios.append(new["seconds"] / old["seconds"])
+    middle = statistics.median(ratios)
+    print(f"\ntime a step, new over old: {middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) in {turns} turns")
+    return middle
 
 
 def main():
@@ -133,25 +186,29 @@ def main():
     parser.add_argument("--dataset", default="docs")
     parser.add_argument("--steps", type=int, default=0, help="of the old recipe: D0")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2, 4], help="factors on the learning rate")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; the time of a step is taken alone")
     parser.add_argument("--eval_tokens", type=int, default=65_536)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--ladder", action="store_true")
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--rates", type=float, nargs=4, help="of the four recipes, instead of the sweep")
+    parser.add_argument("--only", choices=("sweep", "ladder", "race", "time"))
+    parser.add_argument("--results", default="speedrun.jsonl", help="file for finished runs")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, steps = SIZES[options.device], options.steps or STEPS[options.device]
+    runs, steps = Runs(options), options.steps or STEPS[options.device]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    card = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}; {size}")
-    if options.sweep:
-        for name, recipe in RECIPES.items():
-            print(name)
-            print(f"  best learning rate {sweep(recipe, steps, size, options)[0]:.1e}")
-    elif options.ladder:
-        ladder(steps, size, options)
-    else:
-        race(steps, size, options)
+    card = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
+    print(
+        f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}; {runs.size}"
+    )
+    rates = dict(zip(RECIPES, options.rates, strict=True)) if options.rates else sweep(runs, steps)
+    if options.only in (None, "ladder"):
+        ladder(runs, steps, rates)
+    tokens = race(runs, steps, rates) if options.only in (None, "race") else None
+    if options.only in (None, "time"):
+        options.jobs = 1
+        time = step_time(runs, rates)
+        if tokens:
+            print(f"T0/T1 = {tokens / time:.2f}")
 
 
 if __name__ == "__main__":

@@ -447,3 +447,32 @@ def test_the_script_says_in_a_line_what_it_was_not_given(tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines() == [
         "convert.py: give one source: python convert.py out/run --to=hf"
     ]
+
+
+def finetune(tiny_data, out_dir, *arguments):
+    data_dir, dataset = tiny_data
+    settings = dict(out_dir=out_dir, data_dir=data_dir, dataset=dataset, device="cpu", compile="false", block_size=32)
+    settings |= dict(batch_size=4, gradient_accumulation_steps=1, eval_interval=25, eval_tokens=512, learning_rate=1e-2)
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "train.py", "config/finetune.py", *options, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(tiny_data, tmp_path):
+    theirs = hf_gpt2(tmp_path / "theirs")
+    begin, out_dir = f"--init_from={tmp_path / 'theirs'}", tmp_path / "run"
+    code, errors = finetune(tiny_data, out_dir, begin, "--max_iters=50", "--n_layer=3")
+    assert code == 2 and "have n_layer=2: leave n_layer out" in errors
+    assert finetune(tiny_data, out_dir, begin, "--max_iters=50")[0] == 0
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["val_loss"] for row in rows if row["kind"] == "eval"}
+    assert losses[0] == pytest.approx(math.log(GPT2_IDS), abs=0.5) and losses[50] < 0.7 * losses[0]
+    ours, about = checkpoint.load_model(out_dir / "ckpt.pt")
+    assert ours.config == GPTConfig(**TINY | dict(vocab_size=GPT2_IDS, bias=True, block_size=32))
+    assert about["began_from"] == str(tmp_path / "theirs") and theirs.config.n_positions == 64
+    assert finetune(tiny_data, out_dir, "--init_from=resume", "--max_iters=52")[0] == 0
+    assert checkpoint.load_model(out_dir / "ckpt.pt")[1]["iter_num"] == 52
+    code, errors = finetune(tiny_data, out_dir, "--init_from=nowhere")
+    assert code == 2 and "init_from='nowhere' is no file or folder" in errors
+    assert len(errors.splitlines()) == 1

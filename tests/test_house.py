@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "prepare": {"configurator", "shards", "sources", "tokenizer", "durable"},
     "generation": set(),
     "train": {"configurator", "model", "checkpoint", "resume", "plan", "metrics", "runtime", "durable", "shards"}
-    | {"generation", "tokenizer"},
+    | {"generation", "tokenizer", "convert"},
     "convert": {"configurator", "checkpoint", "model", "tokenizer", "durable"},
     "diagnosis": {"plan"},
     "report": {"configurator", "plan", "metrics", "diagnosis"},

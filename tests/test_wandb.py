@@ -82,3 +82,12 @@ def test_an_offline_run_holds_the_config_and_the_metrics_and_a_resumed_one_is_th
         found = {step: row[f"{kind}/{name}"] for step, row in (before | after).items() if f"{kind}/{name}" in row}
         assert expected == found and len(found) >= 4
     assert max(before) == 4 and min(after) >= 4
+
+
+def test_the_checkpoint_is_an_artifact_if_asked(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / "run", "--max_iters=2", "--wandb_artifact=true")
+    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    (artifact,) = [record.artifact for record in records(path) if record.HasField("artifact")]
+    assert artifact.type == "model" and artifact.name.startswith("checkpoint-")
+    (entry,) = artifact.manifest.contents
+    assert entry.path == "ckpt.pt" and entry.size == (tmp_path / "run" / "ckpt.pt").stat().st_size
