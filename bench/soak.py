@@ -34,7 +34,7 @@ import train  # noqa: E402
 from shards import ShardWriter, write_manifest  # noqa: E402
 
 STEPS, SAVE_EVERY = 400, 10
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds")
+WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
 SETTINGS = dict(
     block_size=32,
     vocab_size=256,

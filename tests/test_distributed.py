@@ -20,7 +20,7 @@ from runtime import DeviceError
 
 ROOT = Path(train.__file__).parent
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and /proc as Linux has them")
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds")
+WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
 NEVER = "(?!)"  # a pattern that no line has
 BASE = dict(
     block_size=16,

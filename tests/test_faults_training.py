@@ -30,7 +30,7 @@ from durable import OwnedError
 from shards import ShardError, ShardWriter, shuffled, write_manifest
 
 ROOT = Path(train.__file__).parent
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds")
+WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
 FOREVER = 10**6
 NEVER = "(?!)"  # a pattern that no line has
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills, limits and mounts as POSIX has them")

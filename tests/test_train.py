@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from runtime import Batches, DeviceError, Runtime
 from shards import TokenBlocks
 
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds")
+WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
 BASE = dict(
     block_size=16,
     vocab_size=96,
