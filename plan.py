@@ -10,6 +10,7 @@ prediction there is none, and the reason is said instead. No torch here, and not
 
 import math
 from itertools import accumulate
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -54,12 +55,13 @@ DESKTOP = 11.2 / 12  # of a card's memory can be used where a desktop has some o
 
 
 def card(name):
-    """(SMs, TFLOPS, GiB) of a card by the name that its driver gives ("NVIDIA GeForce RTX 4070"), None if not known.
+    """(SMs, TFLOPS, GiB) of a card by its driver's name ("NVIDIA GeForce RTX 4070") or a short one ("4070"), or None.
 
     The whole name has to fit, so that a "RTX 4070 Laptop GPU" is not taken for a RTX 4070.
     """
-    words = [w for w in name.replace("-", " ").split() if w not in ("NVIDIA", "GeForce", *FORM_FACTORS)]
-    return CARDS.get(" ".join(words))
+    words = " ".join(w for w in name.replace("-", " ").split() if w not in ("NVIDIA", "GeForce", *FORM_FACTORS))
+    known = {key.lower(): row for key, row in CARDS.items()}
+    return known.get(words.lower()) or known.get(f"rtx {words.lower()}")
 
 
 def peak_flops(name, sms=None):
@@ -141,6 +143,7 @@ KEPT = {
     ("qwen3", False): (52, 8, 60, 16),
     ("qwen3", True): (21, 8, 33, 16),
 }
+MOST_TOKENS = 2**15  # of a micro batch; more at a time are not faster
 CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**27}  # as model.chunk_rows has it
 PROCESS = 330 * 2**20  # a CPU process that has imported torch and runs it
 COMPILER = 250 * 2**20  # and torch's compiler
@@ -183,6 +186,18 @@ def memory(config, device_type="cuda", wide=False):
     return parts
 
 
+def batch_that_fits(config, free, device_type="cuda", wide=False):
+    """-> (the largest micro batch, of those that divide the step and are no larger than the config's, whose peak is
+    within `free` bytes; its peak), or (0, 0) where there is none."""
+    sequences, keys = step_tokens(config) // config.block_size, vars(config) | dict(tokens_per_step=step_tokens(config))
+    for size in range(min(sequences, config.batch_size or max(1, MOST_TOKENS // config.block_size)), 0, -1):
+        if sequences % size == 0:
+            peak = sum(memory(SimpleNamespace(**keys | dict(batch_size=size)), device_type, wide).values())
+            if peak <= free:
+                return size, peak
+    return 0, 0
+
+
 # ---- the loss to expect
 
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28  # Hoffmann et al. 2022, arXiv 2203.15556
@@ -213,12 +228,16 @@ def expected_loss(config, epochs=None):
     n, tokens = parameters(config)["total"], step_tokens(config) * config.max_iters
     multiplier = MULTIPLIER.get((config.arch, config.optimizer))
     end = config.lr_decay_iters or config.max_iters
-    if multiplier is None:
+    if config.init_from not in ("scratch", "resume", "auto"):
+        reason = f"the law is of networks that begin at random, not with the weights of {config.init_from}"
+    elif multiplier is None:
         reason = f"the law is of GPT-2's network with AdamW, not of {config.arch} with {config.optimizer}"
     elif not 50257 <= config.vocab_size <= 51200:
         reason = f"the law is of GPT-2's tokens, not of a vocabulary of {config.vocab_size:,}"
-    elif not (2e7 <= n <= 1.6e9 and 5e8 <= tokens <= 5e11):
-        reason = "the law was never held against networks so small, or against so few tokens"
+    elif not 2e7 <= n <= 1.6e9:
+        reason = f"the law was not held against networks of {n / 1e6:,.0f}M parameters"
+    elif not 5e8 <= tokens <= 5e11:
+        reason = f"the law was not held against runs of {tokens / 1e6:,.1f}M tokens"
     elif (epochs or 0) > 4.05:
         reason = "the law is of fresh tokens; past 4 epochs a repeated one is worth less"
     elif not config.decay_lr or end > 1.05 * config.max_iters or config.min_lr > 0.3 * config.learning_rate:
@@ -343,23 +362,30 @@ def plan(config, train_tokens=None, val_tokens=None, eval_tokens=10_485_760, dev
     found |= dict(tokens_per_parameter=tokens / (p["total"] - p["positions"]), flops=tokens * flops_per_token(config))
     found |= dict(epochs=tokens / train_tokens if train_tokens else None, device=device, holders=holders)
     found |= dict(memory=memory(config, "cpu" if device == "cpu" else "cuda", wide), disk_free=disk_free)
-    found |= dict(free_bytes=free_bytes or (DESKTOP * known[2] * GiB if known else None))
+    found |= dict(free_bytes=free_bytes or (DESKTOP * known[2] * GiB if known else None), wide=wide)
+    found |= dict(held_bytes=known[2] * GiB - free_bytes if known and free_bytes else 0)
     kept = config.max_iters // config.keep_every if config.keep_every else 0
     found |= dict(disk_need=(12 * p["total"] + 2**20) * (5 + kept))  # as checkpoint.check_room has it
     found |= dict(eval_tokens=evaluated, eval_error=NOISE / math.sqrt(evaluated / 1024))
-    found |= dict(hours=None, utilisation=utilisation(config) if known and config.compile and not wide else None)
-    if found["utilisation"] and peak_flops(device, sms):  # an evaluation is forward only, a third, of two splits
+    found |= dict(hours=None, peak=peak_flops(device, sms))
+    if found["peak"] and config.compile and not wide:  # an evaluation is forward only, a third, of two splits
         evaluations = config.max_iters // config.eval_interval + 1
         flops = found["flops"] + evaluations * 2 / 3 * evaluated * flops_per_token(config)
-        found["hours"] = flops / (peak_flops(device, sms) * found["utilisation"] * world_size) / 3600
+        found["utilisation"] = utilisation(config, found["peak"])
+        found["hours"] = flops / (found["peak"] * found["utilisation"] * world_size) / 3600
     found["loss"], found["no_loss"] = expected_loss(config, found["epochs"])
     return found | dict(warnings=list(warnings(config, found)))
 
 
-def utilisation(config):
-    """Share of the peak that training reaches, compiled and in 16 bits: 69% at width 384 and 82% at 768, as the two
-    anchors had on an RTX 4070; a line in the logarithm of the width between and beside them."""
-    return min(0.82, max(0.5, 0.69 + 0.13 * math.log2(config.n_embd / 384)))
+def utilisation(config, flops):
+    """Share of the peak of `flops` FLOP/s that training reaches, compiled and in 16 bits.
+
+    On an RTX 4070 69% at width 384 and 82% at 768, as the two anchors had; a line in the logarithm of the width between
+    and beside them. Faster cards have less bandwidth for each FLOP/s: the share falls with the fourth root of the peak,
+    to 40% on an H100, where llm.c's run had 41% (10.26B tokens in 45 minutes on eight, says modded-nanogpt's README).
+    """
+    share = min(0.82, max(0.5, 0.69 + 0.13 * math.log2(config.n_embd / 384)))
+    return share * min(1.0, (CARDS["RTX 4070"][1] * 1e12 / flops) ** 0.25)
 
 
 def hours_left(config, step, seconds_per_step, eval_seconds=0.0):
@@ -370,75 +396,114 @@ def hours_left(config, step, seconds_per_step, eval_seconds=0.0):
 
 def warnings(config, found):
     """A line for each choice in the config that costs something, with what to change."""
-    c, epochs, val_tokens = config, found["epochs"] or 0, found["val_tokens"]
-    if val_tokens is not None and val_tokens < 100_000:
-        error = f"an evaluation errs by {found['eval_error']:.3f} or more"
-        yield f"val split of {val_tokens:,} tokens: {error}; prepare with a larger --val_fraction, 1M tokens or more"
-    if epochs > 4:
-        yield f"{epochs:.1f} epochs: past 4 a repeated token teaches little; prepare more text or train shorter"
+    c, epochs = config, found["epochs"] or 0
+    yield from room_warnings(config, found)
+    yield from data_warnings(found)
     if advice := size_advice(found):
         yield f"network far from the best for these tokens: {advice}"
-    if c.decay_lr and c.warmup_iters > 0.1 * c.max_iters:
-        yield f"warm-up of {c.warmup_iters} in {c.max_iters} steps: --warmup_iters={c.max_iters // 50} is enough"
+    if c.decay_lr and c.warmup_iters > 0.1 * c.max_iters and c.max_iters >= 100:
+        yield f"warm-up of {c.warmup_iters:,} in {c.max_iters:,} steps: --warmup_iters={c.max_iters // 50} is enough"
     if c.decay_lr and c.min_lr > 0.101 * c.learning_rate:
         yield f"min_lr={c.min_lr:g}, above a tenth of the peak, leaves noise; --min_lr={c.learning_rate / 10:g} or less"
-    if c.n_embd < 64 * c.n_head:
+    if c.n_embd < 64 * c.n_head and c.n_embd >= 128:
         fits = f"; --n_head={c.n_embd // 64}" if c.n_embd % 64 == 0 else ""
         yield f"heads of {c.n_embd // c.n_head}: 64 or 128 learn better and run faster{fits}"
     if c.dropout and 0 < epochs <= 4:
         why = "nothing is learned by heart so early, it costs loss, memory and time"
         yield f"dropout={c.dropout:g} in {epochs:.2f} epochs: {why}; --dropout=0"
     if c.dtype == "float16" and card(found["device"]):  # all of the table have bfloat16
-        why = "float16 has three more bits, which may help at very small rates"
-        yield f"float16 needs a GradScaler and skips steps; bfloat16 is as fast on this card and does not ({why})"
+        why = "float16 has three bits more, a reason only where the gradients are tame"
+        yield f"float16 skips steps to find its scale; --dtype=bfloat16 is as fast on this card and needs none ({why})"
     critical = 2.1e8 / found["loss"] ** (1 / 0.21) if found["loss"] else math.inf  # Kaplan et al. 2020, eq. 5.3
     if found["step_tokens"] > 2 * critical:
         why = f"past {critical:,.0f} more bring little (Kaplan et al. 2020)"
         yield f"{found['step_tokens']:,} tokens a step: {why}; halve them and double max_iters"
 
 
+def room_warnings(config, found):
+    """Of memory and disk that will not do."""
+    need, free, held = sum((found["memory"] or {}).values()), found["free_bytes"], found["held_bytes"]
+    if free and need > free:
+        size, peak = batch_that_fits(config, free, wide=found["wide"])
+        steps = f" --gradient_accumulation_steps={found['step_tokens'] // (size or 1) // config.block_size}"
+        change = f"--batch_size={size}{steps * (not config.tokens_per_step)} needs {peak / GiB:.1f} for the same run"
+        change = change if size else "--activation_checkpointing=True, or a smaller network"
+        ending = f"; or end what holds {held / GiB:.1f}" if held > 0.1 * free else ""
+        yield f"memory: {need / GiB:.1f} GiB needed, {free / GiB:.1f} free: {change}{ending}"
+    if found["disk_free"] and found["disk_need"] > found["disk_free"]:
+        need, free = (f"{found[name] / 1e9:.1f} GB" for name in ("disk_need", "disk_free"))
+        yield f"disk: checkpoints take {need} at their most, {free} are free: make room, or another --out_dir"
+
+
+def data_warnings(found):
+    """Of too little text, to train on or to evaluate with."""
+    train, val, epochs = found["train_tokens"], found["val_tokens"], found["epochs"] or 0
+    if val is not None and val < 100_000:
+        share = 100_000 / (train + val) if train else 1
+        change = f"--val_fraction={math.ceil(100 * share) / 100:g}" if share <= 0.2 else "more text"
+        error = f"a val loss errs by {found['eval_error']:.2f} or more"
+        yield f"val split of {val:,} tokens: {error}; prepare with {change}"
+    if epochs > 4:
+        yield f"{times(epochs)} epochs: past 4 a repeated token teaches little; prepare more text, or fewer max_iters"
+
+
 def size_advice(found):
     """What to grow or shrink, by the law where it holds, else by the ratio of tokens and parameters; or nothing."""
     size, tokens, ratio = found["parameters"]["total"], found["tokens"], found["tokens_per_parameter"]
     if not found["loss"]:
-        return "" if not tokens or 1 <= ratio <= 1000 else f"{ratio:.2g} a parameter, about 20 are"
+        far = tokens > 1e7 and not 1 <= ratio <= 1000  # fewer tokens are a try
+        return f"{ratio:.2g} a parameter, about 20 are" if far else ""
     n, d = best_size(size, tokens)
     gain = law(size, tokens) - law(n, d)
     text = f"{n / 1e6:.0f}M parameters on {d / 1e9:.2f}B tokens would end {gain:.2f} lower with the same FLOPs"
     return text if gain > 0.05 else ""
 
 
+def times(number):
+    return f"{number:.2f}" if number < 100 else f"{number:,.0f}"
+
+
 def lines(found, config):
     """The plan for people: a line each."""
-    p, free = found["parameters"], found["free_bytes"]
+    p = found["parameters"]
     blocks = f"{p['embedding'] / 1e6:.2f}M embedding, {p['blocks'] / 1e6:.2f}M in {config.n_layer} blocks"
     yield f"model   {(p['total'] - p['positions']) / 1e6:.2f}M parameters without positions: {blocks}"
     yield f"run     {config.max_iters:,} steps of {found['step_tokens']:,} tokens are {found['tokens']:,} tokens, " + (
         f"{found['tokens_per_parameter']:.3g} a parameter (compute-optimal: about 20)"
     )
     if found["train_tokens"]:
-        yield f"data    {found['train_tokens']:,} tokens to train on: {found['epochs']:.2f} epochs"
+        yield f"data    {found['train_tokens']:,} tokens to train on: {times(found['epochs'])} epochs"
         yield f"val     {found['val_tokens']:,} tokens, {found['eval_tokens']:,} of them in an evaluation: " + (
             f"standard error about {found['eval_error']:.4f}"
         )
-    if found["memory"]:
-        need = sum(found["memory"].values())
-        parts = ", ".join(f"{name} {n / GiB:.2f}" for name, n in found["memory"].items() if n > 0.005 * need)
-        where = f"of {free / GiB:.1f} free on {found['device']}" if free else "of this process"
-        holders = f"; others hold {found['holders']}" if found["holders"] else ""
-        yield f"memory  {need / GiB:.2f} GiB at the peak {where}, predicted: {parts}{holders}"
-        if free and need > free:
-            yield "        too much: halve batch_size and double gradient_accumulation_steps, the run stays the same"
-    else:
-        yield "memory  batch_size=0: the largest micro batch that fits is found at the start"
+    yield from memory_lines(found, config)
     work = f"{found['flops']:.2e} FLOP"
     if found["hours"]:
-        rate = f"{found['utilisation']:.0%} of its peak (the share that nanoGPT had on an RTX 4070 at this width)"
-        yield f"time    {found['hours']:.1f} h for {work} on {found['device']} at {rate}"
+        rate = f"{found['utilisation']:.0%} of its peak of {found['peak'] / 1e12:.0f} TFLOPS"
+        yield f"time    about {found['hours']:.1f} h: {work} on {found['device']} at {rate}; the log has measured hours"
     else:
-        yield f"time    {work}; hours are known after the first steps"
+        yield f"time    {work}; the hours are in each log line, from the speed that is measured"
     if found["disk_free"]:
         yield f"disk    {found['disk_need'] / 1e9:.2f} GB for checkpoints, {found['disk_free'] / 1e9:,.1f} GB are free"
-    expected = f"{found['loss'] or 0:.2f} +- {BAND} on FineWeb at the end (law of Hoffmann et al. 2022)"
+    expected = (
+        f"{found['loss'] or 0:.2f} +- {BAND} expected for val at the end, on FineWeb (law of Hoffmann et al. 2022)"
+    )
     yield f"loss    {expected if found['loss'] else 'no expectation: ' + found['no_loss']}"
     yield from (f"WARNING {text}" for text in found["warnings"])
+
+
+def memory_lines(found, config):
+    free, held = found["free_bytes"], found["held_bytes"]
+    where = f"of {free / GiB:.1f} GiB free on {found['device']}" if free else "of this process"
+    if found["memory"]:
+        need = sum(found["memory"].values())
+        yield f"memory  {need / GiB:.2f} GiB at the peak {where}, predicted:"
+        parts = (f"{name} {n / GiB:.2f}" for name, n in found["memory"].items() if n > 0.005 * need)
+        yield f"        {', '.join(parts)}"
+    else:
+        size, peak = batch_that_fits(config, free, wide=found["wide"]) if free else (0, 0)
+        fits = f"about {size} fit, with {peak / GiB:.1f} {where}; " if size else ""
+        yield f"memory  batch_size=0: {fits}the largest micro batch that fits is found at the start"
+    if held > 0.1 * (free or 0):
+        who = found["holders"] or "by whom the driver does not say"
+        yield f"        {held / GiB:.1f} GiB are held by others, the desktop included: {who}"
