@@ -80,7 +80,7 @@ def diagnose(run):
     if run.config and len(found) == 2:  # else the loss does not follow the law
         found += [to_come(run), rate_too_low(run)]
     if run.config:
-        found += [*limits(run), noisy_val(run, use)]
+        found += [*limits(run), noisy_val(run, use), *choices(run)]
     return [finding for finding in [*found, *system(run), not_carried(run)] if finding]
 
 
@@ -148,7 +148,8 @@ def overfitting(run, use):
     epochs = run.config and run.epochs(run.step)
     moved = f"the gap between val and train moved by {change:+.4f} +- {error:.4f} ({span(run, use)})"
     if change < max(critical(len(use) - 2, 3.5) * error, WIDENS):
-        return Finding("no overfitting", f"{moved}, no more than noise (a gap, now {(val - train)[-1]:+.3f}, is none)")
+        gap = f"the gap itself, now {(val - train)[-1]:+.3f}, is no overfitting"
+        return Finding("no overfitting", f"{moved}, no more than noise; {gap}")
     moved += f": train by {train_change:+.3f}, val by {val_change:+.3f}"
     moved += f", in {epochs:.2f} epochs" if epochs else ""
     if epochs and epochs <= 1:
@@ -269,6 +270,14 @@ def limits(run):
     return [Finding("expected", law), Finding(name, text)]
 
 
+def choices(run):
+    """What the plan warns of: keys of the config that cost something."""
+    data = run.about.get("data", {})
+    tokens = {f"{split}_tokens": data.get(f"{split}_tokens") for split in ("train", "val")}
+    for text in plan.plan(run.config, **tokens, device=run.about.get("device", "cpu"))["warnings"]:
+        yield Finding("choice", text)
+
+
 # ---- the numbers themselves
 
 
@@ -293,8 +302,8 @@ def noisy_val(run, use):
         return None
     gap = (run.evals["val"] - run.evals["train"])[use]
     below = f", and lies {-gap.mean():.3f} below train" if gap.mean() < -5 * gap.std() / math.sqrt(len(use)) else ""
-    text = f"batches scatter by {one:.3f}, so an evaluation on {batches} should by {fair:.4f}; train does by "
-    text += f"{scatter['train']:.4f}, val by {scatter['val']:.4f}{below}: look at the val set"
+    text = f"batches scatter by {one:.3f}, so an evaluation on {batches} of them should by {fair:.4f}; train does "
+    text += f"by {scatter['train']:.4f}, val by {scatter['val']:.4f}{below}: look at the val set"
     return Finding("noisy val set", f"{text}, it is small or no fair sample")
 
 

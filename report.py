@@ -55,6 +55,7 @@ DEFAULTS |= dict(batch_size=12, gradient_accumulation_steps=40, tokens_per_step=
 DEFAULTS |= dict(learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000, lr_decay_iters=600_000, decay_lr=True)
 DEFAULTS |= dict(lr_schedule="cosine", decay_iters=0, eval_interval=2000, eval_iters=200, eval_tokens=0, compile=True)
 DEFAULTS |= dict(arch="gpt2", optimizer="adamw", dtype="bfloat16", activation_checkpointing=False, keep_every=0)
+DEFAULTS |= dict(init_from="scratch")
 
 LOG_EVAL = re.compile(r"step (\d+): train loss ([\d.]+), val loss ([\d.]+)")
 LOG_ITER = re.compile(r"iter (\d+): loss ([\d.]+), time ([\d.]+)ms")
@@ -91,7 +92,7 @@ def read_config(path):
     values = dict(DEFAULTS)
     for source, written, names, expression in configurator.read_file(path):
         try:
-            if isinstance(expression, ConfigError):
+            if names and isinstance(expression, ConfigError):  # (a docstring has none)
                 raise expression
             values |= {name: configurator.evaluate(expression, values) for name in names}
         except ConfigError as error:
@@ -147,7 +148,7 @@ def assemble(name, records):
     keys = DEFAULTS | dict(lr_decay_iters=0, eval_iters=0)  # those that an older train.py did not have
     return Run(
         name=name,
-        evals={n: column(evals, names.get(n, n)) for n in ("step", "train", "val", "eval_seconds")},
+        evals={n: column(evals, names.get(n, n)) for n in ("step", "train", "val", "bits_per_byte", "eval_seconds")},
         groups=[r["val_groups"] for r in evals if "val_groups" in r],
         lines={n: column(train or micro, n) for n in {"step"}.union(*(train or micro))},
         micro=not train and bool(micro),
@@ -171,8 +172,15 @@ def headline(run):
     text = f"{run.name}: step {run.step:,}" + (f" of {run.config.max_iters:,}" if run.config else "")
     if len(run.evals["step"]):
         text += f", at step {run.evals['step'][-1]:,.0f} train loss {run.evals['train'][-1]:.4f}, "
-        text += f"val loss {run.evals['val'][-1]:.4f}"
+        text += f"val {val_loss(run)}"
     return text
+
+
+def val_loss(run):
+    """Words on the last val loss, with what can be compared across tokenizers where it is known."""
+    loss, bits = run.evals["val"][-1], run.evals["bits_per_byte"][-1]
+    text = f"loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.2f}"
+    return text if math.isnan(bits) else f"{text}, {bits:.4f} bits a byte"
 
 
 def in_words(findings):
@@ -228,7 +236,7 @@ def plan_beside(run):
 def compare(a, b):
     """How b differs from a at the last evaluation of each: the loss by pairs of the same val windows, the keys."""
     for letter, run in (("a", a), ("b", b)):
-        yield f"{letter}  {run.name}: val loss {run.evals['val'][-1]:.4f} at step {run.evals['step'][-1]:,.0f}"
+        yield f"{letter}  {run.name}: val {val_loss(run)} at step {run.evals['step'][-1]:,.0f}"
     fingerprints = [run.about.get("data", {}).get("val_fingerprint") for run in (a, b)]
     pairs = [run.groups[-1] if run.groups else [] for run in (a, b)]
     sizes = [
@@ -237,7 +245,9 @@ def compare(a, b):
     difference = b.evals["val"][-1] - a.evals["val"][-1]
     word = "lower" if difference < 0 else "higher"
     if None in fingerprints or len(set(fingerprints)) > 1 or len(set(sizes)) > 1 or len(pairs[0]) < 8:
-        yield f"b is {word} by {abs(difference):.4f}; not evaluated on the same windows, so its error is unknown"
+        yield f"b is {word} by {abs(difference):.4f}; not evaluated on the same windows, so its error is unknown" + (
+            " (of two tokenizers only the bits a byte compare)"
+        )
     else:
         each = np.subtract(pairs[1], pairs[0])
         error = np.std(each, ddof=1) / math.sqrt(len(each))
@@ -251,18 +261,21 @@ def compare(a, b):
 
 
 def fewer_tokens(a, b):
-    """Words on how many tokens the better run would save: by the law fitted to the worse one, over other lengths."""
+    """Words on how many tokens the better run saves: by the law fitted to the worse one, over other lengths."""
     better, worse = sorted((a, b), key=lambda run: run.evals["val"][-1])
-    fit = worse.forecast("val")[0] if worse.config and worse.step >= worse.end else None
+    fit = worse.forecast("val")[0] if better.config and worse.config and worse.step >= worse.end else None
     if not fit:
         return ""
     rates, target = worse.rates(), better.evals["val"][-1] - worse.evals["val"][-1] + fit["loss"]
     factors = np.geomspace(1, 4, 57)
     losses = [plan.follow(fit, stretch(rates, factor))[-1] for factor in factors]
-    longer = next((f for f, loss in zip(factors, losses, strict=True) if loss <= target), None)
-    if longer is None:
-        return ": the law of the other gives less than a quarter of its tokens to the same loss"
-    return f": by the law of the other {1 - 1 / longer:.0%} fewer tokens to the same loss"
+    longer = next((f for f, loss in zip(factors, losses, strict=True) if loss <= target), math.inf)
+    used, needed = (run.step * plan.step_tokens(run.config) for run in (better, worse))
+    if longer == math.inf:
+        return ": the law of the other does not reach it with four times its tokens"
+    share = used / (longer * needed) - 1
+    word = "more" if share > 0 else "fewer"
+    return f": that is {abs(share):.0%} {word} tokens to the same loss, by the law of the other"
 
 
 # ---- the page
@@ -306,7 +319,9 @@ def write_page(run, findings, path, refresh=0):
         f"<h2>Curves</h2><div class=plots>{plots}</div>{table}{samples}\n"
     )
     try:
-        Path(path).write_text(page, encoding="utf-8")
+        new = Path(f"{path}.new")
+        new.write_text(page, encoding="utf-8")
+        new.replace(path)  # whole at any time: a browser may be reading it
     except OSError as error:
         raise ReportError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
 

@@ -25,7 +25,9 @@ def founding_run(tmp_path):
     """-> the printed log of the 40M run cut at step 14,500, and its config file."""
     log, keys = tmp_path / "train.log", ANCHORS["40m"] | dict(n_layer=12, n_head=12, wandb_project="fineweb", seed=7)
     log.write_text("number of parameters: 40.56M\n" + "\n".join(printed_log("40m", 14500)) + "\n")
-    (tmp_path / "fineweb.py").write_text("".join(f"{key} = {value!r}\n" for key, value in keys.items()))
+    (tmp_path / "fineweb.py").write_text(
+        '"""Its config."""\n\n' + "".join(f"{key} = {value!r}\n" for key, value in keys.items())
+    )
     return log, tmp_path / "fineweb.py"
 
 
@@ -66,10 +68,12 @@ def test_the_founding_run_is_told_what_was_true_of_it(founding_run):
     assert "no plateau: the val loss still falls, by 0.0152 +- 0.0026 per 1,000 steps" in found["falling"]
     assert "0.27 of its peak and will be 0.10" in found["annealing to come"]
     assert "val ends at 3.535 +- 0.034 (step 20,000), 0.035 below now" in found["annealing to come"]
-    assert "no more than noise (a gap, now -0.072, is none)" in found["no overfitting"]
+    assert "no more than noise; the gap itself, now -0.072, is no overfitting" in found["no overfitting"]
     assert "twice the 41M parameters would bring 0.22, twice the 10.49B tokens 0.11" in found["limited by size"]
     assert "3.60 +- 0.08" in found["expected"]
-    assert "an evaluation on 200 should by 0.0071; train does by 0.0084, val by 0.0115" in found["noisy val set"]
+    assert (
+        "an evaluation on 200 of them should by 0.0071; train does by 0.0084, val by 0.0115" in found["noisy val set"]
+    )
     assert "look at the val set" in found["noisy val set"] and "0.067 below train" in found["noisy val set"]
     assert "the gradient" in found["not carried"]
 
@@ -201,8 +205,12 @@ def test_tokens_saved_are_those_by_which_a_longer_run_of_the_law_is_better(own_r
     a, longer = own_run("a"), config(max_iters=5000, lr_decay_iters=5000, warmup_iters=125)
     fit = dict(a=0.5, b=(3.1, 0.2, 0.1), scale=[s[-1] for s in plan.annealing(report.read_run(a).rates())])
     gain = plan.follow(fit, plan.rates(longer))[-1] - plan.follow(fit, report.read_run(a).rates())[-1]
-    said = "\n".join(report.compare(report.read_run(a), report.read_run(own_run("b", gain))))
-    assert int(re.search(r"law of the other (\d+)% fewer tokens", said)[1]) == pytest.approx(20, abs=3)
+    b = own_run("b", gain)
+    said = "\n".join(report.compare(report.read_run(a), report.read_run(b)))
+    assert int(re.search(r"that is (\d+)% fewer tokens to the same loss", said)[1]) == pytest.approx(20, abs=3)
+    twice = own_run("bb", gain, gradient_accumulation_steps=80)  # the same loss with twice the tokens a step
+    said = "\n".join(report.compare(report.read_run(a), report.read_run(twice)))
+    assert int(re.search(r"that is (\d+)% more tokens to the same loss", said)[1]) == pytest.approx(60, abs=6)
 
 
 def test_runs_on_other_val_sets_are_not_compared_by_pairs(own_run):
