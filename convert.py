@@ -21,7 +21,6 @@ import pickle
 import re
 import secrets
 import shutil
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -135,21 +134,20 @@ def read(source, which="latest"):
         return read_nanogpt(path)
     except FileNotFoundError:
         raise ConvertError(f"{path}: there is no such file, nor a config.json beside it; train first") from None
+    except OSError as error:
+        raise ConvertError(f"{path}: cannot be read ({error.strerror}); give a file that can be") from None
     model, about = checkpoint.load_model(path)
     return model, about | last_evaluation(path.parent / "metrics.jsonl", about["iter_num"])
 
 
 def last_evaluation(path, step):
-    """-> val_loss of this step, and val_error, its standard error from the groups of windows; {} if not known."""
-    found = {}
+    """-> val_loss of this step and val_error, its standard error, as far as they are known."""
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):  # a line that was being written when the process was killed
             row = json.loads(line)
             if row["kind"] == "eval" and row["step"] == step:
-                groups = row["val_groups"]
-                error = statistics.stdev(groups) / math.sqrt(len(groups)) if len(groups) > 1 else math.nan
-                found = dict(val_loss=row["val_loss"], val_error=error)
-    return found
+                return {name: row[name] for name in ("val_loss", "val_error") if name in row}
+    return {}
 
 
 def build(args, weights, source):
@@ -220,9 +218,7 @@ def network_of(config, source):
         args |= dict(gelu="none" if gelu == "gelu" else "tanh", dropout=config.resid_pdrop)
         config.n_inner = config.n_inner or 4 * config.n_embd
     else:
-        rotary = getattr(config, "rope_parameters", None) or config.rope_scaling or {}  # transformers 5, or 4
-        config.rope_theta = rotary.get("rope_theta") or config.rope_theta
-        config.rope_type = rotary.get("rope_type", "default")
+        config.rope_theta, config.rope_type = (config.rope_parameters[name] for name in ("rope_theta", "rope_type"))
     args |= {name: own[name] for name in ("bias", "vocab_size", "dropout") if name in own}
     asked = hf_network(GPTConfig(**args)) | dict(rope_type="default")
     differ = [f"{k}={getattr(config, k)} (ours: {v})" for k, v in asked.items() if getattr(config, k, v) != v]
@@ -233,15 +229,16 @@ def network_of(config, source):
 
 def check_vocabulary(folder):
     """Raises ConvertError if the folder has another tokenizer than GPT-2's: the ids would mean other texts."""
-    for name in ("tokenizer.json", "vocab.json"):
-        if (folder / name).exists():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            theirs = dict(content["model"]["vocab"] if name == "tokenizer.json" else content)
-            ours = {token: i for token, i in vocabulary(load_tokenizer()).items() if token != ENDOFTEXT}
-            wrong = [token for token, i in ours.items() if theirs.get(token) != i]
-            if wrong:
-                ids = f"{wrong[0]!r} is {theirs.get(wrong[0])}, GPT-2's is {ours[wrong[0]]}"
-                raise ConvertError(f"{folder / name}: not GPT-2's tokenizer, the only one that onecard has: {ids}")
+    for path in (folder / name for name in ("tokenizer.json", "vocab.json") if (folder / name).exists()):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            theirs = dict(content["model"]["vocab"] if path.name == "tokenizer.json" else content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConvertError(f"{path}: no vocabulary can be read from it ({error!r}): copy the folder anew") from None
+        for token, i in vocabulary(load_tokenizer()).items():
+            if token != ENDOFTEXT and theirs.get(token) != i:
+                ids = f"{token!r} is {theirs.get(token)}, GPT-2's is {i}"
+                raise ConvertError(f"{path}: not GPT-2's tokenizer, the only one that onecard has: {ids}")
 
 
 def from_hf(theirs, args, source):
@@ -401,7 +398,8 @@ def model_card(c, about, name, parameters):
         rows |= {"data": f"{config.get('dataset')}, {data['train_tokens']:,} tokens to train on"}
         rows |= {"trained on": f"{about['sequences'] * c.block_size:,} tokens in {about['iter_num']:,} steps"}
     if loss is not None:
-        rows |= {"val loss": f"{loss:.4f} +- {about['val_error']:.4f} nats a token (standard error of the val windows)"}
+        error = f" +- {about['val_error']:.4f} (standard error)" if "val_error" in about else ""
+        rows |= {"val loss": f"{loss:.4f}{error} nats a token"}
     if about.get("began_from"):
         rows |= {"began from": Path(about["began_from"]).name}
     config = {k: v for k, v in config.items() if k not in ("out_dir", "data_dir", "init_from", "resume_from")}  # paths

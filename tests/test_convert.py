@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,11 +17,13 @@ from torch.nn import functional as F
 
 import checkpoint
 import convert
+import sample
 from convert import ConvertError
 from model import GPT, GPT2_IDS, GPTConfig
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## In and out\n")[2].partition("\n## ")[0]
 TINY = dict(block_size=64, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
 NETWORKS = {
     "gpt2": dict(bias=False),
@@ -158,12 +161,10 @@ def test_a_padded_row_costs_no_more_than_jensens_inequality_allows():
 
 
 def test_the_card_says_the_loss_with_its_error(tmp_path):
-    groups = [3.0, 3.2, 3.4, 3.6]  # mean 3.3, standard error 0.2582 / 2
-    rows = [dict(kind="eval", step=step, val_loss=loss, val_groups=groups) for step, loss in ((0, 9.0), (7, 3.3))]
+    rows = [dict(kind="eval", step=step, val_loss=loss, val_error=0.1291) for step, loss in ((0, 9.0), (7, 3.3))]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ev')
     found = convert.last_evaluation(path, 7)
-    assert found["val_loss"] == 3.3 and found["val_error"] == pytest.approx(0.1291, abs=1e-4)
     config = dict(dataset="fineweb")
     about = found | dict(iter_num=7, sequences=70, data=dict(train_tokens=12345), config=config)
     card = convert.model_card(GPTConfig(**TINY), about, "tiny", 1000)
@@ -225,6 +226,9 @@ def test_what_is_no_whole_gpt2_folder_is_refused(tmp_path):
     ids = {token: (i + 1) % 50256 for token, i in convert.vocabulary(load_tokenizer()).items()}
     (tmp_path / "other words" / "vocab.json").write_text(json.dumps(ids))
     with pytest.raises(ConvertError, match="not GPT-2's tokenizer"):
+        convert.read(str(tmp_path / "other words"))
+    (tmp_path / "other words" / "vocab.json").write_text('{"half')
+    with pytest.raises(ConvertError, match="no vocabulary can be read from it"):
         convert.read(str(tmp_path / "other words"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
@@ -373,10 +377,10 @@ PROMPTS = ("The", "A card with", "In 1969", " x", "def f(", "日本", "\n\n", "O
 
 
 def test_llama_cpp_has_our_ids_and_the_same_greedy_text(run_with_gguf):
-    """Where llama-cpp-python is installed, which builds from source. Its logits differ a little from ours (it takes
-    GELU from a table in float16); the likeliest token does not."""
+    """Where llama-cpp-python is installed, which builds from source. Its logits differ from ours by up to 1e-3 (it
+    takes GELU from a table in float16); the likeliest token does not."""
     llama_cpp, (ours, run), tokenizer = pytest.importorskip("llama_cpp"), run_with_gguf, load_tokenizer()
-    options = dict(n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False)
+    options = dict(n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
     options |= dict(type_k=0, type_v=0, flash_attn=False)  # keys and values in float32
     llama = llama_cpp.Llama(str(run / "run.gguf"), **options)
     for prompt in PROMPTS:
@@ -385,6 +389,60 @@ def test_llama_cpp_has_our_ids_and_the_same_greedy_text(run_with_gguf):
         llama.reset()
         stream = llama.generate(ids, temp=0.0, repeat_penalty=1.0)
         assert [next(stream) for _ in range(50)] == greedy(ours, ids, 50)
+    idx = text_ids(64)[:1]
+    llama.reset()
+    llama.eval(idx[0].tolist())
+    with torch.no_grad():
+        torch.testing.assert_close(torch.tensor(llama.scores[:64]), ours(idx)[0, :, :GPT2_IDS], atol=1e-3, rtol=0)
+
+
+# ---- the README's section
+
+
+def test_each_command_of_the_readmes_table_is_taken_as_it_stands(tmp_path, monkeypatch):
+    for package in ("transformers", "gguf"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    save(tiny(), Path("out/run"))
+    commands = re.findall(r"`python convert\.py ([^`]+)`", SECTION)
+    for command in commands:
+        command = command.replace("path/to/ckpt.pt", "out/run/nanogpt/ckpt.pt").replace("FOLDER", "out/run/hf")
+        convert.main(command.split())
+    made = {"out/run/hf", "out/run/run.gguf", "out/run/nanogpt/ckpt.pt", "out/old/ckpt.pt", "out/hf/ckpt.pt"}
+    assert len(commands) == len(made) and all(Path(path).exists() for path in made)
+
+
+TASK = """
+task: my_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{{metric: bits_per_byte}}]
+"""
+
+
+def test_lm_evaluation_harness_gives_the_loss_of_sample_py(tmp_path, capsys):
+    """Where lm_eval is installed: the README's line, with a task that needs no network. The network has no padded
+    rows, which sample.py counts (at most 0.0009) and the exported folder no longer has."""
+    pytest.importorskip("lm_eval")
+    run, text = save(tiny(vocab_size=GPT2_IDS), tmp_path / "run"), "It's a small text,\nwith a “quote” in it."
+    convert.main([str(run), "--to=hf"])
+    (tmp_path / "my_text.txt").write_bytes(text.encode())
+    (tmp_path / "my_text.jsonl").write_text(json.dumps(dict(text=text)))
+    (tmp_path / "my_text.yaml").write_text(TASK.format(path=tmp_path / "my_text.jsonl"))
+    line = next(line for line in SECTION.splitlines() if line.startswith("lm_eval "))
+    line = line.replace("out/run/hf", str(run / "hf")).replace("hellaswag", "my_text").removeprefix("lm_eval ")
+    more = ["--include_path", tmp_path, "--output_path", tmp_path / "results", "--device", "cpu"]
+    env = os.environ | dict(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"), OMP_NUM_THREADS="1")
+    subprocess.run([sys.executable, "-m", "lm_eval", *line.split(), *more], env=env, check=True, capture_output=True)
+    (results,) = (tmp_path / "results").rglob("*.json")
+    theirs = json.loads(results.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    capsys.readouterr()
+    sample.main([f"--out_dir={run}", f"--score={tmp_path / 'my_text.txt'}", "--json=true", "--device=cpu"])
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] == pytest.approx(theirs, rel=1e-6)
 
 
 # ---- what is refused, and what stays behind
@@ -440,9 +498,17 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(package, extr
 
 
 def test_the_script_says_in_a_line_what_it_was_not_given(tmp_path):
-    for source, words in (("nowhere", "nowhere: there is no such file"), (tmp_path, "ckpt.pt: there is no such file")):
-        with pytest.raises(ConvertError, match=words):
-            convert.main([str(source)])
+    whole, cut, flipped = save(tiny(), tmp_path / "run"), tmp_path / "cut.pt", tmp_path / "flipped.pt"
+    data = bytearray((whole / "ckpt.pt").read_bytes())
+    cut.write_bytes(data[:100_000])
+    data[100_000] ^= 1
+    flipped.write_bytes(data)
+    words = {"nowhere": "nowhere: there is no such file", tmp_path: "ckpt.pt: there is no such file"}
+    words |= {cut: "no whole checkpoint", flipped: "damaged", ROOT / "README.md": "no whole checkpoint"}
+    for source, message in words.items():
+        with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
+            convert.main([str(source), f"--out={tmp_path / 'new'}"])
+    assert not list(tmp_path.glob("new*"))
     done = subprocess.run([sys.executable, "convert.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines() == [
         "convert.py: give one source: python convert.py out/run --to=hf"

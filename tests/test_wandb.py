@@ -84,6 +84,16 @@ def test_an_offline_run_holds_the_config_and_the_metrics_and_a_resumed_one_is_th
     assert max(before) == 4 and min(after) >= 4
 
 
+def test_the_samples_are_a_table_of_the_texts_in_the_metrics(tiny_data, tmp_path):
+    train(tiny_data, tmp_path / "run", "--max_iters=2", "--sample_interval=2", "--vocab_size=50304")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    (texts,) = [line["texts"] for line in lines if line["kind"] == "samples"]
+    ((_, _, history),) = read_runs(tmp_path / "run")
+    (table,) = [row["samples/texts.path"] for row in history.values() if "samples/texts.path" in row]
+    (path,) = (tmp_path / "run").glob(f"wandb/offline-run-*/files/{table}")
+    assert json.loads(path.read_text())["data"] == [[text] for text in texts] and len(texts) == 3
+
+
 def test_the_checkpoint_is_an_artifact_if_asked(tiny_data, tmp_path):
     train(tiny_data, tmp_path / "run", "--max_iters=2", "--wandb_artifact=true")
     (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
