@@ -12,6 +12,8 @@ from curves import anchor, config
 
 import model
 import plan
+import train
+from configurator import ConfigError
 from report import read_config
 
 GPT2 = dict(n_layer=12, n_head=12, vocab_size=50304, block_size=1024)
@@ -312,3 +314,30 @@ def test_a_try_is_not_warned_of_what_only_a_real_run_can_heed():
     found = plan.plan(config(**keys), train_tokens=577_221, val_tokens=21_761, eval_tokens=16_384)
     assert len(found["warnings"]) == 1 and "prepare with --val_fraction=0.17" in found["warnings"][0]
     assert 0.17 * (577_221 + 21_761) > 100_000 > 0.16 * (577_221 + 21_761)
+
+
+# ---- as train.py shows it
+
+
+def shown(capsys, *arguments):
+    train.main(["config/fineweb_4070.py", "--plan_only=True", *arguments])
+    return capsys.readouterr().out
+
+
+def test_plan_only_needs_no_card_no_data_and_builds_no_network(capsys, monkeypatch, tmp_path):
+    """The README's command, and with what it may be joined."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setattr(model.GPT, "__init__", lambda *_: pytest.fail("a network was built"))
+    said = shown(capsys, "--gpu=RTX 4070", "--dataset=none")
+    assert "about 22.0 h" in said and "3.60 +- 0.08" in said and "data    not known: " in said
+    said = shown(capsys, "--gpu=RTX 4070", "--dataset=none", "--batch_size=0", "--tokens_per_step=524288")
+    assert "batch_size=0: about 32 fit" in said
+    with pytest.raises(ConfigError, match="gpu='RTX 4O70'"):
+        shown(capsys, "--gpu=RTX 4O70")
+    (tmp_path / "made").mkdir()
+    for split, tokens in (("train", 2_000_000), ("val", 60_000)):
+        np.zeros(tokens, "<u2").tofile(tmp_path / "made" / f"{split}.bin")
+    said = shown(capsys, "--device=cpu", f"--data_dir={tmp_path}", "--dataset=made", f"--out_dir={tmp_path}/out")
+    assert "2,000,000 tokens to train on: 5,243 epochs" in said and "60,000 tokens" in said
+    assert "of this process" in said and "GB for checkpoints" in said and "past 4 epochs a repeated one" in said
+    assert not (tmp_path / "out").exists()
