@@ -254,8 +254,9 @@ def compare(a, b):
         text = f"b is {word} by {abs(each.mean()):.4f} +- {error:.4f} ({len(each)} pairs of the same val windows)"
         yield text + (fewer_tokens(a, b) if abs(each.mean()) > 2 * error else ": that may be chance")
     if a.config and b.config:
-        keys = [k for k in vars(a.config) | vars(b.config) if k not in ("out_dir", "init_from", "overwrite")]
-        values = {k: (getattr(a.config, k, None), getattr(b.config, k, None)) for k in keys}
+        values = {
+            k: (x, vars(b.config).get(k, x)) for k, x in vars(a.config).items() if k not in ("out_dir", "overwrite")
+        }
         changed = [f"{k} {x!r} -> {y!r}" for k, (x, y) in values.items() if x != y]
         yield f"config: {', '.join(changed) or 'the same'}"
 
