@@ -10,7 +10,10 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
+
 NAME = "metrics.jsonl"
+EVAL_GROUPS = 64
 
 
 class MetricsError(ValueError):
@@ -126,6 +129,22 @@ def log_line(step, max_iters, numbers):
         f"{duration(3600 * numbers['hours_left'])} left",
     ]
     return " | ".join(column for column in columns if column)
+
+
+def eval_numbers(train, val, tokens, text_bytes):
+    """train, val (n,): mean loss of each window of a split, in nats a token; tokens, text_bytes: of the val split.
+
+    -> dict: losses; val_error, the standard error of the val loss; bits_per_byte, which compares across tokenizers
+    (neither where it is not known); val_groups, the means of up to 64 groups of windows, the same ones in every run.
+    """
+    numbers = dict(train_loss=float(train.mean()), val_loss=float(val.mean()))
+    numbers["perplexity"] = math.exp(min(numbers["val_loss"], 700))
+    if len(val) > 1:
+        numbers["val_error"] = float(val.std(ddof=1) / math.sqrt(len(val)))
+    if text_bytes:
+        numbers["bits_per_byte"] = numbers["val_loss"] / math.log(2) * tokens / text_bytes
+    groups = np.array_split(val, min(EVAL_GROUPS, len(val)))
+    return numbers | dict(val_groups=[round(float(group.mean()), 6) for group in groups])
 
 
 def eval_line(step, numbers, seconds):

@@ -193,15 +193,17 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def find_batch_size(model, sequences, block_size, runtime):
-    """-> the largest micro batch that divides the step and fits. On a card two small ones are tried and their peaks
-    extrapolated, so that memory never runs out (on Windows it would not: the driver would swap, and training crawl)."""
+def find_batch_size(model, sequences, block_size, runtime, estimate):
+    """-> the largest micro batch that divides the step and fits. On a card the estimate (bytes of a micro batch) comes
+    first; then two small ones are tried, their peaks extrapolated, and the choice is tried too, so that memory never
+    runs out (on Windows it would not: the driver would swap, and training crawl)."""
     fits = divisors(sequences // runtime.world_size)
     most = 2**15 if runtime.device.type == "cuda" else 2**12  # tokens; more at a time are not faster
     fits = [n for n in fits if n * block_size <= most] or fits[:1]
     if runtime.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(runtime.device)
         budget = 0.92 * (free + torch.cuda.memory_reserved(runtime.device))
+        fits = [n for n in fits if estimate(n) <= budget] or fits[:1]
         fits = largest_that_fits(fits, lambda n: peak_bytes(model, n, block_size, runtime), budget)
     batch_size = -runtime.largest(-fits[-1])  # the smallest of all cards
     runtime.say(f"found batch_size={batch_size} for {sequences} sequences a step")
@@ -209,7 +211,8 @@ def find_batch_size(model, sequences, block_size, runtime):
 
 
 def largest_that_fits(sizes, measure, budget):
-    """-> those of the ascending sizes whose peak fits into budget bytes, by a line through the two smallest."""
+    """-> those of the ascending sizes whose peak fits into budget bytes, by a line through the two smallest; the
+    largest of them is measured too."""
     first = measure(sizes[0])
     if first > budget:
         raise DeviceError(
@@ -219,7 +222,10 @@ def largest_that_fits(sizes, measure, budget):
     if len(sizes) == 1:
         return sizes
     slope = (measure(sizes[1]) - first) / (sizes[1] - sizes[0])
-    return [n for n in sizes if first + slope * (n - sizes[0]) <= budget]
+    fits = [n for n in sizes if first + slope * (n - sizes[0]) <= budget]
+    while len(fits) > 2 and measure(fits[-1]) > budget:
+        fits.pop()
+    return fits
 
 
 def peak_bytes(model, batch_size, block_size, runtime):
@@ -235,8 +241,8 @@ def peak_bytes(model, batch_size, block_size, runtime):
 
 
 class Stop:
-    """The wish to end a run early: SIGINT, SIGTERM, or max_hours. A first signal lets the step be finished and saved,
-    a second one ends the process at once. `wish` is 0, a signal's number, or TIME_IS_UP."""
+    """The wish to end a run early: SIGINT, SIGTERM, SIGHUP, or max_hours. A first signal lets the step be finished and
+    saved, a second one ends the process at once. `wish` is 0, a signal's number, or TIME_IS_UP."""
 
     TIME_IS_UP = 64
 
@@ -245,7 +251,10 @@ class Stop:
         self.began = self.asked = time.monotonic()
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+            numbers.append(signal.SIGHUP)  # the terminal was closed
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -265,6 +274,22 @@ class Stop:
         step, self.asked = now - self.asked, now
         late = now + step + seconds_to_save > self.began + self.seconds
         return int(self.signal) or self.TIME_IS_UP * late
+
+
+def out_of_memory(config, error):
+    """One sentence: what did not fit, and the keys that keep the tokens of a step and should fit."""
+    batch, steps = config.batch_size, config.gradient_accumulation_steps
+    smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
+    if config.tokens_per_step:
+        remedy = "--batch_size=0 finds one that fits" if batch else "--activation_checkpointing=True needs less"
+    elif smaller:
+        remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} should fit"
+    else:
+        remedy = "--activation_checkpointing=True, or a smaller block_size or network, needs less"
+    where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
+    return (
+        f"the card's memory is full at {where} ({str(error).split('. GPU')[0]}); with the same tokens a step {remedy}"
+    )
 
 
 def compile_model(model, shape, wanted, runtime):
@@ -292,7 +317,7 @@ def compile_model(model, shape, wanted, runtime):
             compiled = model
         model.zero_grad(set_to_none=True)
     if runtime.world_size > 1:
-        compiled = DistributedDataParallel(compiled)
+        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)  # no second copy of the gradients
     return compiled
 
 

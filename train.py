@@ -12,10 +12,9 @@ that was stopped, killed or moved and resumed is the run that never stopped.
 import contextlib
 import math
 import os
-import secrets
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +26,16 @@ import checkpoint
 import convert
 import durable
 import plan
-import resume
-from configurator import ConfigError, describe, key, load_config, run_script
+from configurator import describe, key, load_config, run_script
 from generation import sample_texts
-from metrics import MetricsError, MetricsWriter, deviations, eval_line, log_line, start_wandb
-from model import GPT, GPTConfig, ModelError
-from runtime import Batches, DeviceError, Runtime, Stop, compile_model, find_batch_size, micro_steps, start_runtime
-from shards import ShardError, TokenBlocks
+from metrics import MetricsError, deviations, eval_line, eval_numbers, log_line
+from model import ModelError
+from run import own, plan_only, start_run
+from runtime import Batches, DeviceError, Stop, out_of_memory
+from shards import ShardError
 from tokenizer import TokenizerError, load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
-EVAL_GROUPS = 64
 BAD_STEPS = 5  # so many steps in a row without finite gradients end the run
 SPIKE = 6.0  # a loss so many deviations above its running mean is an event
 
@@ -140,10 +138,8 @@ class TrainConfig:
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 (find one that fits) needs tokens_per_step: 524288 is usual for 100M parameters")
-        if self.gpu and not plan.card(self.gpu):
-            found.append(f"gpu={self.gpu!r} is not known: it is one of {', '.join(plan.CARDS)}")
-        if self.gpu and not self.plan_only:
-            found.append("gpu is the card that is planned for: give --plan_only=True with it")
+        if self.gpu and not (plan.card(self.gpu) and self.plan_only):
+            found.append(f"gpu={self.gpu!r} needs --plan_only=True, and is one of {', '.join(plan.CARDS)}")
         if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
             found.append(
                 f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "
@@ -155,6 +151,9 @@ class TrainConfig:
         names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch", "gelu")
         return {name: getattr(self, name) for name in names}
 
+    def tokens_to_evaluate(self, batch_size):
+        return self.eval_tokens or self.eval_iters * batch_size * self.block_size or EVAL_TOKENS
+
     @property
     def step_sequences(self):
         return self.tokens_per_step // self.block_size or self.gradient_accumulation_steps * self.batch_size
@@ -164,193 +163,8 @@ class TrainConfig:
         return self.step_sequences * self.block_size
 
 
-@dataclass
-class Progress:
-    """How far the run is: everything besides weights, optimizer and scaler that a resumed run needs."""
-
-    step: int = 0  # optimizer steps done
-    sequences: int = 0  # sequences seen
-    best_val_loss: float = math.inf
-    last_eval_step: int = -1
-    skipped_steps: int = 0  # steps whose gradients were not finite, so not applied
-    bad_steps: int = 0  # of these, the last ones in a row
-    running: dict = field(default_factory=lambda: dict(n=0, mean=0.0, variance=0.0))  # of the loss of a step
-    window: dict = field(default_factory=dict)  # sums since the last log line
-    evals: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation, for the forecast
-    wandb_id: str = ""
-    began_from: str = ""  # the foreign weights, if it was with such
-    found: dict = field(default_factory=dict)  # the micro batch that batch_size=0 found, and on which device
-
-    @classmethod
-    def restore(cls, saved):
-        names = [name for name in cls.__dataclass_fields__ if name != "step"]
-        return cls(step=saved["iter_num"], **{name: saved[name] for name in names if name in saved})
-
-
-@dataclass
-class Run:
-    """Everything that a run holds; made by `start_run`. Two names for the network: `model` is the eager one, which is
-    saved and counted, `compiled` the one that is trained (and shared with the other processes)."""
-
-    config: TrainConfig
-    runtime: Runtime
-    stop: Stop
-    train_blocks: TokenBlocks
-    val_blocks: TokenBlocks
-    model: GPT
-    compiled: torch.nn.Module
-    optimizers: list
-    scaler: torch.amp.GradScaler
-    progress: Progress
-    batch_size: int  # sequences in a micro batch
-    micro_steps: int  # micro batches of this process in a step
-    metrics: MetricsWriter | None = None  # these two in the first process only
-    saver: checkpoint.Saver | None = None
-    timed_steps: int = 0  # since the last log line, in this process
-    timed_seconds: float = 0.0
-    waited_seconds: float = 0.0  # of these, for tokens
-    eval_seconds: float = 0.0  # of the last evaluation
-
-    def say(self, text):
-        self.runtime.say(text)
-
-    def wish(self):
-        return self.stop.wish(self.saver.seconds if self.saver else 0.0)
-
-    def record(self, kind, **numbers):
-        if self.metrics:
-            self.metrics.write(kind, self.progress.step, **numbers)
-
-
 class Stopped(Exception):
     """Raised inside an evaluation when the run is to stop; its argument is the wish."""
-
-
-# ---- the start of a run: data, checkpoint, network
-
-
-def open_data(config):
-    """-> the train and the val split as TokenBlocks."""
-    folder = Path(config.data_dir) / config.dataset
-    train, val = (
-        TokenBlocks(folder, split, config.block_size, seed=config.seed, vocab_size=config.vocab_size)
-        for split in ("train", "val")
-    )
-    ids = (train.tokenizer or {}).get("n_vocab", 0)
-    if ids > config.vocab_size:
-        raise ConfigError(
-            f"{folder} was tokenised with {train.tokenizer['name']}, which has {ids} ids, more than "
-            f"vocab_size={config.vocab_size}: set vocab_size=50304, or prepare the data anew"
-        )
-    return train, val
-
-
-def build(config, runtime, saved=None, model=None):
-    """-> (model, optimizers, scaler) on the device: `model`, or one from the seed, or from the checkpoint `saved`."""
-    torch.manual_seed(config.seed)
-    model = model or GPT(GPTConfig(**config.model_args()))
-    model.activation_checkpointing = config.activation_checkpointing
-    if saved:
-        model.load_state_dict(saved["model"])
-    model.to(runtime.device)
-    betas = (config.beta1, config.beta2)
-    rates = (config.weight_decay, config.learning_rate, betas)
-    optimizers = model.configure_optimizers(*rates, runtime.device.type, config.optimizer)
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    if saved:
-        for optimizer, state in zip(optimizers, saved_optimizers(saved), strict=True):
-            chosen = [
-                {k: group[k] for k in ("betas", "weight_decay") if k in group} for group in optimizer.param_groups
-            ]
-            optimizer.load_state_dict(state)
-            for group, values in zip(optimizer.param_groups, chosen, strict=True):
-                group.update(values)  # load_state_dict has brought the checkpoint's back
-        if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-    return model, optimizers, scaler
-
-
-def saved_optimizers(saved):
-    return [saved[name] for name in ("muon", "optimizer") if name in saved]
-
-
-def start_run(config, stop=None):
-    """-> Run: device, data, checkpoint, network, in the order in which a mistake costs the user least time."""
-    runtime, began = start_runtime(config), None
-    if config.foreign:
-        began = convert.start(config.init_from, config.block_size, config.dropout)
-        config = resume.take_network(config, asdict(began.config), config.init_from)
-    train_blocks, val_blocks = open_data(config)
-    data = resume.data_identity(train_blocks, val_blocks)
-    saved, config = resume.load_saved(config, data, runtime.say)
-    runtime.require_same(step=saved and saved["iter_num"], **data)
-    model, optimizers, scaler = build(config, runtime, saved, began)
-    progress = Progress.restore(saved) if saved else Progress(began_from=config.init_from * config.foreign)
-    show_plan(config, runtime.plan_facts(config.out_dir), train_blocks, val_blocks, runtime.say)
-    if runtime.rank == 0 and not config.eval_only:
-        steps = config.max_iters - progress.step
-        checkpoint.check_room(
-            config.out_dir, model.num_params(), steps, config.keep_every, resumed=not resume.is_new(config)
-        )
-    batch_size, micro_steps = split_step(model, config, runtime, progress)
-    compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
-    held = (train_blocks, val_blocks, model, compiled, optimizers, scaler, progress, batch_size, micro_steps)
-    run = Run(config, runtime, stop or Stop(), *held)
-    if runtime.rank == 0 and not config.eval_only:
-        new = resume.is_new(config)
-        if new:
-            checkpoint.remove_all(config.out_dir)  # overwrite=True
-        run.saver = checkpoint.Saver(config.out_dir, config.keep_every)
-        run.metrics = start_metrics(run, new, data)
-    return run
-
-
-def split_step(model, config, runtime, progress):
-    """-> (sequences in a micro batch, micro batches of this process in a step). With batch_size=0 the largest that
-    fits, found once: a resumed run on the same device takes the one it had."""
-    sequences, batch_size = config.step_sequences, config.batch_size
-    if not batch_size:
-        found = progress.found
-        if found.get("device") != runtime.device_name or found["world_size"] != runtime.world_size:
-            batch_size = find_batch_size(model, sequences, config.block_size, runtime)
-            found.update(device=runtime.device_name, world_size=runtime.world_size, batch_size=batch_size)
-        batch_size = found["batch_size"]
-    return batch_size, micro_steps(sequences, batch_size, runtime.world_size)
-
-
-def start_metrics(run, new, data):
-    config, progress, wandb_run = run.config, run.progress, None
-    if config.wandb_log:
-        progress.wandb_id = (not new and progress.wandb_id) or secrets.token_hex(4)
-        name = config.wandb_run_name or Path(config.out_dir).name
-        wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
-        if reason:
-            run.say(f"wandb_log=True, but wandb does not start: {reason}; going on without it")
-    reached = (-1, -1) if new else (progress.step, progress.last_eval_step)
-    metrics = MetricsWriter(config.out_dir, *reached, wandb_run)
-    about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name, data=data)
-    about |= dict(dtype=str(run.runtime.dtype).removeprefix("torch."))
-    metrics.write("start", progress.step, **about, parameters=run.model.num_params(positions=False))
-    return metrics
-
-
-def show_plan(config, facts, train_blocks, val_blocks, say):
-    """What the run will need, cost and reach. facts: of the device, Runtime.plan_facts; blocks: None if not known."""
-    tokens = config.eval_tokens or config.eval_iters * config.batch_size * config.block_size or EVAL_TOKENS
-    facts |= {f"{blocks.split}_tokens": blocks.tokens for blocks in (train_blocks, val_blocks) if blocks}
-    say("\n".join(plan.lines(plan.plan(config, eval_tokens=tokens, **facts), config)))
-
-
-def plan_only(config):
-    """Shows the plan of a run that is not begun: no network is built, and with gpu no card is needed."""
-    planned = dict(device=config.gpu, wide=config.dtype == "float32")
-    facts = planned if config.gpu else start_runtime(config).plan_facts(config.out_dir)
-    try:
-        blocks = open_data(config)
-    except ShardError as error:
-        print(f"data    not known: {error}")
-        blocks = None, None
-    show_plan(config, facts, *blocks, print)
 
 
 # ---- a step
@@ -466,31 +280,25 @@ def sequence_losses(run, blocks, tokens):
 
 
 def evaluate(run):
-    """Train and val loss in nats a token, and the means of 64 fixed groups of val windows -> True if it is the best."""
+    """Measures both splits, records and says it, with a forecast from half of the schedule on -> True if the best."""
     config, progress = run.config, run.progress
-    tokens = config.eval_tokens or config.eval_iters * run.batch_size * config.block_size or EVAL_TOKENS
+    tokens = config.tokens_to_evaluate(run.batch_size)
     began = time.perf_counter()
     run.model.eval()
     train, val = (sequence_losses(run, blocks, tokens) for blocks in (run.train_blocks, run.val_blocks))
     run.model.train()
     seconds = run.eval_seconds = time.perf_counter() - began
-    train_loss, val_loss = (float(losses.mean()) if np.isfinite(losses).all() else None for losses in (train, val))
     progress.last_eval_step = progress.step
-    if train_loss is None or val_loss is None:
+    if not (np.isfinite(train).all() and np.isfinite(val).all()):
         run.record("event", event="evaluation not finite")
         run.say(f"step {progress.step}: the loss of the evaluation is not finite")
         return False
-    groups = [round(float(group.mean()), 6) for group in np.array_split(val, min(EVAL_GROUPS, len(val)))]
-    is_best = val_loss < progress.best_val_loss
-    progress.best_val_loss = min(val_loss, progress.best_val_loss)
-    numbers = dict(train_loss=train_loss, val_loss=val_loss, perplexity=math.exp(val_loss))
-    if len(val) > 1:
-        numbers["val_error"] = float(val.std(ddof=1) / math.sqrt(len(val)))
-    if run.val_blocks.text_bytes:  # the same for all tokenizers
-        numbers["bits_per_byte"] = val_loss / math.log(2) * run.val_blocks.tokens / run.val_blocks.text_bytes
-    run.record("eval", **numbers, val_groups=groups, eval_seconds=seconds)
+    numbers = eval_numbers(train, val, run.val_blocks.tokens, run.val_blocks.text_bytes)
+    is_best = numbers["val_loss"] < progress.best_val_loss
+    progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
+    run.record("eval", **numbers, eval_seconds=seconds)
     run.say(eval_line(progress.step, numbers, seconds))
-    progress.evals.append((progress.step, train_loss, val_loss))
+    progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
     if line := plan.forecast_line(progress.evals, config):
         run.say(line)
     return is_best
@@ -565,16 +373,7 @@ def save(run, names=()):
         run.say(f"step {run.progress.step}: the weights are not finite: not saved, the older checkpoints stay")
         return
     run.metrics.sync()
-    state = asdict(run.progress)
-    state["iter_num"] = state.pop("step")  # nanoGPT's name
-    state |= dict(
-        model=run.model.state_dict(), optimizer=run.optimizers[-1].state_dict(), scaler=run.scaler.state_dict()
-    )
-    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
-    state |= dict(data=resume.data_identity(run.train_blocks, run.val_blocks))
-    if len(run.optimizers) > 1:
-        state["muon"] = run.optimizers[0].state_dict()
-    run.saver.save(state, names)
+    run.saver.save(run.state(), names)
 
 
 # ---- the run
@@ -627,20 +426,6 @@ def end(run, wish):
         run.say(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {out_dir}")
 
 
-def own(config):
-    """The lock on out_dir, for the first process of a run that writes there."""
-    if int(os.environ.get("RANK", 0)) or config.eval_only:
-        return contextlib.nullcontext()
-    try:
-        os.makedirs(config.out_dir, exist_ok=True)
-        lock = contextlib.ExitStack()
-        lock.enter_context(durable.owned(Path(config.out_dir) / ".lock", f"out_dir={config.out_dir}"))
-    except OSError as error:
-        raise ConfigError(f"out_dir={config.out_dir} cannot be written to: {error.strerror}; give another") from None
-    durable.remove_leftovers(config.out_dir)
-    return lock
-
-
 def main(argv=None):
     config = load_config(TrainConfig, argv)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -657,22 +442,6 @@ def main(argv=None):
             dist.destroy_process_group()
     if wish not in (0, Stop.TIME_IS_UP):
         raise SystemExit(128 + wish)
-
-
-def out_of_memory(config, error):
-    """One sentence: what did not fit, and the keys that keep the tokens of a step and should fit."""
-    batch, steps = config.batch_size, config.gradient_accumulation_steps
-    smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
-    if config.tokens_per_step:
-        remedy = "--batch_size=0 finds one that fits" if batch else "--activation_checkpointing=True needs less"
-    elif smaller:
-        remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} should fit"
-    else:
-        remedy = "--activation_checkpointing=True, or a smaller block_size or network, needs less"
-    where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
-    return (
-        f"the card's memory is full at {where} ({str(error).split('. GPU')[0]}); with the same tokens a step {remedy}"
-    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How much sooner the new recipe reaches the old recipe's loss: D0 / D1 in tokens, T0 / T1 in time.
 
     python bench/speedrun.py --data_dir=data --dataset=docs     # on whatever device there is; tables for RESULTS.md
-    python bench/speedrun.py --dataset=docs --only=race         # one part of it: sweep, ladder, race or time
+    python bench/speedrun.py --dataset=docs --only=race         # one part of it; the others are ladder, float16, time
 
 Every number is the val loss at the end of a complete schedule, never a point in the middle of one. sweep: the best
 learning rate of each recipe, on schedules of half the length, by factors of two until both neighbours are worse.
@@ -58,11 +58,11 @@ class Runs:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             return list(pool.map(lambda recipe: self.one(*recipe), recipes))
 
-    def one(self, recipe, rate, steps, seed, again=""):
+    def one(self, recipe, rate, steps, seed, again="", dtype=""):
         keys = dict(self.size, **recipe, learning_rate=rate, max_iters=steps, seed=seed)
         keys["min_lr"] = rate * keys.pop("min_lr_share")
         keys |= dict(warmup_iters=max(10, steps // 20), eval_interval=steps, eval_tokens=self.options.eval_tokens)
-        keys |= dict(log_interval=max(1, steps // 10), dtype=self.options.dtype, dataset=self.options.dataset)
+        keys |= dict(log_interval=max(1, steps // 10), dtype=dtype or self.options.dtype, dataset=self.options.dataset)
         name = json.dumps(keys | ({"again": again} if again else {}), sort_keys=True)
         if name not in self.done:
             row = self.train(keys)
@@ -169,6 +169,19 @@ def crossing(points, target):
     return None
 
 
+def float16(runs, steps, rates):
+    """Both recipes in float16 with a GradScaler: steps that it skipped, and its scale along the run."""
+    print(
+        "\nfloat16 with GradScaler\n\n| recipe | val loss | in the dtype above | skipped | scale at tenths |"
+    )
+    print("|---|---|---|---|---|")
+    for name in (OLD, NEW):
+        usual, half = (runs.one(RECIPES[name][0], rates[name], steps, 0, dtype=dtype) for dtype in ("", "float16"))
+        losses = f"{half['val_loss']:.4f} | {usual['val_loss']:.4f}"
+        scales = ", ".join(f"{scale:,.0f}" for scale in half["scale"])
+        print(f"| {name} | {losses} | {half['skipped']} of {steps} | {scales} |", flush=True)
+
+
 def step_time(runs, rates, turns=5):
     """-> seconds a step of the new recipe over the old one's: short runs that take turns, nothing else beside them."""
     ratios = []
@@ -190,7 +203,7 @@ def main():
     parser.add_argument("--eval_tokens", type=int, default=65_536)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rates", type=float, nargs=4, help="of the four recipes, instead of the sweep")
-    parser.add_argument("--only", choices=("sweep", "ladder", "race", "time"))
+    parser.add_argument("--only", choices=("sweep", "ladder", "race", "float16", "time"))
     parser.add_argument("--results", default="speedrun.jsonl", help="file for finished runs")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -204,6 +217,8 @@ def main():
     if options.only in (None, "ladder"):
         ladder(runs, steps, rates)
     tokens = race(runs, steps, rates) if options.only in (None, "race") else None
+    if options.only in (None, "float16"):
+        float16(runs, steps, rates)
     if options.only in (None, "time"):
         options.jobs = 1
         time = step_time(runs, rates)

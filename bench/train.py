@@ -28,6 +28,7 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from configurator import load_config  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 from runtime import Batches  # noqa: E402
 from shards import ShardWriter  # noqa: E402
 
@@ -209,7 +210,7 @@ def scaling(folder, device):
             tokens = network["batch_size"] * network["block_size"] * network["gradient_accumulation_steps"]
             with torch.device("meta"):
                 config = config_of(network, dtype, False, folder)
-                gflop = tokens * train.GPT(train.GPTConfig(**config.model_args())).flops_per_token() / 1e9
+                gflop = tokens * GPT(GPTConfig(**config.model_args())).flops_per_token() / 1e9
             print(f"| {name} | {value} | {row['ms']:.0f} | {gflop:.1f} | {row['ms'] / gflop:.2f} |", flush=True)
 
 

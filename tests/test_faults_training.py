@@ -280,7 +280,7 @@ def test_a_limit_on_the_size_of_files_stops_the_run_and_harms_nothing(flags, sta
 
 
 def test_an_out_dir_that_cannot_be_written_is_said_before_the_model_is_built(flags, small_disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "GPT", None)
+    monkeypatch.setattr("run.GPT", None)
     (tmp_path / "file").touch()
     read_only = small_disk(1 << 20, ",ro")
     for out_dir, reason in (
@@ -298,7 +298,7 @@ def test_an_out_dir_that_cannot_be_written_is_said_before_the_model_is_built(fla
 
 @pytest.mark.parametrize("name", ["train_000001.bin", "val_000001.bin"])
 def test_a_shard_cut_short_is_found_at_the_start(flags, tiny_data, name, monkeypatch):
-    monkeypatch.setattr(train, "GPT", None)
+    monkeypatch.setattr("run.GPT", None)
     path = tiny_data[0] / tiny_data[1] / name
     size = path.stat().st_size
     for left in (size - 1, size - 2, 1024, 500, 0):
@@ -445,7 +445,7 @@ def test_what_may_change_takes_effect_and_a_jump_of_the_learning_rate_is_said(fl
     train.main(flags(max_iters=4))
     capsys.readouterr()
     train.main(flags(max_iters=4))  # nothing to do, nothing changed
-    assert "WARNING" not in capsys.readouterr().out
+    assert "WARNING: with these settings" not in capsys.readouterr().out
     changed = dict(
         learning_rate=1e-1, max_iters=5, weight_decay=0.3, beta2=0.5, grad_clip=0.5, dropout=0.2, log_interval=1
     )
@@ -615,7 +615,7 @@ def test_a_run_stopped_after_each_of_its_steps_is_the_run_that_never_stopped(fla
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, start, tmp_path, eval_only):
     keys = dict(n_layer=6, n_embd=64, batch_size=1, gradient_accumulation_steps=1, eval_tokens=0, max_iters=2)
     training = start(flags("stopped", **keys, eval_only=eval_only))
-    training.wait_for("^device")
+    training.wait_for("^model")
     time.sleep(0.3)
     training.send(signal.SIGTERM)
     code, said = training.end()

@@ -23,7 +23,9 @@ MAY_IMPORT = {
     "sources": set(),
     "prepare": {"configurator", "shards", "sources", "tokenizer", "durable"},
     "generation": set(),
-    "train": {"configurator", "model", "checkpoint", "resume", "plan", "metrics", "runtime", "durable", "shards"}
+    "run": {"configurator", "model", "checkpoint", "resume", "plan", "metrics", "runtime", "durable", "shards"}
+    | {"convert"},
+    "train": {"run", "configurator", "model", "checkpoint", "plan", "metrics", "runtime", "durable", "shards"}
     | {"generation", "tokenizer", "convert"},
     "convert": {"configurator", "checkpoint", "model", "tokenizer", "durable"},
     "diagnosis": {"plan"},

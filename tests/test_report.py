@@ -46,7 +46,11 @@ def own_run(tmp_path):
         for step in range(0, c["max_iters"] + 1, 100):
             groups = truth[step] + each + rng.normal(0, noise, 64)
             loss = dict(
-                train_loss=truth[step] - 0.01, val_loss=groups.mean(), val_groups=groups.tolist(), eval_seconds=1.0
+                train_loss=truth[step] - 0.01,
+                val_loss=groups.mean(),
+                val_groups=groups.tolist(),
+                eval_seconds=1.0,
+                bits_per_byte=groups.mean() / math.log(2) / 4,
             )
             line = dict(loss=truth[step], grad_norm=0.5, lr=1e-3, skipped=0, ms_per_step=50.0, tokens_per_s=1e4)
             records += [dict(kind="train", step=step, **line)] * (step > 0) + [dict(kind="eval", step=step, **loss)]
@@ -76,6 +80,8 @@ def test_the_founding_run_is_told_what_was_true_of_it(founding_run):
     )
     assert "look at the val set" in found["noisy val set"] and "0.067 below train" in found["noisy val set"]
     assert "the gradient" in found["not carried"]
+    choices = [text for name, text in diagnose(run) if name == "choice"]
+    assert any("heads of 32" in text for text in choices) and len(choices) == 2
 
 
 def test_without_a_config_nothing_is_said_that_needs_one(founding_run):
@@ -215,7 +221,11 @@ def test_tokens_saved_are_those_by_which_a_longer_run_of_the_law_is_better(own_r
 
 def test_runs_on_other_val_sets_are_not_compared_by_pairs(own_run):
     a, b = (report.read_run(own_run(name, fingerprint=name)) for name in ("a", "b"))
-    assert any("not evaluated on the same windows" in line for line in report.compare(a, b))
+    said = "\n".join(report.compare(a, b))
+    assert "not evaluated on the same windows" in said
+    loss = b.evals["val"][-1]
+    words = f"val loss {loss:.4f}, perplexity {2 ** (loss / math.log(2)):.2f}, {loss / math.log(2) / 4:.4f} bits a byte"
+    assert words in said
 
 
 def test_a_difference_within_its_error_may_be_chance(own_run):

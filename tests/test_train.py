@@ -431,7 +431,7 @@ def test_tokens_per_step_derives_the_accumulation_and_keeps_the_batches(start):
 def test_a_found_micro_batch_is_found_once(arguments, tmp_path, monkeypatch):
     train.main(arguments(batch_size=0, tokens_per_step=128, max_iters=2))
     assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["found"]["batch_size"] == 8
-    monkeypatch.setattr(train, "find_batch_size", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr("run.find_batch_size", lambda *_: pytest.fail("searched again"))
     train.main(arguments(batch_size=0, tokens_per_step=128, init_from="resume"))
 
 

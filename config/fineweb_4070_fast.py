@@ -1,0 +1,36 @@
+"""The new recipe with 40.6M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
+
+2.62B tokens, a quarter of what config/fineweb_4070.py takes. Modelled, not measured on a card: 6 hours (134.1k tokens/s
+of the GPT-2 run on an RTX 4070, less the tenth that a step may cost more), and a val loss of 3.6. bench/RESULTS.md has
+what was measured, on small networks on a CPU. learning_rate: bench/sweep.py there, and the rate of the public speed
+runs (Muon at 0.02 is 3.6e-3 in the units of match_rms_adamw at width 768); bench/speedrun.py on your card tells more.
+    python train.py config/fineweb_4070_fast.py
+"""
+
+out_dir = "out/fineweb_4070_fast"
+dataset = "fineweb"
+
+arch = "qwen3"
+n_layer = 12
+n_head = 6  # of 64
+n_embd = 384  # 40.56M parameters
+block_size = 1024
+
+tokens_per_step = 2**18  # 262,144: such a network gains little from more
+batch_size = 16
+max_iters = 10000  # 2.62B tokens
+
+optimizer = "muon"  # for the matrices in the blocks, AdamW for the rest
+learning_rate = 4e-3
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 250
+weight_decay = 0.1
+beta2 = 0.95
+grad_clip = 1.0
+
+eval_interval = 500
+eval_tokens = 2**22
+log_interval = 20
+
+dtype = "bfloat16"  # as fast as float16 on this card, and needs no GradScaler
