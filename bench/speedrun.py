@@ -37,7 +37,7 @@ RECIPES = {  # name: (keys, where the search for its learning rate begins); each
 }
 OLD, NEW = "gpt2 + AdamW", "+ linear to zero"
 SIZES = {
-    "cpu": dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=8, gradient_accumulation_steps=1),
+    "cpu": dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=4, gradient_accumulation_steps=1),
     "cuda": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
 }
 STEPS = {"cpu": 400, "cuda": 10_000}
