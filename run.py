@@ -109,9 +109,9 @@ def start_run(config, stop=None):
     data = resume.data_identity(train_blocks, val_blocks)
     saved, config = resume.load_saved(config, data, runtime.say)
     runtime.require_same(step=saved and saved["iter_num"], **data)
+    show_plan(config, runtime.plan_facts(config.out_dir), train_blocks, val_blocks, runtime.say)
     model, optimizers, scaler = build(config, runtime, saved, began)
     progress = Progress.restore(saved) if saved else Progress(began_from=config.init_from * config.foreign)
-    show_plan(config, runtime.plan_facts(config.out_dir), train_blocks, val_blocks, runtime.say)
     if runtime.rank == 0 and not config.eval_only:
         steps = config.max_iters - progress.step
         checkpoint.check_room(
