@@ -138,10 +138,9 @@ class TrainConfig:
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 (find one that fits) needs tokens_per_step: 524288 is usual for 100M parameters")
-        if self.gpu and not self.plan_only:
-            found.append(f"gpu={self.gpu!r} is a card to plan for: give --plan_only=True with it")
-        if self.gpu and not plan.card(self.gpu):
-            found.append(f"gpu={self.gpu!r} is not known: it is one of {', '.join(plan.CARDS)}")
+        if self.gpu and not (plan.card(self.gpu) and self.plan_only):
+            wanted = "one of " + ", ".join(plan.CARDS) if self.plan_only else "given with --plan_only=True"
+            found.append(f"gpu={self.gpu!r} has to be {wanted}")
         if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
             found.append(
                 f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "

@@ -332,7 +332,7 @@ def test_plan_only_needs_no_card_no_data_and_builds_no_network(capsys, monkeypat
     assert "about 22.0 h" in said and "3.60 +- 0.08" in said and "data    not known: " in said
     said = shown(capsys, "--gpu=RTX 4070", "--dataset=none", "--batch_size=0", "--tokens_per_step=524288")
     assert "batch_size=0: about 32 fit" in said
-    with pytest.raises(ConfigError, match="gpu='RTX 4O70'"):
+    with pytest.raises(ConfigError, match="gpu='RTX 4O70' has to be one of RTX 3060"):
         shown(capsys, "--gpu=RTX 4O70")
     (tmp_path / "made").mkdir()
     for split, tokens in (("train", 2_000_000), ("val", 60_000)):
