@@ -133,9 +133,9 @@ def trend(run, use):
     if clear:
         aside = "" if split == "val" else "; val is too noisy to tell"
         return Finding("falling", f"no plateau: the {split} loss still falls, by {fall}{aside}")
-    most = critical(len(use) - 2, 2.0) * error - change
-    if most < FLAT * run.evals["val"][-1]:
-        return Finding("flat", f"val falls by {fall}: by {most:.4f} at the most in all of these steps")
+    width, little = critical(len(use) - 2, 2.0) * error, FLAT * run.evals["val"][-1]
+    if max(width, width - change) < little:
+        return Finding("flat", f"val falls by {fall}: by {width - change:.4f} at the most in all of these steps")
     text = f"val falls by {fall}: evaluations scatter by {scatter:.3f}, so that a fall of less than {t * error:.3f}"
     return Finding("too noisy to tell", f"{text} in these steps cannot be seen; evaluate on more tokens")
 
@@ -179,14 +179,15 @@ def rate_too_high(run, use):
     if run.config and run.config.decay_lr:
         rates = run.rates()
         share = np.array(rates)[np.minimum(steps, len(rates) - 1).astype(int)] / max(rates)
-        top, low = (np.flatnonzero((steps >= run.warm) & part) for part in (share > 0.7, share < 0.5))
+        late = steps >= max(run.warm, 0.1 * run.end)  # before it every loss falls fast
+        top, low = (np.flatnonzero(late & part) for part in (share > 0.7, share < 0.5))
     if len(jumps) >= 3:
         text = f"the loss jumped {len(jumps)} times behind the warm-up (first at step {jumps[0]:,.0f})"
     elif all(up > max(critical(len(use) - 2, 3.5) * error, 0.01 * val[-1]) for up, error, _ in rises):
         text = f"both losses rise: train by {rises[0][0]:.3f}, val by {rises[1][0]:.3f} ({span(run, use)})"
     elif len(top) >= 4 and len(low) >= 3:
         at_top, later = val[top[:2]].mean() - val[top[-2:]].mean(), val[top[-2:]].mean() - val[low[-2:]].mean()
-        if later > max(5 * scatter_of(val[steps >= run.warm]), 0.02 * val[-1]) and at_top < 0.8 * later:
+        if later > max(5 * scatter_of(val[top[0] :]), 0.02 * val[-1]) and at_top < 0.7 * later:
             text = f"val fell by {at_top:.3f} while the learning rate was high, by {later:.3f} when it fell"
     advice = "try a third of the learning rate, or a longer warm-up"
     return Finding("rate too high", f"{text}{clipping(run)}: {advice}") if text else None

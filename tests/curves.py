@@ -96,6 +96,8 @@ def made(cause, seed):
     if cause == "overfitting":
         begun = np.maximum(0, share - rng.uniform(0.05, 0.25))
         val, train = val + rng.uniform(0.5, 2) * begun ** rng.uniform(1, 1.5), train - rng.uniform(0.2, 0.8) * begun
+    if cause == "noise only":
+        train = val = np.where(steps > 0, train[-1], train)
     if cause == "flat":
         stop = int(rng.uniform(0.1, 0.25) * 40)
         train[stop:], val[stop:] = train[stop], val[stop]
