@@ -20,6 +20,7 @@ GPT2_IDS = 50257  # what GPT-2's tokenizer knows; the rows of the embedding past
 IGNORE = -100  # a target that does not count, as in torch's own cross entropy
 ROPE_THETA = 10_000.0  # slowest rotation: 2 pi x 10,000 tokens, ample for contexts of a few thousand
 NORM_EPS = 1e-6  # of RMSNorm, as in Qwen3
+CACHED_ROWS = 64  # of float32 logits: 13 MB with GPT-2's vocabulary
 
 
 class ModelError(ValueError):
@@ -195,6 +196,24 @@ def token_losses(x, weight, targets):
     return torch.cat(losses)
 
 
+def logit_gradients(h, w, t, n):
+    """h (rows, C), w (V, C), targets t and their counts n (rows, 1) -> the sum of their losses in float32, and softmax
+    minus one-hot (rows, V) in h's dtype.
+
+    A CPU makes 16-bit ones in pieces whose float32 logits stay in its cache: a fifth less time for the head.
+    """
+    pieces = h.device.type == "cpu" and h.dtype != torch.float32 and not torch.compiler.is_compiling()
+    if pieces and len(h) > CACHED_ROWS:
+        losses, g = [], torch.empty(len(h), len(w), dtype=h.dtype)
+        for out, *piece in zip(*(z.split(CACHED_ROWS) for z in (g, h, t, n)), strict=True):
+            loss, out[:] = logit_gradients(piece[0], w, *piece[1:])
+            losses.append(loss)
+        return torch.stack(losses).sum(), g
+    logp = torch.log_softmax(h @ w.t(), dim=1, dtype=torch.float32)  # (rows, V)
+    loss = -(logp.gather(1, t) * n).sum()
+    return loss, logp.exp_().scatter_add_(1, t, torch.full_like(n, -1.0)).to(h.dtype)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross entropy of a linear head, x (N, C) and weight (V, C) and targets (N,) -> float32 scalar, in chunks.
 
@@ -212,10 +231,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         grad_x, grad_weight = [], torch.zeros_like(weight, dtype=torch.float32)
         for h, t, n in zip(inputs.split(rows), targets.split(rows), counts.split(rows), strict=True):
-            t = t.clamp(min=0)[:, None]
-            logp = torch.log_softmax(h @ w.t(), dim=1, dtype=torch.float32)  # (rows, V)
-            loss -= (logp.gather(1, t) * n).sum()
-            g = logp.exp_().scatter_add_(1, t, torch.full_like(n, -1.0)).to(dtype)  # softmax minus one-hot
+            chunk_loss, g = logit_gradients(h, w, t.clamp(min=0)[:, None], n)
+            loss += chunk_loss
             grad_x.append((g @ w) * n.to(dtype))
             grad_weight += g.t() @ (h * n.to(dtype))
         count = counts.sum()

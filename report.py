@@ -415,6 +415,9 @@ def draw_norm(run, axes):
     if run.config and run.config.grad_clip:
         axes.axhline(run.config.grad_clip, color=INK["ink"], lw=0.8, ls=":")
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
 
 
 def draw_speed(run, axes):

@@ -171,9 +171,7 @@ def crossing(points, target):
 
 def float16(runs, steps, rates):
     """Both recipes in float16 with a GradScaler: steps that it skipped, and its scale along the run."""
-    print(
-        "\nfloat16 with GradScaler\n\n| recipe | val loss | in the dtype above | skipped | scale at tenths |"
-    )
+    print("\nfloat16 with GradScaler\n\n| recipe | val loss | in the dtype above | skipped | scale at tenths |")
     print("|---|---|---|---|---|")
     for name in (OLD, NEW):
         usual, half = (runs.one(RECIPES[name][0], rates[name], steps, 0, dtype=dtype) for dtype in ("", "float16"))
