@@ -146,7 +146,7 @@ KEPT = {
 MOST_TOKENS = 2**15  # of a micro batch; more at a time are not faster
 CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**27}  # as model.chunk_rows has it
 PROCESS = 330 * 2**20  # a CPU process that has imported torch and runs it
-COMPILER = 250 * 2**20  # and torch's compiler
+COMPILER = 100 * 2**20  # and torch's compiler
 
 
 def memory(config, device_type="cuda", wide=False):
