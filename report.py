@@ -417,7 +417,7 @@ def draw_norm(run, axes):
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
 
 
 def draw_speed(run, axes):
@@ -425,7 +425,7 @@ def draw_speed(run, axes):
     name, label = ("tokens_per_s", "tokens a second") if "tokens_per_s" in lines else ("ms_per_step", "ms a step")
     axes.plot(lines["step"], lines[name], color=INK["train"], lw=1.2)
     axes.set_ylabel(label)
-    axes.set_ylim(0, 1.5 * np.nanmedian(lines[name]))  # nanoGPT counts evaluations into a step
+    axes.set_ylim(0, 2 * np.nanmedian(lines[name]))  # nanoGPT counts evaluations into a step
     if "peak_memory_gib" in lines:
         other = axes.twinx()
         other.plot(lines["step"], lines["peak_memory_gib"], color=INK["val"], lw=1.2)
