@@ -103,8 +103,7 @@ def start_run(config, stop=None):
     runtime, began = start_runtime(config), None
     if config.foreign:
         open_data(config)  # a mistake there is found out before weights are fetched
-        began = convert.start(config.init_from, config.block_size, config.dropout)
-        config = resume.take_network(config, asdict(began.config), config.init_from)
+        began, config = begin(config)
     train_blocks, val_blocks = open_data(config)
     data = resume.data_identity(train_blocks, val_blocks)
     saved, config = resume.load_saved(config, data, runtime.say)
@@ -128,6 +127,12 @@ def start_run(config, stop=None):
         run.saver = checkpoint.Saver(config.out_dir, config.keep_every)
         run.metrics = start_metrics(run, new, data)
     return run
+
+
+def begin(config):
+    """-> (the network of the foreign weights that a new run begins with, config with its sizes)."""
+    model = convert.start(config.init_from, config.block_size, config.dropout)
+    return model, resume.take_network(config, asdict(model.config), config.init_from)
 
 
 def open_data(config):
@@ -217,7 +222,10 @@ def show_plan(config, facts, train_blocks, val_blocks, say):
 
 
 def plan_only(config):
-    """Shows the plan of a run that is not begun: no network is built, and with gpu no card is needed."""
+    """Shows the plan of a run that is not begun: no network is built (foreign weights are loaded, for their
+    sizes), and with gpu no card is needed."""
+    if config.foreign:
+        _, config = begin(config)
     planned = dict(device=config.gpu, wide=config.dtype == "float32")
     facts = planned if config.gpu else start_runtime(config).plan_facts(config.out_dir)
     try:
