@@ -158,32 +158,41 @@ def memory(config, device_type="cuda", wide=False):
     """
     if not config.batch_size:
         return None
-    p, C, V = parameters(config), config.n_embd, config.vocab_size
-    tokens, kept = config.batch_size * config.block_size, KEPT[config.arch, bool(config.compile)]
+    p, C, V, tokens = parameters(config), config.n_embd, config.vocab_size, config.batch_size * config.block_size
     matrices = p["blocks"] if config.optimizer == "muon" else 0
-    layer = C * kept[2 * wide] + inner_width(config) * kept[2 * wide + 1]
-    if config.dropout:  # masks; and a CPU has no fused attention with dropout: it keeps B x H x T x T scores
-        layer += 2 * C
-        if device_type == "cpu":
-            layer += 6 * C + config.n_head * config.block_size * (5 + 4 * wide if config.compile else 12)
-    blocks = tokens * (config.n_layer * 4 * C + layer if config.activation_checkpointing else config.n_layer * layer)
+    layers, layer = config.n_layer, layer_bytes(config, device_type, wide)
+    blocks = tokens * (layers * 4 * C + layer if config.activation_checkpointing else layers * layer)
     chunks = math.ceil(tokens * V / CHUNK_LOGITS[device_type])
-    held = 8 if config.compile else 12 if wide or device_type != "cpu" else 16  # bytes a logit of a chunk
-    loss = math.ceil(tokens / chunks) * V * held + (4 if wide else 6) * V * C
+    chunk = math.ceil(tokens / chunks) * V  # logits
+    held = 8 if config.compile else 12 if wide or device_type != "cpu" else 2  # bytes a logit, model.logit_gradients
+    loss = chunk * held + (4 if wide else 6) * V * C
     accumulated = config.gradient_accumulation_steps > 1 or config.tokens_per_step > tokens
     backward = 4 * p["total"] * (not accumulated) + 8 * V * C + 28 * C * tokens
+    activations = blocks + (20 if wide else 14) * C * tokens
+    evaluation = 8 * chunk - activations  # which keeps none, but float32 logits and their log-softmax
     parts = dict(
         weights=4 * p["total"],
         moments=8 * p["total"] - 4 * matrices,
         gradients=4 * p["total"] * accumulated,
         copies=0 if wide else 2 * p["total"],
-        activations=blocks + (20 if wide else 14) * C * tokens,
-        loss=max(loss, backward),
+        activations=activations,
+        loss=max(loss, backward, evaluation),
     )
     if device_type == "cpu":
         parts["process"] = PROCESS + COMPILER * config.compile
         parts["checkpoint"] = parts["weights"] + parts["moments"]  # the copy that is written while training goes on
     return parts
+
+
+def layer_bytes(config, device_type, wide):
+    """What a block keeps of each token for backward."""
+    C, kept = config.n_embd, KEPT[config.arch, bool(config.compile)]
+    layer = C * kept[2 * wide] + inner_width(config) * kept[2 * wide + 1]
+    if config.dropout:  # masks; and a CPU has no fused attention with dropout: it keeps B x H x T x T scores
+        layer += 2 * C
+        if device_type == "cpu":
+            layer += 6 * C + config.n_head * config.block_size * (5 + 4 * wide if config.compile else 12)
+    return layer
 
 
 def batch_that_fits(config, free, device_type="cuda", wide=False):

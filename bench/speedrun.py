@@ -31,9 +31,9 @@ GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0
 QWEN3, MUON, LINEAR = dict(arch="qwen3"), dict(optimizer="muon"), dict(lr_schedule="linear", min_lr_share=0.0)
 RECIPES = {  # name: (keys, where the search for its learning rate begins); each is the one above with one change more
     "gpt2 + AdamW": (GPT2, 2e-3),
-    "qwen3 + AdamW": (GPT2 | QWEN3, 4e-3),
-    "+ Muon": (GPT2 | QWEN3 | MUON, 8e-3),
-    "+ linear to zero": (GPT2 | QWEN3 | MUON | LINEAR, 8e-3),
+    "qwen3 + AdamW": (GPT2 | QWEN3, 2e-3),
+    "+ Muon": (GPT2 | QWEN3 | MUON, 4e-3),
+    "+ linear to zero": (GPT2 | QWEN3 | MUON | LINEAR, 4e-3),
 }
 OLD, NEW = "gpt2 + AdamW", "+ linear to zero"
 SIZES = {
