@@ -180,6 +180,7 @@ def memory(config, device_type="cuda", wide=False):
     )
     if device_type == "cpu":
         parts["process"] = PROCESS + COMPILER * config.compile
+        parts["heap"] = 0.4 * blocks * (not wide and not config.compile)  # holes that passing 16-bit copies leave in it
         parts["checkpoint"] = parts["weights"] + parts["moments"]  # the copy that is written while training goes on
     return parts
 
