@@ -111,6 +111,8 @@ def start_run(config, stop=None):
     show_plan(config, runtime.plan_facts(config.out_dir), train_blocks, val_blocks, runtime.say)
     model, optimizers, scaler = build(config, runtime, saved, began)
     progress = Progress.restore(saved) if saved else Progress(began_from=config.init_from * config.foreign)
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    runtime.say(f"device  {runtime.world_size} x {runtime.device_name}, {dtype}")
     if runtime.rank == 0 and not config.eval_only:
         steps = config.max_iters - progress.step
         checkpoint.check_room(

@@ -1,48 +1,23 @@
 """Two processes, started by torchrun, on the CPU (gloo): the run of one process, also after signals and kills."""
 
 import contextlib
-import json
 import os
-import queue
 import re
 import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT, TINY, Watched, flags_of, read_metrics
 
 import checkpoint
 import train
 from runtime import DeviceError
 
-ROOT = Path(train.__file__).parent
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and /proc as Linux has them")
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
-NEVER = "(?!)"  # a pattern that no line has
-BASE = dict(
-    block_size=16,
-    vocab_size=96,
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    batch_size=2,
-    gradient_accumulation_steps=4,
-    max_iters=20,
-    warmup_iters=2,
-    learning_rate=1e-2,
-    min_lr=1e-3,
-    eval_interval=5,
-    log_interval=1,
-    eval_tokens=336,  # 21 windows: no multiple of two processes' micro batches
-    dropout=0.0,
-    device="cpu",
-    dtype="float32",
-    compile=False,
-    init_from="auto",
-)
+BASE = TINY | dict(max_iters=20, eval_interval=5, log_interval=1, dropout=0.0, init_from="auto")
+BASE |= dict(eval_tokens=336)  # 21 windows: no multiple of two processes' micro batches
 
 
 @pytest.fixture
@@ -50,40 +25,18 @@ def flags(tiny_data, tmp_path):
     """A function: keys -> the command line of a tiny run in tmp_path/`out`."""
 
     def build(out, **keys):
-        keys = {**BASE, "data_dir": tiny_data[0], "dataset": tiny_data[1], "out_dir": tmp_path / out, **keys}
-        return [f"--{k}={v}" for k, v in keys.items()]
+        return flags_of(**BASE | dict(data_dir=tiny_data[0], dataset=tiny_data[1], out_dir=tmp_path / out) | keys)
 
     return build
 
 
-class Torchrun:
-    """train.py in several processes; `said`: the lines they have printed until now."""
+class Torchrun(Watched):
+    """train.py in several processes."""
 
     def __init__(self, flags, script="train.py", restarts=0):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command += [f"--max-restarts={restarts}", script, *flags]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-        self.said, self.lines = [], queue.Queue()
-        threading.Thread(target=self.read, daemon=True).start()
-
-    def read(self):
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def wait_for(self, pattern):
-        """-> the first line not yet seen that has `pattern` in it; None if it ended without one."""
-        while (line := self.lines.get(timeout=120)) is not None:
-            self.said.append(line)
-            if re.search(pattern, line):
-                return line
-
-    def end(self):
-        """-> (exit code, all that was printed)."""
-        self.wait_for(NEVER)
-        return self.process.wait(120), "".join(self.said)
+        super().__init__(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def workers(self):
         """Process ids of the workers, the first rank first."""
@@ -111,12 +64,6 @@ def torchrun():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         run.process.wait()
-
-
-def read_metrics(out_dir, *kinds):
-    """The lines of some kinds, without what a clock has measured."""
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines if line["kind"] in kinds]
 
 
 def assert_same_run(a, b):
@@ -194,7 +141,7 @@ def test_a_signal_during_an_evaluation_stops_two_processes_at_the_same_batch(fla
     run.wait_for("^device  2 x cpu")
     run.process.send_signal(signal.SIGTERM)
     code, said = run.end()
-    assert code != 0 and "val loss" not in said and said.count("stopped at step 0") == 1, said
+    assert code != 0 and ", val loss" not in said and said.count("stopped at step 0") == 1, said
     assert checkpoint.load(tmp_path / "run/ckpt.pt")["last_eval_step"] == -1
 
 

@@ -3,10 +3,8 @@ the harm is to a process, in this process where it is to files or numbers."""
 
 import contextlib
 import itertools
-import json
 import math
 import os
-import queue
 import random
 import re
 import resource
@@ -14,13 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import NEVER, ROOT, TINY, Watched, flags_of, read_metrics
 
 import checkpoint
 import runtime
@@ -29,32 +26,9 @@ from configurator import ConfigError, load_config
 from durable import OwnedError
 from shards import ShardError, ShardWriter, shuffled, write_manifest
 
-ROOT = Path(train.__file__).parent
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
 FOREVER = 10**6
-NEVER = "(?!)"  # a pattern that no line has
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills, limits and mounts as POSIX has them")
-BASE = dict(
-    block_size=16,
-    vocab_size=96,
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    batch_size=2,
-    gradient_accumulation_steps=4,
-    max_iters=12,
-    lr_decay_iters=12,
-    warmup_iters=2,
-    learning_rate=1e-2,
-    min_lr=1e-3,
-    eval_interval=4,
-    log_interval=3,
-    eval_tokens=320,
-    dropout=0.1,
-    device="cpu",
-    dtype="float32",
-    compile=False,
-)
+BASE = TINY | dict(max_iters=12, lr_decay_iters=12, eval_interval=4, log_interval=3, init_from="auto")
 
 
 @pytest.fixture
@@ -63,47 +37,23 @@ def flags(tiny_data, tmp_path):
 
     def build(out="run", **keys):
         data_dir, dataset = tiny_data
-        keys = {
-            **BASE,
-            "data_dir": data_dir,
-            "dataset": dataset,
-            "out_dir": tmp_path / out,
-            "init_from": "auto",
-            **keys,
-        }
-        return [f"--{k}={v}" for k, v in keys.items()]
+        return flags_of(**BASE | dict(data_dir=data_dir, dataset=dataset, out_dir=tmp_path / out) | keys)
 
     return build
 
 
-class Training:
-    """train.py as a process of its own; `said`: the lines it has printed until now."""
+class Training(Watched):
+    """train.py as a process of its own."""
 
     def __init__(self, flags, script=("train.py",), **options):
-        options.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1"})
-        command, pipe = [sys.executable, *script, *flags], subprocess.PIPE
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True, **options)
-        self.said, self.lines = [], queue.Queue()
-        threading.Thread(target=self.read, daemon=True).start()
-
-    def read(self):
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def wait_for(self, pattern):
-        """-> the first line not yet seen that has `pattern` in it; None if it ended without one."""
-        while (line := self.lines.get(timeout=120)) is not None:
-            self.said.append(line)
-            if re.search(pattern, line):
-                return line
+        super().__init__(
+            [sys.executable, *script, *flags], **dict(env={**os.environ, "OMP_NUM_THREADS": "1"}) | options
+        )
 
     def end(self):
-        """-> (exit code, all that it printed)."""
-        self.wait_for(NEVER)
-        said = "".join(self.said)
+        code, said = super().end()
         assert "Traceback" not in said, said
-        return self.process.wait(120), said
+        return code, said
 
     def send(self, number):
         self.process.send_signal(number)
@@ -121,12 +71,6 @@ def start():
     for training in started:
         training.process.kill()
         training.process.wait()
-
-
-def read_metrics(out_dir, *kinds):
-    """The lines of some kinds, without what a clock has measured."""
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines if line["kind"] in kinds]
 
 
 def files_of(folder, pattern="ckpt*"):
@@ -619,7 +563,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, start, t
     time.sleep(0.3)
     training.send(signal.SIGTERM)
     code, said = training.end()
-    assert code == 143 and "val loss" not in said
+    assert code == 143 and ", val loss" not in said
     if eval_only:
         assert not (tmp_path / "stopped").exists()
         return

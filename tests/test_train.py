@@ -1,11 +1,11 @@
 import itertools
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from runs import TINY, flags_of, read_metrics
 
 import checkpoint
 import plan
@@ -15,27 +15,7 @@ from model import GPT, GPTConfig
 from runtime import Batches, DeviceError, Runtime
 from shards import TokenBlocks
 
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
-BASE = dict(
-    block_size=16,
-    vocab_size=96,
-    n_layer=2,
-    n_head=2,
-    n_embd=32,
-    batch_size=2,
-    gradient_accumulation_steps=4,
-    max_iters=6,
-    warmup_iters=2,
-    learning_rate=1e-2,
-    min_lr=1e-3,
-    eval_interval=3,
-    log_interval=2,
-    eval_tokens=320,
-    dropout=0.1,
-    device="cpu",
-    dtype="float32",
-    compile=False,
-)
+BASE = TINY | dict(max_iters=6, eval_interval=3, log_interval=2)
 
 
 @pytest.fixture
@@ -44,8 +24,7 @@ def arguments(tiny_data, tmp_path):
 
     def build(out="run", **keys):
         data_dir, dataset = tiny_data
-        keys = {**BASE, "data_dir": data_dir, "dataset": dataset, "out_dir": tmp_path / out, **keys}
-        return [f"--{k}={v}" for k, v in keys.items()]
+        return flags_of(**BASE | dict(data_dir=data_dir, dataset=dataset, out_dir=tmp_path / out) | keys)
 
     return build
 
@@ -64,12 +43,6 @@ def start(arguments):
 
 def batches_of(run):
     return Batches(run.train_blocks, run.batch_size, run.runtime, run.progress.sequences)
-
-
-def read_metrics(out_dir, *kinds):
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if line["kind"] in kinds]
-    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
 
 
 def assert_same_state(a, b):
