@@ -295,13 +295,13 @@ def evaluate(run):
         run.say(f"step {progress.step}: the loss of the evaluation is not finite")
         return False
     numbers = eval_numbers(train, val, run.val_blocks.tokens, run.val_blocks.text_bytes)
-    is_best = numbers["val_loss"] < progress.best_val_loss
-    progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
+    if is_best := numbers["val_loss"] < progress.best_val_loss:
+        progress.best_val_loss = numbers["val_loss"]
     run.record("eval", **numbers, eval_seconds=seconds)
     run.say(eval_line(progress.step, numbers, seconds))
     progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
-    if line := plan.forecast_line(progress.evals, config):
-        run.say(line)
+    if forecast := plan.forecast_line(progress.evals, config):
+        run.say(forecast)
     return is_best
 
 
@@ -313,8 +313,7 @@ def log_step(run, loss, norm, seconds, waited):
     for name, value in sums.items():
         window[name] = window.get(name, 0) + value
     run.timed_steps += 1
-    run.timed_seconds += seconds
-    run.waited_seconds += waited
+    run.timed_seconds, run.waited_seconds = run.timed_seconds + seconds, run.waited_seconds + waited
     if progress.step % config.log_interval == 0:
         numbers = window_means(run)
         run.record("train", **numbers)
