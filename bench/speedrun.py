@@ -41,7 +41,7 @@ SIZES = {
     "cuda": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
 }
 STEPS = {"cpu": 400, "cuda": 10_000}
-SHARES = (1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
+SHARES = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
 
 
 class Runs:
