@@ -166,10 +166,10 @@ def read_nanogpt(path):
     """A ckpt.pt of nanoGPT's train.py, a compiled model's too. Its network has the exact GELU."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # never without: a pickle can run anything
-        args, weights = saved["model_args"], saved["model"]
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError) as error:
+        args, weights = dict(saved["model_args"]), dict(saved["model"])
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
         what = "no whole checkpoint of onecard, nor one of nanoGPT's with tensors and plain values alone"
-        raise ConvertError(f"{path}: {what}: {one_line(error)}") from None
+        raise ConvertError(f"{path}: {what} ({type(error).__name__}): give another, or copy it anew") from None
     weights = {name.removeprefix("module.").removeprefix("_orig_mod."): w for name, w in weights.items()}
     weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}  # masks, of old ones
     unknown = ", ".join(set(args) - set(GPTConfig.__dataclass_fields__))

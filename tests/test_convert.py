@@ -377,8 +377,8 @@ PROMPTS = ("The", "A card with", "In 1969", " x", "def f(", "日本", "\n\n", "O
 
 
 def test_llama_cpp_has_our_ids_and_the_same_greedy_text(run_with_gguf):
-    """Where llama-cpp-python is installed, which builds from source. Its logits differ from ours by up to 1e-3 (it
-    takes GELU from a table in float16); the likeliest token does not."""
+    """Where llama-cpp-python is installed, which builds from source. It takes GELU from a table in float16, so that
+    GPT-2's logits differ a little from ours; the likeliest token does not."""
     llama_cpp, (ours, run), tokenizer = pytest.importorskip("llama_cpp"), run_with_gguf, load_tokenizer()
     options = dict(n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
     options |= dict(type_k=0, type_v=0, flash_attn=False)  # keys and values in float32
@@ -389,11 +389,11 @@ def test_llama_cpp_has_our_ids_and_the_same_greedy_text(run_with_gguf):
         llama.reset()
         stream = llama.generate(ids, temp=0.0, repeat_penalty=1.0)
         assert [next(stream) for _ in range(50)] == greedy(ours, ids, 50)
-    idx = text_ids(64)[:1]
+    idx, atol = text_ids(64)[:1], 1e-4 if ours.config.arch == "qwen3" else 5e-3
     llama.reset()
     llama.eval(idx[0].tolist())
     with torch.no_grad():
-        torch.testing.assert_close(torch.tensor(llama.scores[:64]), ours(idx)[0, :, :GPT2_IDS], atol=1e-3, rtol=0)
+        torch.testing.assert_close(torch.tensor(llama.scores[:64]), ours(idx)[0, :, :GPT2_IDS], atol=atol, rtol=0)
 
 
 # ---- the README's section
@@ -503,8 +503,14 @@ def test_the_script_says_in_a_line_what_it_was_not_given(tmp_path):
     cut.write_bytes(data[:100_000])
     data[100_000] ^= 1
     flipped.write_bytes(data)
+    torch.save(dict(model={}, model_args=5), tmp_path / "no.pt")
     words = {"nowhere": "nowhere: there is no such file", tmp_path: "ckpt.pt: there is no such file"}
-    words |= {cut: "no whole checkpoint", flipped: "damaged", ROOT / "README.md": "no whole checkpoint"}
+    words |= {
+        cut: "no whole checkpoint",
+        tmp_path / "no.pt": "no whole checkpoint",
+        flipped: "damaged",
+        ROOT / "README.md": "no whole checkpoint",
+    }
     for source, message in words.items():
         with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
             convert.main([str(source), f"--out={tmp_path / 'new'}"])
@@ -522,14 +528,16 @@ def finetune(tiny_data, out_dir, *arguments):
     options = [f"--{name}={value}" for name, value in settings.items()]
     command = [sys.executable, "train.py", "config/finetune.py", *options, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    return done.returncode, done.stderr
+    return done.returncode, done.stdout + done.stderr
 
 
 def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(tiny_data, tmp_path):
     theirs = hf_gpt2(tmp_path / "theirs")
     begin, out_dir = f"--init_from={tmp_path / 'theirs'}", tmp_path / "run"
-    code, errors = finetune(tiny_data, out_dir, begin, "--max_iters=50", "--n_layer=3")
-    assert code == 2 and "have n_layer=2: leave n_layer out" in errors
+    code, said = finetune(tiny_data, out_dir, begin, "--max_iters=50", "--n_layer=3")
+    assert code == 2 and "have n_layer=2: leave n_layer out" in said
+    code, said = finetune(tiny_data, out_dir, begin, "--plan_only=True")
+    assert code == 0 and f"{theirs.num_parameters() / 1e6 - 64 * 32 / 1e6:.2f}M parameters without positions" in said
     assert finetune(tiny_data, out_dir, begin, "--max_iters=50")[0] == 0
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["val_loss"] for row in rows if row["kind"] == "eval"}
@@ -539,6 +547,6 @@ def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_networ
     assert about["began_from"] == str(tmp_path / "theirs") and theirs.config.n_positions == 64
     assert finetune(tiny_data, out_dir, "--init_from=resume", "--max_iters=52")[0] == 0
     assert checkpoint.load_model(out_dir / "ckpt.pt")[1]["iter_num"] == 52
-    code, errors = finetune(tiny_data, out_dir, "--init_from=nowhere")
-    assert code == 2 and "init_from='nowhere' is no file or folder" in errors
-    assert len(errors.splitlines()) == 1
+    code, said = finetune(tiny_data, out_dir, "--init_from=nowhere")
+    assert code == 2 and "init_from='nowhere' is no file or folder" in said
+    assert len(said.splitlines()) == 1
