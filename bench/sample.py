@@ -1,7 +1,8 @@
 """How fast text is made: with our cache, without it, and by transformers' generate with its own; on whatever device.
 
-    python bench/sample.py > bench/results_sampling.md      # three quarters of an hour on two CPU cores
+    python bench/sample.py                               # three quarters of an hour on two CPU cores
     python bench/sample.py --tokens=50 --turns=1            # a quick look
+    python bench/sample.py --floor                          # a step beside its matrix products alone
 
 The network has 124M parameters and random weights, the same ones on both sides; everything greedy unless it says
 sampled, behind one <|endoftext|>. Every measurement is a process of its own; the variants take turns, and median and
@@ -98,6 +99,28 @@ def measure(variant, tokens):
     return dict(tokens_per_s=int(batch) * tokens / seconds, ms=1000 * seconds / tokens, ids=ids)
 
 
+def floor(device):
+    """Prints ms of a step with little context, and of nothing but its matrix products, which read all weights."""
+    print("| dtype, texts | products alone, ms | a step, ms |\n|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = network(dtype, device)
+        weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        for batch in (1, 8):
+            inputs = {w.shape[1]: torch.randn(batch, w.shape[1], device=device, dtype=dtype) for w in weights}
+            alone, steps = [], []
+            with torch.no_grad():
+                for _ in range(12):
+                    began = time.perf_counter()
+                    last = [torch.nn.functional.linear(inputs[w.shape[1]], w) for w in weights][-1]
+                    last.sum().item()  # waits for a card
+                    alone.append(1000 * (time.perf_counter() - began))
+            for _ in range(3):
+                began = time.perf_counter()
+                generate(model, [[EOT]] * batch, 40, temperature=0)
+                steps.append(1000 * (time.perf_counter() - began) / 40)
+            print(f"| {dtype}, {batch} | {spread(alone[2:])} | {spread(steps)} |", flush=True)
+
+
 def in_a_process(variant, tokens):
     command = [sys.executable, __file__, "--measure", json.dumps([variant, tokens])]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
@@ -114,6 +137,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--floor", action="store_true")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -124,6 +148,8 @@ def main():
     print(f"# Sampling: {options.tokens} tokens a text, {options.turns} turns\n")
     print(f"{name} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}")
     variants = dict.fromkeys(variant for rows in TABLES.values() for variant in rows)
+    if options.floor:
+        return floor(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     results = {variant: [] for variant in variants}
     for _ in range(options.turns):
         for variant in variants:

@@ -10,7 +10,6 @@ broken may bear a final name; a run that has reached its end must have its weigh
 
 import argparse
 import collections
-import json
 import os
 import pathlib
 import platform
@@ -24,17 +23,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from runs import read_metrics  # noqa: E402
 
 import checkpoint  # noqa: E402
 import train  # noqa: E402
 from shards import ShardWriter, write_manifest  # noqa: E402
 
 STEPS, SAVE_EVERY = 400, 10
-WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
 SETTINGS = dict(
     block_size=32,
     vocab_size=256,
@@ -177,11 +176,6 @@ def compare_state(out_dir, whole):
     return state["iter_num"], problems + differences(state, expected)
 
 
-def read_metrics(out_dir):
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines if line["kind"] != "start"]
-
-
 def run_to_end(argv):
     process = start(argv)
     said = process.communicate()[0]
@@ -205,7 +199,9 @@ def soak(folder, kills, seed):
             done.append((where, step, wrong))
             print(f"{len(done):>4}  run {runs:>2}  {where:<45} step {step}  {wrong or 'the same'}", flush=True)
             continue
-        wrong = compare_state(out_dir, whole)[1] + ["metrics"] * (read_metrics(out_dir) != read_metrics(whole))
+        wrong = compare_state(out_dir, whole)[1] + ["metrics"] * (
+            read_metrics(out_dir, "train", "eval", "event") != read_metrics(whole, "train", "eval", "event")
+        )
         wrong += [str(path) for path in out_dir.glob("*.tmp")]
         ended.append(wrong)
         print(f"      run {runs:>2}  came to its end: {wrong or 'the same'}", flush=True)

@@ -7,7 +7,7 @@ Every number is the val loss at the end of a complete schedule, never a point in
 learning rate of each recipe, on schedules of half the length, by factors of two until both neighbours are worse.
 ladder: four recipes at their own best rates over D0 tokens, one change more each. race: the last of them over fewer and
 fewer tokens; D1 is where the line between two of those runs crosses L0, the loss of the first. time: a step of both,
-taking turns. Finished runs lie in --results and are not done again.
+taking turns. Runs that this commit has finished lie in --results and are not done again.
 """
 
 import argparse
@@ -45,11 +45,13 @@ SHARES = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
 
 
 class Runs:
-    """Trainings, each in a process of its own, `jobs` of them at a time; a finished one is never done again."""
+    """Trainings, each in a process of its own, `jobs` of them at a time; one that this commit has finished is not done
+    again."""
 
-    def __init__(self, options):
+    def __init__(self, options, commit):
         self.options, self.size, self.lock = options, SIZES[options.device], threading.Lock()
-        self.path = Path(options.results)
+        self.path, self.commit = Path(options.results), commit
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.done = {json.dumps(row["keys"], sort_keys=True): row for row in map(json.loads, lines)}
 
@@ -63,7 +65,7 @@ class Runs:
         keys["min_lr"] = rate * keys.pop("min_lr_share")
         keys |= dict(warmup_iters=max(10, steps // 20), eval_interval=steps, eval_tokens=self.options.eval_tokens)
         keys |= dict(log_interval=max(1, steps // 10), dtype=dtype or self.options.dtype, dataset=self.options.dataset)
-        name = json.dumps(keys | ({"again": again} if again else {}), sort_keys=True)
+        name = json.dumps(keys | dict(again=again, commit=self.commit, torch=torch.__version__), sort_keys=True)
         if name not in self.done:
             row = self.train(keys)
             with self.lock, self.path.open("a") as file:
@@ -202,11 +204,12 @@ def main():
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rates", type=float, nargs=4, help="of the four recipes, instead of the sweep")
     parser.add_argument("--only", choices=("sweep", "ladder", "race", "float16", "time"))
-    parser.add_argument("--results", default="speedrun.jsonl", help="file for finished runs")
+    parser.add_argument("--results", default="out/speedrun.jsonl", help="file for finished runs")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs, steps = Runs(options), options.steps or STEPS[options.device]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    commit = commit.strip()
+    runs, steps = Runs(options, commit), options.steps or STEPS[options.device]
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
         f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}; {runs.size}"

@@ -1,9 +1,10 @@
 """The new recipe with 40.6M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
 
-2.62B tokens, a quarter of what config/fineweb_4070.py takes. Modelled, not measured on a card: 6 hours (134.1k tokens/s
-of the GPT-2 run on an RTX 4070, less the tenth that a step may cost more), and a val loss of 3.6. bench/RESULTS.md has
-what was measured, on small networks on a CPU. learning_rate: bench/sweep.py there, and the rate of the public speed
-runs (Muon at 0.02 is 3.6e-3 in the units of match_rms_adamw at width 768); bench/speedrun.py on your card tells more.
+2.62B tokens, a quarter of what config/fineweb_4070.py takes, with the aim of its loss, 3.60: whether it gets there has
+not been measured. Modelled, not measured on a card: 6 hours (134.1k tokens/s of the GPT-2 run on an RTX 4070, less the
+tenth that a step may cost more). learning_rate: the best one of bench/sweep.py for a tiny network on a CPU
+(bench/RESULTS.md), and near that of the public speed runs (Muon at 0.02 is 3.6e-3 in the units of match_rms_adamw at
+width 768); bench/sweep.py on your card tells more.
     python train.py config/fineweb_4070_fast.py
 """
 
