@@ -47,6 +47,16 @@ def take_network(config, args, source):
     return replace(config, **{name: args[name] for name in NETWORK})
 
 
+def with_network(config, saved, path):
+    """-> config with the network of the checkpoint `saved`, if its run began with foreign weights."""
+    return take_network(config, saved["model_args"], path) if saved.get("began_from") else config
+
+
+def as_begun(config, began_from):
+    """-> config whose init_from is what the run began with, also when it is resumed: what plan.py has to know."""
+    return replace(config, init_from=began_from) if began_from else config
+
+
 def load_saved(config, data, say):
     """-> (the checkpoint to go on from, or None for a new run; config, with the network of foreign weights where the
     run began with those). Refuses what would make another run of it."""
@@ -68,8 +78,7 @@ def load_saved(config, data, say):
         say(f"{problem}; going on from {path.name} of step {saved['iter_num']} instead")
     if "data" not in saved:
         raise ConfigError(f"{path} is no run to go on with, but weights to begin from: --init_from={path}")
-    if saved.get("began_from"):
-        config = take_network(config, saved["model_args"], path)
+    config = with_network(config, saved, path)
     known = type(config).__dataclass_fields__.keys()
     old = type(config)(**{k: v for k, v in saved["config"].items() if k in known})
     now, then = identity(config, data), identity(old, saved["data"])

@@ -72,9 +72,8 @@ class Run:
     micro_steps: int  # micro batches of this process in a step
     metrics: MetricsWriter | None = None  # these two in the first process only
     saver: checkpoint.Saver | None = None
-    timed_steps: int = 0  # since the last log line, in this process
-    timed_seconds: float = 0.0
-    waited_seconds: float = 0.0  # of these, for tokens
+    timed: list = field(default_factory=list)  # (seconds, those spent waiting for tokens) of each step since a log line
+    warm: bool = False  # whether a line was logged by this process
     eval_seconds: float = 0.0  # of the last evaluation
 
     def say(self, text):
@@ -108,9 +107,10 @@ def start_run(config, stop=None):
     data = resume.data_identity(train_blocks, val_blocks)
     saved, config = resume.load_saved(config, data, runtime.say)
     runtime.require_same(step=saved and saved["iter_num"], **data)
-    show_plan(config, runtime.plan_facts(config.out_dir), train_blocks, val_blocks, runtime.say)
-    model, optimizers, scaler = build(config, runtime, saved, began)
     progress = Progress.restore(saved) if saved else Progress(began_from=config.init_from * config.foreign)
+    facts = runtime.plan_facts(config.out_dir)
+    show_plan(resume.as_begun(config, progress.began_from), facts, train_blocks, val_blocks, runtime.say)
+    model, optimizers, scaler = build(config, runtime, saved, began)
     dtype = str(runtime.dtype).removeprefix("torch.")
     runtime.say(f"device  {runtime.world_size} x {runtime.device_name}, {dtype}")
     if runtime.rank == 0 and not config.eval_only:
@@ -210,7 +210,8 @@ def start_metrics(run, new, data):
             run.say(f"wandb_log=True, but wandb does not start: {reason}; going on without it")
     reached = (-1, -1) if new else (progress.step, progress.last_eval_step)
     metrics = MetricsWriter(config.out_dir, *reached, wandb_run)
-    about = dict(config=asdict(config), torch=torch.__version__, device=run.runtime.device_name, data=data)
+    begun = asdict(resume.as_begun(config, progress.began_from))
+    about = dict(config=begun, torch=torch.__version__, device=run.runtime.device_name, data=data)
     about |= dict(dtype=str(run.runtime.dtype).removeprefix("torch."))
     metrics.write("start", progress.step, **about, parameters=run.model.num_params(positions=False))
     return metrics
@@ -225,9 +226,13 @@ def show_plan(config, facts, train_blocks, val_blocks, say):
 
 def plan_only(config):
     """Shows the plan of a run that is not begun: no network is built (foreign weights are loaded, for their
-    sizes), and with gpu no card is needed."""
+    sizes, and the checkpoint of a run that goes on), and with gpu no card is needed."""
     if config.foreign:
         _, config = begin(config)
+    elif not resume.is_new(config):
+        saved, path, _ = checkpoint.load_newest(config.out_dir)
+        config = resume.with_network(config, saved, path)
+        config = resume.as_begun(config, saved.get("began_from"))
     planned = dict(device=config.gpu, wide=config.dtype == "float32")
     facts = planned if config.gpu else start_runtime(config).plan_facts(config.out_dir)
     try:

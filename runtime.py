@@ -296,18 +296,23 @@ def compile_model(model, shape, wanted, runtime):
     """-> the model to train on micro batches of this shape: compiled if that is wanted and works here, and shared with
     the other processes.
 
-    torch.compile fails at the first call, if it fails (no compiler, no Triton): so that call is made here, on zeros.
+    torch.compile fails at the first call, if it fails (no compiler, no Triton): so that call is made here, on zeros
+    laid out like real batches, and an evaluation's too: no step and no evaluation of the run waits for the compiler.
     """
     compiled = model
     if wanted:
         began = time.perf_counter()
         runtime.say("compiling the model, a minute or so (--compile=False does without)")
         compiled = torch.compile(model, dynamic=False)
-        zeros = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
+        zeros = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64, device=runtime.device)
+        inputs, targets = zeros[:, :-1], zeros[:, 1:]  # strides count: others are compiled anew
         try:
             with runtime.autocast():
-                loss = compiled(zeros, zeros)
+                loss = compiled(inputs, targets)
             loss.backward()
+            model.eval()
+            with torch.no_grad(), runtime.autocast():
+                compiled(inputs, targets, reduction="none")
             runtime.say(f"compiled in {time.perf_counter() - began:.0f} s")
         except torch.OutOfMemoryError:
             raise
@@ -315,6 +320,7 @@ def compile_model(model, shape, wanted, runtime):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             runtime.say(f"torch.compile does not work here ({reason}); going on without it, slower")
             compiled = model
+        model.train()
         model.zero_grad(set_to_none=True)
     if runtime.world_size > 1:
         compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)  # no second copy of the gradients

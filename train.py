@@ -312,24 +312,24 @@ def log_step(run, loss, norm, seconds, waited):
     sums = dict(steps=1, applied=1, loss=loss, grad_norm=norm) if applied else dict(steps=1)
     for name, value in sums.items():
         window[name] = window.get(name, 0) + value
-    run.timed_steps += 1
-    run.timed_seconds, run.waited_seconds = run.timed_seconds + seconds, run.waited_seconds + waited
+    run.timed.append((seconds, waited))
     if progress.step % config.log_interval == 0:
         numbers = window_means(run)
         run.record("train", **numbers)
         run.say(log_line(progress.step, config.max_iters, numbers))
-        progress.window, run.timed_steps, run.timed_seconds, run.waited_seconds = {}, 0, 0.0, 0.0
+        progress.window, run.timed, run.warm = {}, [], True
 
 
 def window_means(run):
     """The numbers of a log line: means over all tokens and all applied steps since the last one."""
     config, runtime, window = run.config, run.runtime, run.progress.window
-    applied, seconds = window.get("applied", 0), run.timed_seconds / run.timed_steps
+    timed = run.timed if run.warm else run.timed[1:] or run.timed  # a process's first step is slower than all others
+    applied, (seconds, waited) = window.get("applied", 0), np.mean(timed, axis=0).tolist()
     numbers = {name: window[name] / applied if applied else None for name in ("loss", "grad_norm")}
     numbers |= dict(lr=plan.learning_rate(run.progress.step - 1, config), skipped=window["steps"] - applied)
     numbers |= dict(tokens=run.progress.sequences * config.block_size)
     numbers |= dict(ms_per_step=1000 * seconds, tokens_per_s=config.step_tokens / seconds)
-    numbers |= dict(data_share=run.waited_seconds / run.timed_seconds)
+    numbers |= dict(data_share=waited / seconds)
     numbers |= dict(hours_left=plan.hours_left(config, run.progress.step, seconds, run.eval_seconds))
     if run.scaler.is_enabled():
         numbers["scale"] = run.scaler.get_scale()

@@ -547,6 +547,13 @@ def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_networ
     assert about["began_from"] == str(tmp_path / "theirs") and theirs.config.n_positions == 64
     assert finetune(tiny_data, out_dir, "--init_from=resume", "--max_iters=52")[0] == 0
     assert checkpoint.load_model(out_dir / "ckpt.pt")[1]["iter_num"] == 52
+    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    assert {row["config"]["init_from"] for row in rows if row["kind"] == "start"} == {begin.split("=")[1]}
+    code, planned = finetune(tiny_data, out_dir, "--init_from=resume", "--plan_only=True")
+    assert code == 0 and [line for line in planned.splitlines() if line.startswith("model ")] == [
+        line for line in said.splitlines() if line.startswith("model ")
+    ]
+    assert f"not with the weights of {tmp_path / 'theirs'}" in planned
     code, said = finetune(tiny_data, out_dir, "--init_from=nowhere")
     assert code == 2 and "init_from='nowhere' is no file or folder" in said
     assert len(said.splitlines()) == 1

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import runtime
+from model import GPT, GPTConfig
 from runtime import DeviceError, pick_device, pick_dtype
 
 
@@ -68,3 +69,23 @@ def test_batches_found_on_a_cpu_divide_the_step_and_stay_small():
 def test_float16_on_an_apple_gpu_is_refused():
     with pytest.raises(DeviceError, match="float32"):
         pick_dtype("float16", torch.device("mps"))
+
+
+def test_the_compiler_is_done_before_the_first_step_and_the_first_evaluation(monkeypatch):
+    """torch counts the graphs: batches and evaluations as train.py makes them need none that compile_model did not."""
+    counted, compiler = torch._dynamo.utils.counters["stats"], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **keys: compiler(model, backend="eager", **keys))
+    where = runtime.Runtime(torch.device("cpu"), torch.float32)
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=64, dropout=0.1))
+    torch._dynamo.reset()
+    compiled = runtime.compile_model(model, (2, 8), True, where)
+    graphs = counted["unique_graphs"]
+    assert compiled is not model and model.training and all(p.grad is None for p in model.parameters())
+    tokens = torch.randint(64, (2, 9))
+    for _ in range(2):
+        compiled(tokens[:, :-1], tokens[:, 1:]).backward()
+        model.eval()
+        with torch.no_grad():
+            compiled(tokens[:, :-1], tokens[:, 1:], reduction="none")
+        model.train()
+    assert counted["unique_graphs"] == graphs >= 2

@@ -341,6 +341,26 @@ def test_mistakes_are_sentences(arguments, tmp_path):
         train.main(arguments(init_from="resume"))
 
 
+def test_the_speed_leaves_out_the_first_step_of_the_process_where_there_is_another(start):
+    """Steps of 9, 1 and 2 s, of which 3, 0.1 and 0.2 s were waited; then lines of a step each."""
+    run = start(log_interval=3)
+    run.metrics = FakeMetrics()
+
+    def line(steps):
+        for seconds, waited in steps:
+            run.progress.step += 1
+            train.log_step(run, 1.0, 1.0, seconds, waited)
+        return run.metrics.lines[-1]
+
+    first = line([(9.0, 3.0), (1.0, 0.1), (2.0, 0.2)])
+    assert first["ms_per_step"] == pytest.approx(1500) and first["data_share"] == pytest.approx(0.1)
+    assert first["tokens_per_s"] == pytest.approx(run.config.step_tokens / 1.5)
+    assert line([(9.0, 3.0), (1.0, 0.1), (2.0, 0.2)])["ms_per_step"] == pytest.approx(4000)
+    run = start(out="each", log_interval=1)
+    run.metrics = FakeMetrics()
+    assert [line([(s, 0.0)])["ms_per_step"] for s in (9.0, 1.0)] == pytest.approx([9000, 1000])
+
+
 def test_without_a_compiler_training_goes_on_and_says_so(start, monkeypatch, capsys):
     def no_compiler(*_, **__):
         raise RuntimeError("no C++ compiler\nand a long trace")
