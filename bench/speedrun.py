@@ -2,6 +2,7 @@
 
     python bench/speedrun.py --data_dir=data --dataset=docs     # on whatever device there is; tables for RESULTS.md
     python bench/speedrun.py --dataset=docs --only=race         # one part of it; the others are ladder, float16, time
+    python bench/speedrun.py --dataset=docs --only=time --size=40m --steps=3 --turns=2 --rates 2e-3 2e-3 4e-3 4e-3
 
 Every number is the val loss at the end of a complete schedule, never a point in the middle of one. sweep: the best
 learning rate of each recipe, on schedules of half the length, by factors of two until both neighbours are worse.
@@ -37,10 +38,10 @@ RECIPES = {  # name: (keys, where the search for its learning rate begins); each
 }
 OLD, NEW = "gpt2 + AdamW", "+ linear to zero"
 SIZES = {
-    "cpu": dict(n_layer=4, n_head=3, n_embd=192, block_size=128, batch_size=4, gradient_accumulation_steps=1),
-    "cuda": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
+    "small": dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, gradient_accumulation_steps=1),
+    "40m": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
 }
-STEPS = {"cpu": 400, "cuda": 10_000}
+STEPS = {"small": 400, "40m": 10_000}
 SHARES = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
 
 
@@ -49,7 +50,7 @@ class Runs:
     again."""
 
     def __init__(self, options, commit):
-        self.options, self.size, self.lock = options, SIZES[options.device], threading.Lock()
+        self.options, self.size, self.lock = options, SIZES[options.size], threading.Lock()
         self.path, self.commit = Path(options.results), commit
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -182,11 +183,13 @@ def float16(runs, steps, rates):
         print(f"| {name} | {losses} | {half['skipped']} of {steps} | {scales} |", flush=True)
 
 
-def step_time(runs, rates, turns=5):
+def step_time(runs, steps, rates):
     """-> seconds a step of the new recipe over the old one's: short runs that take turns, nothing else beside them."""
-    ratios = []
+    ratios, turns = [], runs.options.turns
     for turn in range(turns):
-        old, new = (runs.one(RECIPES[name][0], rates[name], 40, 0, again=f"turn {turn}") for name in (OLD, NEW))
+        old, new = (
+            runs.one(RECIPES[name][0], rates[name], min(40, steps), 0, again=f"turn {turn}") for name in (OLD, NEW)
+        )
         ratios.append(new["seconds"] / old["seconds"])
     middle = statistics.median(ratios)
     print(f"\ntime a step, new over old: {middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f}) in {turns} turns")
@@ -197,9 +200,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--dataset", default="docs")
+    parser.add_argument("--size", choices=SIZES, help="of the network; 40m on a card, else small")
     parser.add_argument("--steps", type=int, default=0, help="of the old recipe: D0")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; the time of a step is taken alone")
+    parser.add_argument("--turns", type=int, default=5, help="of the comparison of time")
     parser.add_argument("--eval_tokens", type=int, default=65_536)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--rates", type=float, nargs=4, help="of the four recipes, instead of the sweep")
@@ -207,9 +212,10 @@ def main():
     parser.add_argument("--results", default="out/speedrun.jsonl", help="file for finished runs")
     options = parser.parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.size = options.size or ("40m" if options.device == "cuda" else "small")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     commit = commit.strip()
-    runs, steps = Runs(options, commit), options.steps or STEPS[options.device]
+    runs, steps = Runs(options, commit), options.steps or STEPS[options.size]
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
     print(
         f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}; {runs.size}"
@@ -222,7 +228,7 @@ def main():
         float16(runs, steps, rates)
     if options.only in (None, "time"):
         options.jobs = 1
-        time = step_time(runs, rates)
+        time = step_time(runs, steps, rates)
         if tokens:
             print(f"T0/T1 = {tokens / time:.2f}")
 
