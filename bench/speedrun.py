@@ -2,6 +2,7 @@
 
     python bench/speedrun.py --data_dir=data --dataset=docs     # on whatever device there is; tables for RESULTS.md
     python bench/speedrun.py --dataset=docs --only=race         # one part of it; the others are ladder, float16, time
+    python bench/speedrun.py --dataset=docs --size=bytes        # the same text as bytes: no embedding to speak of
     python bench/speedrun.py --dataset=docs --only=time --size=40m --steps=3 --turns=2 --rates 2e-3 2e-3 4e-3 4e-3
 
 Every number is the val loss at the end of a complete schedule, never a point in the middle of one. sweep: the best
@@ -28,6 +29,11 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from shards import find_shards, open_tokens  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+
 GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0.1, beta2=0.95)
 QWEN3, MUON, LINEAR = dict(arch="qwen3"), dict(optimizer="muon"), dict(lr_schedule="linear", min_lr_share=0.0)
 RECIPES = {  # name: (keys, where the search for its learning rate begins); each is the one above with one change more
@@ -39,10 +45,23 @@ RECIPES = {  # name: (keys, where the search for its learning rate begins); each
 OLD, NEW = "gpt2 + AdamW", "+ linear to zero"
 SIZES = {
     "small": dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, gradient_accumulation_steps=1),
+    "bytes": dict(n_layer=4, n_head=2, n_embd=128, block_size=256, batch_size=8, gradient_accumulation_steps=1),
     "40m": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
 }
-STEPS = {"small": 400, "40m": 10_000}
+SIZES["bytes"]["vocab_size"] = 256
+STEPS = {"small": 400, "bytes": 2000, "40m": 10_000}
 SHARES = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
+
+
+def write_bytes(source, folder):
+    """The text of a dataset as bytes, in nanoGPT's format: for networks that a CPU trains for thousands of steps."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        with open(folder / f"{split}.bin", "wb") as file:
+            for path, *_ in find_shards(source, split)[0]:
+                for ids in np.array_split(open_tokens(path), 100):
+                    text = np.frombuffer(load_tokenizer().decode_bytes(ids), dtype=np.uint8)
+                    file.write(text.astype("<u2").tobytes())
 
 
 class Runs:
@@ -220,11 +239,17 @@ def main():
     print(
         f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}; {runs.size}"
     )
+    if options.size == "bytes":
+        folder = tempfile.TemporaryDirectory()
+        write_bytes(Path(options.data_dir) / options.dataset, Path(folder.name) / options.dataset)
+        options.data_dir = folder.name
     rates = dict(zip(RECIPES, options.rates, strict=True)) if options.rates else sweep(runs, steps)
     if options.only in (None, "ladder"):
         ladder(runs, steps, rates)
     tokens = race(runs, steps, rates) if options.only in (None, "race") else None
-    if options.only in (None, "float16"):
+    if options.only is None and options.device == "cpu":
+        print("\nfloat16: left out, a CPU takes minutes a step; --only=float16 does it all the same")
+    elif options.only in (None, "float16"):
         float16(runs, steps, rates)
     if options.only in (None, "time"):
         options.jobs = 1
