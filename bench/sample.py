@@ -1,6 +1,6 @@
 """How fast text is made: with our cache, without it, and by transformers' generate with its own; on whatever device.
 
-    python bench/sample.py                               # three quarters of an hour on two CPU cores
+    python bench/sample.py                                  # three quarters of an hour on two CPU cores
     python bench/sample.py --tokens=50 --turns=1            # a quick look
     python bench/sample.py --floor                          # a step beside its matrix products alone
 
@@ -137,7 +137,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1000)
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--floor", action="store_true")
+    parser.add_argument("--floor", action="store_true", help="a step beside its matrix products alone")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -145,11 +145,12 @@ def main():
         return
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print(f"# Sampling: {options.tokens} tokens a text, {options.turns} turns\n")
-    print(f"{name} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}")
-    variants = dict.fromkeys(variant for rows in TABLES.values() for variant in rows)
+    where = f"{name} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}"
     if options.floor:
+        print(where)
         return floor(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    print(f"# Sampling: {options.tokens} tokens a text, {options.turns} turns\n\n{where}")
+    variants = dict.fromkeys(variant for rows in TABLES.values() for variant in rows)
     results = {variant: [] for variant in variants}
     for _ in range(options.turns):
         for variant in variants:

@@ -45,10 +45,11 @@ RECIPES = {  # name: (keys, where the search for its learning rate begins); each
 OLD, NEW = "gpt2 + AdamW", "+ linear to zero"
 SIZES = {
     "small": dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, gradient_accumulation_steps=1),
-    "bytes": dict(n_layer=4, n_head=2, n_embd=128, block_size=256, batch_size=8, gradient_accumulation_steps=1),
+    "bytes": dict(
+        n_layer=4, n_head=2, n_embd=128, block_size=256, vocab_size=256, batch_size=8, gradient_accumulation_steps=1
+    ),
     "40m": dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2),
 }
-SIZES["bytes"]["vocab_size"] = 256
 STEPS = {"small": 400, "bytes": 2000, "40m": 10_000}
 SHARES = (1, 1 / 2, 1 / 3, 1 / 4, 1 / 6, 1 / 8, 1 / 12)
 
@@ -159,7 +160,7 @@ def ladder(runs, steps, rates):
 
 
 def race(runs, steps, rates):
-    """-> D0 / D1, the mean over seeds; None if the new recipe never crosses L0."""
+    """-> D0 / D1, the mean over seeds; None if a seed of the new recipe does not cross L0."""
     size = runs.size
     tokens = size["batch_size"] * size["gradient_accumulation_steps"] * size["block_size"]
     old = [row["val_loss"] for row in seeds_of(OLD, rates[OLD], steps, runs)]
@@ -176,6 +177,9 @@ def race(runs, steps, rates):
         if min(losses) > target:
             break
     crossings = [steps / n for n in (crossing(p, target) for p in points.values()) if n]
+    if not crossings and max(losses) <= target:
+        print(f"\nD0/D1 is more than {steps / n:.0f}: with {n * tokens:,} tokens all seeds are still below L0")
+        return None
     if len(crossings) < len(points):
         print(f"\n{NEW} crosses L0 for {len(crossings)} of {len(points)} seeds only: no figure")
         return None
@@ -236,9 +240,7 @@ def main():
     commit = commit.strip()
     runs, steps = Runs(options, commit), options.steps or STEPS[options.size]
     card = torch.cuda.get_device_name() if options.device == "cuda" else f"{os.cpu_count()} CPU cores"
-    print(
-        f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit.strip() or 'unknown'}; {runs.size}"
-    )
+    print(f"{card} ({platform.machine()}), torch {torch.__version__}, commit {commit or 'unknown'}; {runs.size}")
     if options.size == "bytes":
         folder = tempfile.TemporaryDirectory()
         write_bytes(Path(options.data_dir) / options.dataset, Path(folder.name) / options.dataset)
