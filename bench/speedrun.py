@@ -31,7 +31,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from shards import find_shards, open_tokens  # noqa: E402
+from configurator import run_script  # noqa: E402
+from shards import ShardError, find_shards, open_tokens  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 
 GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0.1, beta2=0.95)
@@ -261,4 +262,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ShardError)

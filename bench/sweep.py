@@ -11,4 +11,4 @@ import speedrun
 
 if __name__ == "__main__":
     sys.argv.append("--only=sweep")
-    speedrun.main()
+    speedrun.run_script(speedrun.main, speedrun.ShardError)
