@@ -26,11 +26,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import durable
+from onecard import checkpoint
+from onecard import durable
 from configurator import key, load_config, run_script
 from model import GPT, GPT2_IDS, NORM_EPS, ROPE_THETA, GPTConfig, ModelError
-from tokenizer import ENDOFTEXT, HARD_STRINGS, TokenizerError, load_tokenizer
+from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, TokenizerError, load_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, which transformers downloads
 TOLERANCE = 1e-4  # largest difference of a logit from transformers'

@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
-from durable import OwnedError, owned, replacing
-from shards import (
+from onecard.durable import OwnedError, owned, replacing
+from onecard.shards import (
     MANIFEST,
     ShardError,
     ShardWriter,
@@ -47,8 +47,8 @@ from shards import (
     write_json,
     write_manifest,
 )
-from sources import DamagedError, SourceError, examine, find_files, read_texts, token_count
-from tokenizer import TokenizerError, check_parity, load_tokenizer, mend, pieces
+from onecard.sources import DamagedError, SourceError, examine, find_files, read_texts, token_count
+from onecard.tokenizer import TokenizerError, check_parity, load_tokenizer, mend, pieces
 
 BYTES_PER_TOKEN = 4.67  # FineWeb's; turns shard_tokens into bytes of text, which is what a footer knows
 LOOK_TOKENS = 50_000_000  # that --inspect reads

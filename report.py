@@ -23,10 +23,10 @@ from types import SimpleNamespace
 import numpy as np
 
 import configurator
-import metrics
-import plan
+from onecard import metrics
+from onecard import plan
 from configurator import ConfigError, key, load_config, run_script
-from diagnosis import PROBLEMS, Run, diagnose, stretch
+from onecard.diagnosis import PROBLEMS, Run, diagnose, stretch
 
 
 @dataclass(frozen=True)

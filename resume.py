@@ -7,8 +7,8 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import checkpoint
-import plan
+from onecard import checkpoint
+from onecard import plan
 from configurator import ConfigError, given
 
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that foreign weights decide

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from onecard import checkpoint
 import convert
-import durable
-import plan
+from onecard import durable
+from onecard import plan
 import resume
 from configurator import ConfigError
-from metrics import MetricsWriter, start_wandb
+from onecard.metrics import MetricsWriter, start_wandb
 from model import GPT, GPTConfig
-from runtime import Runtime, Stop, compile_model, find_batch_size, micro_steps, start_runtime
-from shards import ShardError, TokenBlocks
+from onecard.runtime import Runtime, Stop, compile_model, find_batch_size, micro_steps, start_runtime
+from onecard.shards import ShardError, TokenBlocks
 
 
 @dataclass

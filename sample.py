@@ -18,11 +18,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint
+from onecard import checkpoint
 from configurator import ConfigError, key, load_config, run_script
-from generation import GenerationError, score, stream
-from runtime import DeviceError, pick_device, pick_dtype
-from tokenizer import TokenizerError, load_tokenizer
+from onecard.generation import GenerationError, score, stream
+from onecard.runtime import DeviceError, pick_device, pick_dtype
+from onecard.tokenizer import TokenizerError, load_tokenizer
 
 
 @dataclass(frozen=True)

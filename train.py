@@ -22,18 +22,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
+from onecard import checkpoint
 import convert
-import durable
-import plan
+from onecard import durable
+from onecard import plan
 from configurator import describe, key, load_config, run_script
-from generation import sample_texts
-from metrics import MetricsError, deviations, eval_line, eval_numbers, log_line
+from onecard.generation import sample_texts
+from onecard.metrics import MetricsError, deviations, eval_line, eval_numbers, log_line
 from model import ModelError
 from run import own, plan_only, start_run
-from runtime import Batches, DeviceError, Stop, out_of_memory
-from shards import ShardError
-from tokenizer import TokenizerError, load_tokenizer
+from onecard.runtime import Batches, DeviceError, Stop, out_of_memory
+from onecard.shards import ShardError
+from onecard.tokenizer import TokenizerError, load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
 BAD_STEPS = 5  # so many steps in a row without finite gradients end the run

@@ -17,8 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from curves import ANCHORS, CAUSES, anchor, config, made  # noqa: E402
 
-import plan  # noqa: E402
-from diagnosis import PROBLEMS, diagnose  # noqa: E402
+from onecard import plan  # noqa: E402
+from onecard.diagnosis import PROBLEMS, diagnose  # noqa: E402
 
 OTHERS = {  # recipes that the law is not of, by modded-nanogpt's records: parameters, tokens, val loss
     "AdamW, rotary positions, trapezoid": (124.4e6, 5.00e9, 3.2760),

@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import plan  # noqa: E402
+from onecard import plan  # noqa: E402
 from configurator import load_config  # noqa: E402
 from train import TrainConfig  # noqa: E402
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from generation import generate  # noqa: E402
+from onecard.generation import generate  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 EOT, SAMPLED = 50256, dict(temperature=0.8, top_k=200)

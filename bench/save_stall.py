@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
+from onecard import checkpoint  # noqa: E402
 import train  # noqa: E402
 from configurator import load_config  # noqa: E402
-from shards import ShardWriter  # noqa: E402
+from onecard.shards import ShardWriter  # noqa: E402
 
 NETWORKS = {"40M": dict(n_layer=12, n_head=12, n_embd=384), "124M": dict(n_layer=12, n_head=12, n_embd=768)}
 

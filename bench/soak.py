@@ -29,9 +29,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from runs import read_metrics  # noqa: E402
 
-import checkpoint  # noqa: E402
+from onecard import checkpoint  # noqa: E402
 import train  # noqa: E402
-from shards import ShardWriter, write_manifest  # noqa: E402
+from onecard.shards import ShardWriter, write_manifest  # noqa: E402
 
 STEPS, SAVE_EVERY = 400, 10
 SETTINGS = dict(

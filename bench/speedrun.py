@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from configurator import run_script  # noqa: E402
-from shards import ShardError, find_shards, open_tokens  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from onecard.shards import ShardError, find_shards, open_tokens  # noqa: E402
+from onecard.tokenizer import load_tokenizer  # noqa: E402
 
 GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0.1, beta2=0.95)
 QWEN3, MUON, LINEAR = dict(arch="qwen3"), dict(optimizer="muon"), dict(lr_schedule="linear", min_lr_share=0.0)

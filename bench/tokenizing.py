@@ -28,8 +28,8 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
-from shards import ShardWriter, read_manifest  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from onecard.shards import ShardWriter, read_manifest  # noqa: E402
+from onecard.tokenizer import load_tokenizer  # noqa: E402
 
 # ---- the ways ----------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ import torch  # noqa: E402
 import train  # noqa: E402
 from configurator import load_config  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from runtime import Batches  # noqa: E402
-from shards import ShardWriter  # noqa: E402
+from onecard.runtime import Batches  # noqa: E402
+from onecard.shards import ShardWriter  # noqa: E402
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, gradient_accumulation_steps=1)
 LOGITS = dict(n_layer=2, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=1)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from shards import ShardWriter, write_manifest
+from onecard.shards import ShardWriter, write_manifest
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import plan
-from diagnosis import Run
+from onecard import plan
+from onecard.diagnosis import Run
 from report import DEFAULTS
 
 ANCHORS = {  # by parameters: the keys of the run

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError, Saver
+from onecard import checkpoint
+from onecard.checkpoint import CheckpointError, Saver
 from model import GPT, GPTConfig
 
 ROOT = Path(checkpoint.__file__).parent
@@ -333,7 +333,7 @@ def test_room_for_the_checkpoints_and_those_kept_is_asked_for_before_the_run(sma
 
 STAGES = """
 import os, pathlib, signal, sys
-import checkpoint, durable
+from onecard import checkpoint, durable
 from test_checkpoint import some_state
 
 stages = []  # of the second save, in order; before the one numbered `deadly` the process kills itself

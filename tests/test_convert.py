@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
+from onecard import checkpoint
 import convert
 import sample
 from convert import ConvertError
 from model import GPT, GPT2_IDS, GPTConfig
-from tokenizer import load_tokenizer
+from onecard.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## In and out\n")[2].partition("\n## ")[0]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from runs import ROOT, TINY, Watched, flags_of, read_metrics
 
-import checkpoint
+from onecard import checkpoint
 import train
-from runtime import DeviceError
+from onecard.runtime import DeviceError
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and /proc as Linux has them")
 BASE = TINY | dict(max_iters=20, eval_interval=5, log_interval=1, dropout=0.0, init_from="auto")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import durable
+from onecard import durable
 
 ROOT = Path(durable.__file__).parent
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills, limits and mounts as POSIX has them")

@@ -17,8 +17,8 @@ import pytest
 
 import prepare
 from prepare import PrepareError
-from shards import open_tokens, read_manifest
-from tokenizer import load_tokenizer
+from onecard.shards import open_tokens, read_manifest
+from onecard.tokenizer import load_tokenizer
 
 ROOT = Path(prepare.__file__).parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and limits as POSIX has them")

@@ -19,12 +19,12 @@ import pytest
 import torch
 from runs import NEVER, ROOT, TINY, Watched, flags_of, read_metrics
 
-import checkpoint
-import runtime
+from onecard import checkpoint
+from onecard import runtime
 import train
 from configurator import ConfigError, load_config
-from durable import OwnedError
-from shards import ShardError, ShardWriter, shuffled, write_manifest
+from onecard.durable import OwnedError
+from onecard.shards import ShardError, ShardWriter, shuffled, write_manifest
 
 FOREVER = 10**6
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills, limits and mounts as POSIX has them")
@@ -118,7 +118,8 @@ def test_killed_at_random_moments_and_resumed_it_is_the_run_that_never_stopped(f
 
 KILLED_IN_A_SAVE = """
 import os, signal, sys
-import checkpoint, durable, train
+import train
+from onecard import checkpoint, durable
 
 deadly, argv = sys.argv[1], sys.argv[2:]
 saves, stage = 0, ""
@@ -267,7 +268,7 @@ FLIPS = """
 import random, sys
 import torch
 import train
-from shards import ShardError
+from onecard.shards import ShardError
 
 torch.set_num_threads(1)
 train.save = lambda *_: None  # a good part of the time, and no matter here

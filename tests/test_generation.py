@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from generation import (
+from onecard.generation import (
     GenerationError,
     choose,
     draw,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import plan
+from onecard import checkpoint
+from onecard import plan
 import train
 from configurator import load_config
-from runtime import Batches
-from shards import ShardWriter
+from onecard.runtime import Batches
+from onecard.shards import ShardWriter
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 

@@ -11,7 +11,7 @@ import torch
 from curves import anchor, config
 
 import model
-import plan
+from onecard import plan
 import train
 from configurator import ConfigError
 from report import read_config

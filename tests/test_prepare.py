@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import prepare
-import sources
+from onecard import sources
 from prepare import PrepareError, in_val, next_units
-from shards import TokenBlocks, open_tokens, read_manifest
-from sources import SourceError, cut_groups, examine, read_texts
-from tokenizer import HARD_STRINGS, load_tokenizer
+from onecard.shards import TokenBlocks, open_tokens, read_manifest
+from onecard.sources import SourceError, cut_groups, examine, read_texts
+from onecard.tokenizer import HARD_STRINGS, load_tokenizer
 
 CORPUS = sorted(Path(__file__).resolve().parents[2].glob("shared/corpus/*.parquet"))
 WORDS = ["the", "of", "and", "quick", "1234", "naïve", "—", "''", "don't", "<|endoftext|>", "日本", "\n\n", "", "x"]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from curves import ANCHORS, CAUSES, anchor_rows, config, made, printed_log
 
-import plan
+from onecard import plan
 import report
 from configurator import ConfigError
-from diagnosis import PROBLEMS, Run, critical, diagnose, line_fit
+from onecard.diagnosis import PROBLEMS, Run, critical, diagnose, line_fit
 
 ROOT = Path(__file__).parent.parent
 

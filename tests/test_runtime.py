@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-import runtime
+from onecard import runtime
 from model import GPT, GPTConfig
-from runtime import DeviceError, pick_device, pick_dtype
+from onecard.runtime import DeviceError, pick_device, pick_dtype
 
 
 def test_a_card_that_torch_cannot_use_is_not_passed_over(monkeypatch):

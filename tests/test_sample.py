@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from onecard import checkpoint
 import sample
 from configurator import ConfigError
-from generation import GenerationError, generate
+from onecard.generation import GenerationError, generate
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
+from onecard.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer()
 

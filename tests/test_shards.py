@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-import shards
-from shards import ShardError, ShardWriter, TokenBlocks, open_tokens, read_manifest, shuffled, write_manifest
+from onecard import shards
+from onecard.shards import ShardError, ShardWriter, TokenBlocks, open_tokens, read_manifest, shuffled, write_manifest
 
 TOKENIZER = {"name": "gpt2", "sha256": "0", "n_vocab": 50257, "eot": 50256}
 

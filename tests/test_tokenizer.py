@@ -9,7 +9,7 @@ from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
 import tokenizer as ours
-from tokenizer import HARD_STRINGS, TokenizerError, check_parity, load_tokenizer, mend, pieces
+from onecard.tokenizer import HARD_STRINGS, TokenizerError, check_parity, load_tokenizer, mend, pieces
 
 ALPHABET = ["a", "Zé", "字", "1", "²", "!", "'s", "'ll", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x85", "\x1c", "😀"]
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from runs import TINY, flags_of, read_metrics
 
-import checkpoint
-import plan
+from onecard import checkpoint
+from onecard import plan
 import train
 from configurator import ConfigError, load_config
 from model import GPT, GPTConfig
-from runtime import Batches, DeviceError, Runtime
-from shards import TokenBlocks
+from onecard.runtime import Batches, DeviceError, Runtime
+from onecard.shards import TokenBlocks
 
 BASE = TINY | dict(max_iters=6, eval_interval=3, log_interval=2)
 

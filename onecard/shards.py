@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from durable import replacing
+from onecard.durable import replacing
 
 MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801  # llm.c's files of Llama 3 tokens: uint32

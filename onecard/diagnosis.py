@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-import plan
+from onecard import plan
 
 Finding = namedtuple("Finding", "name text")
 PROBLEMS = ("flat", "too noisy to tell", "overfitting", "rate too high", "rate too low", "noisy val set")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-import durable
+from onecard import durable
 from model import GPT, GPTConfig
 
 VERSION = 1

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-VOCABULARY = Path(__file__).resolve().parent / "data" / "gpt2.tiktoken"
+VOCABULARY = Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 ENDOFTEXT = "<|endoftext|>"
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

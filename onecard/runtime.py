@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import plan
+from onecard import plan
 
 
 class DeviceError(ValueError):
