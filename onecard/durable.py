@@ -1,33 +1,38 @@
-"""Files that survive a kill: written whole or not at all, and folders that have one owner at a time.
+"""Files that survive a kill: written whole or not at all. Folders with one owner at a time.
 
-    with replacing("out/run/ckpt.pt") as file:      # a temporary file beside it, synced and renamed at the end
+    with replacing("out/run/ckpt.pt") as file:      # a temporary file in the same folder, synced and renamed at the end
         file.write(data)
-    with owned("out/run/.lock", "out_dir=out/run"):  # another process gets an OwnedError that names this one
+    with owned("out/run/.lock", "out_dir=out/run"):  # a second process gets an OwnedError that names this one
         ...
 
-Shards, checkpoints and manifests are written like this; train.py and prepare.py own what they write.
+Shards, checkpoints and manifests are written this way. train.py and prepare.py own the folder they write to.
 """
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
 import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
-TEMPORARY = ".tmp"  # what an unfinished file's name ends with; such a file is nobody's once its folder has an owner
+TEMPORARY = ".tmp"  # suffix of an unfinished file
 
 
 class OwnedError(ValueError):
-    """Another process works here."""
+    """Another process owns this folder."""
 
 
 @contextlib.contextmanager
-def replacing(path, mode="w+b", check=None):
-    """Opens a temporary file in binary for the body to write; then flushes, syncs and renames it to `path`.
+def replacing(path: str | Path, mode: str = "w+b", check: Callable | None = None) -> Iterator[IO[bytes]]:
+    """Opens a temporary binary file for the body to write, then flushes, syncs and renames it to `path`.
 
-    check: called with the temporary path before the renaming; it raises if what stands there is not what was meant.
-    An exception, a full disk's OSError too, removes the temporary file and leaves `path` as it was.
+    check: called with the temporary path before the rename; it raises if the content is not what was meant.
+    Any exception, a full disk included, removes the temporary file and leaves `path` as it was.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
@@ -42,28 +47,28 @@ def replacing(path, mode="w+b", check=None):
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        with contextlib.suppress(OSError):  # closing flushes: a full disk fails it a second time
+        with contextlib.suppress(OSError):  # closing flushes, so a full disk fails here a second time
             file.close()
         temporary.unlink(missing_ok=True)
 
 
-def second_name(path, name):
-    """Gives the file at `path` the name `name` too, in the same folder, replacing what had it."""
-    path = Path(path)
-    temporary = path.with_name(f"{name}.{secrets.token_hex(4)}{TEMPORARY}")
+def second_name(path: str | Path, name: str) -> None:
+    """Gives the file at `path` a second name in the same folder. An older file of that name is replaced."""
+    target = Path(path).with_name(name)
+    temporary = target.with_name(f"{name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         os.link(path, temporary)
-    except OSError:  # a file system without second names: a copy it is
-        with open(path, "rb") as original, replacing(path.with_name(name)) as copy:
+    except OSError:  # this file system has no hard links: copy
+        with open(path, "rb") as original, replacing(target) as copy:
             shutil.copyfileobj(original, copy, 1 << 22)
-        return
-    os.replace(temporary, path.with_name(name))
-    temporary.unlink(missing_ok=True)  # POSIX: renaming one name of a file to another name of it leaves both
-    sync_folder(path.parent)
+    else:
+        os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)  # POSIX rename does nothing if both names are the same file already
+        sync_folder(target.parent)
 
 
-def sync_folder(folder):
-    """Makes a rename in this folder outlast a power cut. (Windows has no such call and needs none.)"""
+def sync_folder(folder: str | Path) -> None:
+    """Makes renames in this folder survive a power cut. (Windows has no such call and needs none.)"""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -72,25 +77,48 @@ def sync_folder(folder):
             os.close(descriptor)
 
 
-def remove_leftovers(folder):
-    """Removes the unfinished files that a killed process left in a folder; for its owner only."""
-    for path in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):  # no other program's
+def remove_leftovers(folder: str | Path) -> None:
+    """Removes the unfinished files that a killed process left in a folder. Only the folder's owner may call this."""
+    for path in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):  # not the .tmp files of other programs
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def owned(path, what):
-    """Holds the lock file `path` while the body runs. The lock dies with the process, however that dies.
+def write_refused(path: str | Path, error: OSError, reached: int | None = None) -> str:
+    """The message for a write that the system refused. reached: bytes written before that, if known."""
+    reason = error.strerror or str(error)
+    if reached is not None:
+        reason += f", after {reached:,} bytes"
+    folder = Path(path).parent
+    free = f"{shutil.disk_usage(folder).free:,} bytes are free there; " if folder.is_dir() else ""
+    return f"{path}: could not be written ({reason}); {free}make room and run it again"
 
-    Raises OwnedError, with `what` and the owner's process id, if another has it; OSError if the folder is read-only.
+
+def sha256_of(file: IO[bytes], size: int | None = None) -> str:
+    """Hex SHA-256 of an open binary file from its position on, of at most `size` bytes."""
+    digest = hashlib.sha256()
+    left = sys.maxsize if size is None else size
+    while chunk := file.read(min(left, 1 << 20)):
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def owned(path: str | Path, what: str, patience: float = 0.0) -> Iterator[None]:
+    """Holds the lock file `path` while the body runs. The lock ends with the process, however that ends.
+
+    Another owner is waited for `patience` seconds. Raises OwnedError, with `what` and that owner's process id;
+    OSError if the folder is read-only.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT), time.monotonic() + patience
     try:
-        if not try_lock(descriptor):
-            holder = os.pread(descriptor, 100, 0).decode() if hasattr(os, "pread") else ""
-            raise OwnedError(f"{what} is in use by {holder or 'another process'}: wait for it, or stop it")
+        while not try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                owner = os.pread(descriptor, 100, 0).decode() if hasattr(os, "pread") else ""
+                raise OwnedError(f"{what} is in use by {owner or 'another process'}: wait for it, or stop it")
+            time.sleep(0.1)
         os.ftruncate(descriptor, 0)
-        with contextlib.suppress(OSError):  # a full disk: then the owner stays unnamed
+        with contextlib.suppress(OSError):  # disk full: the lock holds, only the owner's name is missing
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
@@ -102,13 +130,13 @@ def try_lock(descriptor):
         if os.name == "nt":
             import msvcrt
 
-            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # behind the text: Windows forbids reading what is locked
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # after the text: Windows forbids reading what is locked
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
             os.lseek(descriptor, 0, os.SEEK_SET)
         else:
             import fcntl
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX, Windows; a file system without locks is another error
+    except (BlockingIOError, PermissionError):  # POSIX, Windows; "no locks on this file system" is another error
         return False
     return True

@@ -11,7 +11,7 @@ import pytest
 
 from onecard import durable
 
-ROOT = Path(durable.__file__).parent
+ROOT = Path(durable.__file__).parent.parent
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills, limits and mounts as POSIX has them")
 
 
@@ -88,7 +88,8 @@ def test_where_files_cannot_have_two_names_it_is_a_copy(tmp_path, monkeypatch):
 
 def test_leftovers_are_removed_and_files_of_others_are_not(tmp_path):
     code = f"""
-import os, signal, durable
+import os, signal
+from onecard import durable
 with durable.replacing({str(tmp_path / "ckpt.pt")!r}) as file:
     file.write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -103,7 +104,8 @@ with durable.replacing({str(tmp_path / "ckpt.pt")!r}) as file:
 
 
 HOLDER = """
-import subprocess, sys, time, durable
+import subprocess, sys, time
+from onecard import durable
 with durable.owned(sys.argv[1], "the folder"):
     subprocess.Popen(["sleep", "60"])  # a child that outlives it does not keep the lock
     print("held", flush=True)
