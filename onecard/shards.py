@@ -2,9 +2,9 @@
 
 A shard is llm.c's layout: 256 little-endian int32 words (magic 20240520, version 1, number of tokens, zeros)
 and that many little-endian uint16. nanoGPT's files without a header are read too. `prepare.py` writes shards
-and their manifest.json; `train.py` reads them through `TokenBlocks`:
+and their manifest.json; `train.py` reads them through `Windows`:
 
-    blocks = TokenBlocks("data/fineweb", "train", block_size=1024, seed=1337)
+    blocks = Windows("data/fineweb", "train", block_size=1024, seed=1337)
     rows = blocks.batch(first_sequence=0, count=16)  # (16, 1025) uint16; inputs [:, :-1], targets [:, 1:]
 
 The one thing to know: sequence k of a run is a pure function of (seed, k). Nothing is drawn, so nothing has
@@ -260,7 +260,7 @@ def shuffled(sequences, blocks, seed):
     return position.astype(np.int64)
 
 
-class TokenBlocks:
+class Windows:
     """The windows of one split: block_size + 1 tokens each, block_size apart, none over a shard's end.
 
     `tokens`, `blocks` (windows), `text_bytes` and `tokenizer` (None without a manifest), `fingerprint` (hex
@@ -276,19 +276,26 @@ class TokenBlocks:
         self.tokens = sum(tokens for _, tokens, _ in self.shards)
         counts = [(tokens - 1) // block_size for _, tokens, _ in self.shards]
         self.ends = np.cumsum(counts, dtype=np.int64)  # windows up to and with shard i
-        self.blocks = sum(counts)
+        self.count = sum(counts)
         self.tokenizer = manifest and manifest.get("tokenizer")
         in_split = [s for s in manifest["shards"] if s["split"] == split] if manifest else []
         self.text_bytes = sum(s["text_bytes"] for s in in_split) if manifest else None
         listing = [[path.name, tokens, identity] for path, tokens, identity in self.shards]
         self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         self.maps = {}
-        if self.blocks == 0:
+        if len(self) == 0:
             more = "more text or a larger val_fraction" if split == "val" else "more text"
             raise ShardError(
                 f"{self.folder}: the {split} split has {self.tokens:,} tokens in {len(self.shards)} files, "
                 f"too few for one window of {block_size} + 1; prepare {more}, or train with a smaller block_size"
             )
+
+    def __len__(self):
+        return self.count
+
+    @property
+    def blocks(self):  # the old name of len(windows), until its users have switched
+        return self.count
 
     def rows(self, indices):
         """The windows of these numbers: (n,) -> uint16 (n, block_size + 1)."""
@@ -305,12 +312,12 @@ class TokenBlocks:
 
     def batch(self, first_sequence, count):
         """Sequences first_sequence .. + count - 1 of the run: uint16 (count, block_size + 1)."""
-        return self.rows(shuffled(np.arange(first_sequence, first_sequence + count), self.blocks, self.seed))
+        return self.rows(shuffled(np.arange(first_sequence, first_sequence + count), len(self), self.seed))
 
     def place(self, index):
         """(shard, first token in it) of a window."""
-        if not 0 <= index < self.blocks:
-            raise IndexError(f"window {index} of {self.blocks}")
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
         shard = int(np.searchsorted(self.ends, index, side="right"))
         before = int(self.ends[shard - 1]) if shard else 0
         return shard, (index - before) * self.block_size
@@ -323,3 +330,6 @@ class TokenBlocks:
             f"model's vocabulary of {self.vocab_size:,}: a damaged file, or another tokenizer's; "
             f"look with: python prepare.py --verify --dataset={self.folder.name}"
         )
+
+
+TokenBlocks = Windows  # the old name, until its users have switched

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from onecard import shards
-from onecard.shards import ShardError, ShardWriter, TokenBlocks, open_tokens, read_manifest, shuffled, write_manifest
+from onecard.shards import ShardError, ShardWriter, Windows, open_tokens, read_manifest, shuffled, write_manifest
 
 TOKENIZER = {"name": "gpt2", "sha256": "0", "n_vocab": 50257, "eot": 50256}
 
@@ -98,46 +98,46 @@ def test_a_manifest_is_whole_or_an_error(tmp_path):
 
 def test_consecutive_integers_give_targets_one_above_inputs_and_windows_at_multiples(tmp_path):
     make_dataset(tmp_path, train=[range(100), range(1000, 1051)], val=[range(20)])
-    blocks = TokenBlocks(tmp_path, "train", block_size=10)
-    assert (blocks.tokens, blocks.blocks, blocks.text_bytes) == (151, 9 + 5, 755)
+    blocks = Windows(tmp_path, "train", block_size=10)
+    assert (blocks.tokens, len(blocks), blocks.text_bytes) == (151, 9 + 5, 755)
     rows = blocks.rows(range(14)).astype(int)
     assert rows.shape == (14, 11) and (rows[:, 1:] == rows[:, :-1] + 1).all()
     assert rows[:, 0].tolist() == [*range(0, 90, 10), *range(1000, 1050, 10)]
-    assert TokenBlocks(tmp_path, "val", 10).blocks == 1
+    assert Windows(tmp_path, "val", 10).count == 1
 
 
 @pytest.mark.parametrize("tokens", [11, 12, 20, 21, 22])
 def test_a_shard_of_n_tokens_has_the_windows_of_n_minus_1(tmp_path, tokens):
     make_dataset(tmp_path, train=[range(tokens)])
-    assert TokenBlocks(tmp_path, "train", 10).blocks == (tokens - 1) // 10
+    assert Windows(tmp_path, "train", 10).count == (tokens - 1) // 10
 
 
 def test_each_epoch_has_every_window_once_and_slices_do_not_matter(tmp_path):
     make_dataset(tmp_path, train=[range(1000), range(2000, 2777), range(5)])
-    blocks = TokenBlocks(tmp_path, "train", 7, seed=5)
+    blocks = Windows(tmp_path, "train", 7, seed=5)
     for epoch in range(3):
-        starts = blocks.batch(epoch * blocks.blocks, blocks.blocks)[:, 0]
-        assert sorted(starts) == sorted(blocks.rows(range(blocks.blocks))[:, 0])
+        starts = blocks.batch(epoch * len(blocks), len(blocks))[:, 0]
+        assert sorted(starts) == sorted(blocks.rows(range(len(blocks)))[:, 0])
     whole = blocks.batch(200, 120)  # over the end of an epoch
     parts = [blocks.batch(first, 8) for first in range(200, 320, 8)]
-    assert blocks.blocks < 320 and np.array_equal(whole, np.concatenate(parts))
+    assert len(blocks) < 320 and np.array_equal(whole, np.concatenate(parts))
 
 
 def test_seed_and_epoch_change_the_order_and_nothing_else_does(tmp_path):
     make_dataset(tmp_path, train=[range(3000)])
-    first = TokenBlocks(tmp_path, "train", 10, seed=1).batch(0, 299)
-    assert np.array_equal(first, TokenBlocks(tmp_path, "train", 10, seed=1).batch(0, 299))
-    assert not np.array_equal(first, TokenBlocks(tmp_path, "train", 10, seed=2).batch(0, 299))
-    assert not np.array_equal(first, TokenBlocks(tmp_path, "train", 10, seed=1).batch(299, 299))
+    first = Windows(tmp_path, "train", 10, seed=1).batch(0, 299)
+    assert np.array_equal(first, Windows(tmp_path, "train", 10, seed=1).batch(0, 299))
+    assert not np.array_equal(first, Windows(tmp_path, "train", 10, seed=2).batch(0, 299))
+    assert not np.array_equal(first, Windows(tmp_path, "train", 10, seed=1).batch(299, 299))
 
 
 def test_the_fingerprint_is_of_the_tokens_and_not_of_the_block_size(tmp_path):
     one = make_dataset(tmp_path / "one", train=[range(300)], val=[range(50)])
     same = make_dataset(tmp_path / "same", train=[range(300)], val=[range(90)])
     other = make_dataset(tmp_path / "other", train=[[*range(299), 0]], val=[range(50)])
-    prints = [TokenBlocks(folder, "train", 10).fingerprint for folder in (one, same, other)]
+    prints = [Windows(folder, "train", 10).fingerprint for folder in (one, same, other)]
     assert prints[0] == prints[1] != prints[2]
-    assert TokenBlocks(one, "train", 20).fingerprint == prints[0]
+    assert Windows(one, "train", 20).fingerprint == prints[0]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_datasets_made_by_others_are_found_by_their_names(tmp_path, train, val, 
         ids = np.arange(1000 * number, 1000 * number + 100, dtype=np.uint16)
         write_shard(tmp_path / name, ids) if header else ids.tofile(tmp_path / name)
     for split, names in (("train", train), ("val", val)):
-        blocks = TokenBlocks(tmp_path, split, 9)
+        blocks = Windows(tmp_path, split, 9)
         assert [path.name for path, *_ in blocks.shards] == names
         assert blocks.tokenizer is None and blocks.text_bytes is None
         first = 0 if split == "train" else 1000 * len(train)
@@ -169,37 +169,37 @@ def test_every_shard_of_the_manifest_is_looked_at_before_any_is_read(tmp_path):
     path = tmp_path / "val_000000.bin"
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ShardError, match=r"val_000000\.bin: 1,174 bytes, expected 1,224"):
-        TokenBlocks(tmp_path, "train", 10)
+        Windows(tmp_path, "train", 10)
     path.unlink()
     with pytest.raises(ShardError, match=r"val_000000\.bin: no such file"):
-        TokenBlocks(tmp_path, "train", 10)
+        Windows(tmp_path, "train", 10)
     write_shard(path, range(90))  # whole, but not the one that the manifest means
     with pytest.raises(ShardError, match=r"holds 90 tokens and .*manifest\.json says 100"):
-        TokenBlocks(tmp_path, "train", 10)
+        Windows(tmp_path, "train", 10)
 
 
 def test_an_id_outside_the_vocabulary_is_named_by_shard_and_position(tmp_path):
     ids = np.zeros(1000, dtype=np.uint16)
     ids[777] = 50304
     make_dataset(tmp_path, train=[np.zeros(500), ids])
-    blocks = TokenBlocks(tmp_path, "train", 10, vocab_size=50304)
+    blocks = Windows(tmp_path, "train", 10, vocab_size=50304)
     with pytest.raises(ShardError, match=r"train_000001\.bin: token 50304 at position 777 .* 50,304: .*--verify"):
-        blocks.rows(range(blocks.blocks))
-    assert TokenBlocks(tmp_path, "train", 10).rows(range(blocks.blocks)).max() == 50304
+        blocks.rows(range(len(blocks)))
+    assert Windows(tmp_path, "train", 10).rows(range(len(blocks))).max() == 50304
 
 
 def test_too_few_tokens_and_no_dataset_come_with_a_remedy(tmp_path):
     make_dataset(tmp_path / "small", train=[range(10)], val=[])
     with pytest.raises(ShardError, match=r"train split has 10 tokens .* smaller block_size"):
-        TokenBlocks(tmp_path / "small", "train", 10)
+        Windows(tmp_path / "small", "train", 10)
     with pytest.raises(ShardError, match=r"val split has 0 tokens in 0 files.* larger val_fraction"):
-        TokenBlocks(tmp_path / "small", "val", 10)
+        Windows(tmp_path / "small", "val", 10)
     with pytest.raises(ShardError, match=r"python prepare\.py --dataset=none"):
-        TokenBlocks(tmp_path / "none", "train", 10)
+        Windows(tmp_path / "none", "train", 10)
     (tmp_path / "begun" / ".prepare").mkdir(parents=True)
     (tmp_path / "begun" / ".prepare" / "plan.json").write_text("{}")
     with pytest.raises(ShardError, match=r"not finished here; run it again"):
-        TokenBlocks(tmp_path / "begun", "train", 10)
+        Windows(tmp_path / "begun", "train", 10)
 
 
 # ---- the shuffle -------------------------------------------------------------------------------------------
@@ -313,6 +313,6 @@ def test_opening_ten_billion_tokens_reads_headers_only(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": entries, "tokenizer": TOKENIZER}))
     opened = []
     monkeypatch.setattr(shards, "open_tokens", lambda path: opened.append(path) or open_tokens(path))
-    blocks = TokenBlocks(tmp_path, "train", 1024, vocab_size=50304)
+    blocks = Windows(tmp_path, "train", 1024, vocab_size=50304)
     assert blocks.tokens == 10_000_000_000 and opened == []
     assert blocks.batch(10**9, 16).shape == (16, 1025) and len(opened) <= 16
