@@ -1,0 +1,123 @@
+"""The memory of a training step, predicted: one step of the real model runs with fake tensors, which have sizes only.
+
+    parts = trace_memory(config, device_type="cuda")     # bytes by what holds them; their sum is the peak
+    sizes = batch_sizes_that_fit(config, free_bytes, device_type="cuda")
+
+Nothing here depends on the network: whoever changes a block in model.py changes the prediction with it. It is for an
+eager step; a compiled one usually needs less.
+"""
+
+import bisect
+import contextlib
+import weakref
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from model import GPT, GPTConfig
+from onecard.optim import configure_optimizers
+
+BUDGET = 0.92  # share of the free memory that a micro batch may need: the allocator loses some to fragments
+
+
+class LiveBytes(TorchDispatchMode):
+    """While it is active, `live` is the number of bytes of all tensors that exist, `peak` its largest value."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.live, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self.add, out)
+        return out
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            self.sizes[storage._cdata] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.remove, storage._cdata).atexit = False
+
+    def remove(self, address):
+        self.live -= self.sizes.pop(address)
+
+
+class CardKernels(TorchFunctionMode):
+    """Fake tensors are those of a CPU. Where a card has one kernel that keeps less for backward, it is put in place."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0  # a card keeps a random seed; a CPU would keep all B x H x T x T scores
+        if func is F.rms_norm:
+            return RMSNormKernel.apply(args[0], kwargs["weight"])
+        return func(*args, **kwargs)
+
+
+class RMSNormKernel(torch.autograd.Function):
+    """The sizes of a card's RMSNorm kernel, which keeps its input and one number a row. No content."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, torch.empty_like(x[..., :1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def trace_memory(config, device_type: str = "cuda", fp32: bool = False) -> dict[str, int]:
+    """Bytes of all tensors at the peak of an eager training step or evaluation, by what holds them.
+
+    device_type: the kind of device to predict for, "cpu" or a card's; fp32: matrix products in float32 instead of 16
+    bits. Not included: what a process needs besides tensors, and the workspaces inside kernels.
+    """
+    live, card_kernels = LiveBytes(), contextlib.nullcontext() if device_type == "cpu" else CardKernels()
+    with FakeTensorMode(), live, card_kernels:
+        model = GPT(GPTConfig(**config.model_args()))
+        model.plan_for, model.activation_checkpointing = device_type, config.activation_checkpointing
+        weights = live.live
+        optimizers = configure_optimizers(model, config, "cpu")
+        tokens = torch.zeros(config.batch_size, config.block_size + 1, dtype=torch.int64)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        for first in (True, False):  # the second step has the optimizers' state, which the first one makes
+            live.peak = live.live
+            with torch.autocast("cpu", torch.bfloat16, enabled=not fp32):
+                loss = model(inputs, targets)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            if not first or config.batch_size == config.step_sequences:
+                model.zero_grad(set_to_none=True)  # else gradients accumulate: they exist during the next forward
+        del loss
+        state = live.live - weights
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not fp32):
+            model(inputs, targets, reduction="none")
+    return {"weights": weights, "optimizer state": state, "activations and gradients": live.peak - weights - state}
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def batch_sizes_that_fit(config, free_bytes: float, device_type: str, fp32: bool, world_size: int = 1) -> list[int]:
+    """The micro batches that divide a process's share of a step and whose traced memory fits, ascending.
+
+    Memory grows with the micro batch, so a binary search traces a few of them only.
+    """
+    sizes = divisors(config.step_sequences // world_size)
+
+    def too_large(size):
+        sized = replace(config, batch_size=size, tokens_per_step=config.step_tokens)
+        return sum(trace_memory(sized, device_type, fp32).values()) > BUDGET * free_bytes
+
+    return sizes[: bisect.bisect_left(sizes, True, key=too_large)]
