@@ -11,11 +11,11 @@ import bisect
 import contextlib
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -49,16 +49,24 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(address)
 
 
-class CardKernels(TorchFunctionMode):
-    """Fake tensors are those of a CPU. Where a card has one kernel that keeps less for backward, it is put in place."""
+@contextlib.contextmanager
+def card_kernels():
+    """Fake tensors take the ways of a CPU. Here functions of torch that a card computes otherwise get its sizes."""
+    attention, log_softmax = F.scaled_dot_product_attention, torch.log_softmax
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            kwargs["dropout_p"] = 0.0  # a card keeps a random seed; a CPU would keep all B x H x T x T scores
-        if func is F.rms_norm:
-            return RMSNormKernel.apply(args[0], kwargs["weight"])
-        return func(*args, **kwargs)
+    def fused_attention(*args, dropout_p=0.0, **options):  # keeps a random seed, a CPU all B x H x T x T scores
+        return attention(*args, **options)
+
+    def fused_rms_norm(x, shape, weight=None, eps=None):
+        return RMSNormKernel.apply(x, weight)
+
+    def fused_log_softmax(x, dim, dtype):  # float16 is converted inside the kernel, other dtypes before it
+        fused = x.dtype == torch.float16 and not torch.is_grad_enabled()
+        return torch.empty_like(x, dtype=dtype) if fused else log_softmax(x, dim, dtype=dtype)
+
+    functions = dict(scaled_dot_product_attention=fused_attention, rms_norm=fused_rms_norm)
+    with mock.patch.multiple(F, **functions), mock.patch.object(torch, "log_softmax", fused_log_softmax):
+        yield
 
 
 class RMSNormKernel(torch.autograd.Function):
@@ -66,23 +74,23 @@ class RMSNormKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight, torch.empty_like(x[..., :1]))
+        ctx.weight = weight
+        ctx.save_for_backward(x, torch.empty_like(x[..., :1]))
         return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+        return torch.empty_like(ctx.saved_tensors[0]), None if ctx.weight is None else torch.empty_like(ctx.weight)
 
 
-def trace_memory(config, device_type: str = "cuda", fp32: bool = False) -> dict[str, int]:
+def trace_memory(config, device_type: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:
     """Bytes of all tensors at the peak of an eager training step or evaluation, by what holds them.
 
-    device_type: the kind of device to predict for, "cpu" or a card's; fp32: matrix products in float32 instead of 16
-    bits. Not included: what a process needs besides tensors, and the workspaces inside kernels.
+    device_type: the kind of device to predict for, "cpu" or a card's; dtype: of the matrix products. Not included: what
+    a process needs besides tensors, and the workspaces inside kernels.
     """
-    live, card_kernels = LiveBytes(), contextlib.nullcontext() if device_type == "cpu" else CardKernels()
-    with FakeTensorMode(), live, card_kernels:
+    live, kernels = LiveBytes(), contextlib.nullcontext() if device_type == "cpu" else card_kernels()
+    with FakeTensorMode(), live, kernels:
         model = GPT(GPTConfig(**config.model_args()))
         model.plan_for, model.activation_checkpointing = device_type, config.activation_checkpointing
         weights = live.live
@@ -91,7 +99,7 @@ def trace_memory(config, device_type: str = "cuda", fp32: bool = False) -> dict[
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         for first in (True, False):  # the second step has the optimizers' state, which the first one makes
             live.peak = live.live
-            with torch.autocast("cpu", torch.bfloat16, enabled=not fp32):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(inputs, targets)
             loss.backward()
             for optimizer in optimizers:
@@ -100,7 +108,7 @@ def trace_memory(config, device_type: str = "cuda", fp32: bool = False) -> dict[
                 model.zero_grad(set_to_none=True)  # else gradients accumulate: they exist during the next forward
         del loss
         state = live.live - weights
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not fp32):
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             model(inputs, targets, reduction="none")
     return {"weights": weights, "optimizer state": state, "activations and gradients": live.peak - weights - state}
 
@@ -109,7 +117,9 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def batch_sizes_that_fit(config, free_bytes: float, device_type: str, fp32: bool, world_size: int = 1) -> list[int]:
+def batch_sizes_that_fit(
+    config, free_bytes: float, device_type: str, dtype: torch.dtype, world_size: int = 1
+) -> list[int]:
     """The micro batches that divide a process's share of a step and whose traced memory fits, ascending.
 
     Memory grows with the micro batch, so a binary search traces a few of them only.
@@ -118,6 +128,6 @@ def batch_sizes_that_fit(config, free_bytes: float, device_type: str, fp32: bool
 
     def too_large(size):
         sized = replace(config, batch_size=size, tokens_per_step=config.step_tokens)
-        return sum(trace_memory(sized, device_type, fp32).values()) > BUDGET * free_bytes
+        return sum(trace_memory(sized, device_type, dtype).values()) > BUDGET * free_bytes
 
     return sizes[: bisect.bisect_left(sizes, True, key=too_large)]

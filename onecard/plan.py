@@ -144,7 +144,7 @@ def plan(
     device: str = "cpu",
     sms: int | None = None,
     world_size: int = 1,
-    fp32: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
     free_bytes: int | None = None,
     gpu_processes: str = "",
     disk_free: int | None = None,
@@ -153,13 +153,13 @@ def plan(
     """All that can be known of a run beforehand; None where it cannot.
 
     train_tokens, val_tokens: in the dataset; eval_tokens: of each split in an evaluation; device: "cpu", or the name
-    of a card with `sms` multiprocessors; fp32: matrix products in float32; free_bytes: of the card's memory;
+    of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes: of the card's memory;
     gpu_processes: the other processes on it; trace: predict the memory of a step, which takes a few seconds.
     """
     model, known = network(config), card(device)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
     tokens, eval_tokens = config.step_tokens * config.max_iters, min(eval_tokens, val_tokens or eval_tokens)
-    memory = trace_memory(config, "cpu" if device == "cpu" else "cuda", fp32) if trace and config.batch_size else None
+    memory = trace_memory(config, "cpu" if device == "cpu" else "cuda", dtype) if trace and config.batch_size else None
     kept = config.max_iters // config.keep_every if config.keep_every else 0
     found = {
         "parameters": counts,
@@ -172,7 +172,7 @@ def plan(
         "eval_tokens": eval_tokens,
         "eval_error": NOISE / math.sqrt(eval_tokens / 1024),
         "device": device,
-        "fp32": fp32,
+        "dtype": dtype,
         "memory": memory,
         "free_bytes": free_bytes or (DESKTOP * known[2] * GiB if known else None),
         "used_bytes": known[2] * GiB - free_bytes if known and free_bytes else 0,
@@ -182,7 +182,7 @@ def plan(
         "peak": peak_flops(device, sms),
         "hours": None,
     }
-    if found["peak"] and config.compile and not fp32:
+    if found["peak"] and config.compile and dtype != torch.float32:
         evaluations = config.max_iters // config.eval_interval + 1
         flops = found["flops"] + evaluations * 2 / 3 * eval_tokens * flops_per_token  # two splits, a forward is a third
         found["utilisation"] = utilisation(config.n_embd, found["peak"])
@@ -264,7 +264,7 @@ def schedule_warnings(config):
 def memory_and_disk_warnings(config, found):
     need, free, used = sum((found["memory"] or {}).values()), found["free_bytes"], found["used_bytes"]
     if free and need > free:
-        sizes = batch_sizes_that_fit(config, free, "cuda", found["fp32"])
+        sizes = batch_sizes_that_fit(config, free, "cuda", found["dtype"])
         remedy = "use --activation_checkpointing=True or a smaller network"
         if sizes:
             steps = (
