@@ -1,41 +1,79 @@
-"""One training state on disk: saved whole or not at all, checked after writing and when loaded, kept and pruned.
+"""One training state on disk: written whole or not at all, checked when written and loaded; and how a run is resumed.
+
+    save("out/run", state, names=[BEST])            # ckpt.pt, and the same file as ckpt_best.pt
+    model, about = load_model("out/run/ckpt.pt")    # for sampling
 
 A checkpoint is a torch file with the keys that nanoGPT users know (model, optimizer, model_args, iter_num,
-best_val_loss, config) and more; torch.load reads it. Behind its end stands a trailer with its step and the SHA-256 of
-all before it, because torch.load notices hardly any flipped bit. Only tensors and plain Python are in it, and it is
-loaded with weights_only=True: nothing of it can run. In out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before
-it, ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for.
+best_val_loss, config) and more; torch.load reads it. It ends in a trailer with its step and the SHA-256 of everything
+before it, because torch.load notices hardly any flipped bit. It holds only tensors and plain Python and is loaded with
+weights_only=True, so nothing in it can run. In out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before it,
+ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for.
 """
 
 import contextlib
 import hashlib
+import math
 import os
 import pickle
 import re
 import shutil
-import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from onecard import durable
+from configurator import ConfigError, given
 from model import GPT, GPTConfig
+from onecard import durable
 
 VERSION = 1
 LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
-BEFORE_DECAY = "ckpt_before_decay.pt"  # where a longer wsd run can go on from
-NEW = "ckpt_new.pt"  # of a save that has not ended
-TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: a flip in it is seen
+BEFORE_DECAY = "ckpt_before_decay.pt"  # a longer wsd run can start from it
+NEW = "ckpt_new.pt"  # a save that is not finished
+OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt")  # not a user's own copies
+TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: shows a flipped bit in it
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
+NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that pretrained weights decide
+NOT_LISTED = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only")  # changes
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is not there, not whole, or cannot be written: which file, why, what to do."""
+    """A checkpoint is missing, damaged, or cannot be written: which file, why, what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that a resumed run needs besides weights, optimizers and scaler."""
+
+    step: int = 0  # optimizer steps done
+    sequences: int = 0  # sequences seen
+    best_val_loss: float = math.inf
+    last_eval_step: int = -1
+    skipped_steps: int = 0  # steps that were not applied because a gradient was not finite
+    bad_steps: int = 0  # the last of these in a row
+    running: dict = field(default_factory=lambda: dict(n=0, mean=0.0, variance=0.0))  # of the loss, for spikes
+    window: dict = field(default_factory=dict)  # sums since the last log line
+    evals: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation, for the forecast
+    wandb_id: str = ""
+    began_from: str = ""  # the pretrained weights that the run began with, if any
+    found: dict = field(default_factory=dict)  # the micro batch that batch_size=0 found, and on which device
+
+    @classmethod
+    def restore(cls, saved: dict) -> "Progress":
+        names = [name for name in cls.__dataclass_fields__ if name != "step"]
+        return cls(step=saved["iter_num"], **{name: saved[name] for name in names if name in saved})
+
+    def as_saved(self) -> dict:
+        """Its values by the names that they have in a checkpoint."""
+        values = asdict(self)
+        return {"iter_num": values.pop("step"), **values}
+
+
+# ---- one file
 
 
 class _HashingFile:
-    """Just enough of a file for torch.save: what is written is hashed too, and an OSError kept, which torch hides."""
+    """Just enough of a file for torch.save: hashes what is written, and keeps the OSError, which torch hides."""
 
     def __init__(self, file):
         self.file, self.sha256, self.error, self.bytes = file, hashlib.sha256(), None, 0
@@ -54,9 +92,11 @@ class _HashingFile:
         self.file.flush()
 
 
-def write(path, state):
-    """Writes `state` (nested dicts and lists of tensors and plain Python) so that `path` is the old file or the new
-    one, and the new one only after it has been read back. Raises CheckpointError with the bytes that did not fit."""
+def write(path: str | Path, state: dict) -> None:
+    """Writes `state` (nested dicts and lists of tensors and plain Python) and reads it back before it gets its name.
+
+    Raises CheckpointError, with the bytes that were reached, if the system refuses; the old file is then intact.
+    """
     path, hashing = Path(path), None
     try:
         with durable.replacing(path, check=verify) as file:
@@ -68,56 +108,77 @@ def write(path, state):
         error = (hashing and hashing.error) or error
         if not isinstance(error, OSError):
             raise
-        raise not_written(path, error, hashing.bytes if hashing else 0) from error
+        raise CheckpointError(durable.write_refused(path, error, hashing.bytes if hashing else 0)) from error
 
 
-def not_written(path, error, reached):
-    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
-    return CheckpointError(
-        f"{path}: could not be written ({error.strerror}, after {reached:,} bytes); {free:,} bytes are free there: "
-        "make room and resume; the older checkpoints are as they were"
-    )
-
-
-def read_trailer(path):
-    """-> (step, SHA-256 in hex, bytes before the trailer). Raises CheckpointError if there is no trailer."""
+def read_trailer(path: str | Path) -> tuple[int, str, int]:
+    """(step, SHA-256 in hex, bytes before the trailer). Raises CheckpointError if there is no trailer."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - TRAILER_BYTES))
         found = TRAILER.fullmatch(file.read())
     if not found:
-        raise CheckpointError(f"{path}: no whole checkpoint of onecard: no SHA-256 at the end of its {size:,} bytes")
+        raise CheckpointError(f"{path}: not a complete onecard checkpoint: no SHA-256 at the end of its {size:,} bytes")
     return int(found[1]), found[2].decode(), size - TRAILER_BYTES
 
 
-def verify(path):
+def verify(path: str | Path) -> None:
     """Raises CheckpointError unless every bit of the file is as it was written."""
     _, expected, size = read_trailer(path)
-    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while size > 0 and (chunk := file.read(min(size, 1 << 22))):
-            sha256.update(chunk)
-            size -= len(chunk)
-    if sha256.hexdigest() != expected:
-        raise CheckpointError(f"{path}: damaged: its bytes do not have the SHA-256 that was written with them")
+        if durable.sha256_of(file, size) != expected:
+            raise CheckpointError(f"{path}: damaged: its SHA-256 is not the one that was written with it")
 
 
-def load(path):
-    """The state that `write` wrote, its tensors on the CPU. Raises CheckpointError unless every bit is as written."""
+def load(path: str | Path) -> dict:
+    """The state that `write` wrote, tensors on the CPU. Raises CheckpointError unless every bit is as written."""
     try:
         verify(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no checkpoint here; train first, or mend out_dir") from None
+        raise CheckpointError(f"{path}: no checkpoint here; train first, or check --out_dir") from None
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def candidates(out_dir):
-    """The checkpoints of a run, the newest first: by the step in them, for clocks can be set back. Those without a
-    readable step come before them, so that whoever takes the first whole one has met and named what is broken."""
+def load_model(path: str | Path) -> tuple[GPT, dict]:
+    """(GPT with the trained weights on the CPU, in eval mode; the rest of the checkpoint)."""
+    state = load(path)
+    model = GPT(GPTConfig(**state["model_args"]))
+    model.load_state_dict(state.pop("model"))
+    return model.eval(), state
+
+
+# ---- the checkpoints of a run
+
+
+def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0) -> None:
+    """Saves as ckpt.pt, and under `names` (BEST, BEFORE_DECAY) too. The old ckpt.pt becomes ckpt_previous.pt.
+
+    With keep_every, one every so many steps is kept for good.
+    """
+    new, latest, step = Path(out_dir) / NEW, Path(out_dir) / LATEST, state["iter_num"]
+    write(new, state)
+    kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
+    try:
+        if latest.exists():
+            durable.second_name(latest, PREVIOUS)
+        for name in [LATEST, *names, *kept]:
+            durable.second_name(new, name)
+        new.unlink()
+    except OSError as error:
+        raise CheckpointError(durable.write_refused(latest, error)) from error
+
+
+def candidates(out_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first by the step in them: file times are wrong after a clock was set back.
+
+    Those without a readable step come first, so that the caller meets and names what is damaged.
+    """
     found = []
     for path in Path(out_dir).glob("ckpt*.pt"):
+        if not OURS.fullmatch(path.name):
+            continue
         try:
             step = read_trailer(path)[0]
         except (CheckpointError, OSError):
@@ -126,122 +187,127 @@ def candidates(out_dir):
     return [path for *_, path in sorted(found, reverse=True)]
 
 
-def newest(out_dir):
-    """-> "ckpt.pt of step 2000": the checkpoint that `load_newest` would load, or None."""
+def newest(out_dir: str | Path) -> str | None:
+    """ "ckpt.pt of step 2000": the checkpoint that `load_newest` would load, or None."""
     for path in candidates(out_dir):
         with contextlib.suppress(CheckpointError, OSError):
             verify(path)
             return f"{path.name} of step {read_trailer(path)[0]}"
+    return None
 
 
-def load_newest(out_dir):
-    """-> (state, path, [what is wrong with each newer one that is damaged]). CheckpointError if none is whole."""
+def load_newest(out_dir: str | Path) -> tuple[dict, Path, list[str]]:
+    """(state, its file, what is wrong with each newer one). Raises CheckpointError if none is intact."""
     problems = []
     for path in candidates(out_dir):
         try:
             return load(path), path, problems
         except CheckpointError as error:
             problems.append(str(error))
-    where = Path(out_dir) / LATEST
-    raise CheckpointError("; ".join(problems) or f"{where}: there is no checkpoint; start a run first")
+    raise CheckpointError("; ".join(problems) or f"{Path(out_dir) / LATEST}: no checkpoint; start a run first")
 
 
-def remove_all(out_dir):
-    """Makes room for a new run: takes every checkpoint out of a folder."""
+def remove_all(out_dir: str | Path) -> None:
+    """Removes every checkpoint of a run, for the new run that replaces it."""
     for path in candidates(out_dir):
         path.unlink(missing_ok=True)
 
 
-def load_model(path):
-    """-> (GPT with the trained weights on the CPU, in eval mode; the rest of the checkpoint as a dict)."""
-    state = load(path)
-    model = GPT(GPTConfig(**state["model_args"]))
-    model.load_state_dict(state.pop("model"))
-    return model.eval(), state
+def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
+    """Raises CheckpointError if the checkpoints of a run, `need` bytes at most, do not fit on the disk.
 
-
-def snapshot(state, memory, copied=None):
-    """A copy of nested dicts and lists with all tensors on the CPU, which training can no longer change.
-
-    memory: dict that keeps the copies, for the next snapshot to write over: new memory takes several times as long as
-    the copying. A tensor that stands in it twice (the tied embedding) is copied once and stands in the copy twice.
-    """
-    copied = set() if copied is None else copied
-    if isinstance(state, torch.Tensor):
-        place = (state.data_ptr(), state.shape, state.dtype)
-        if place not in memory:
-            memory[place] = state.detach().to("cpu", copy=True)
-        elif place not in copied:
-            memory[place].copy_(state.detach())
-        copied.add(place)
-        return memory[place]
-    if isinstance(state, dict):
-        return {key: snapshot(value, memory, copied) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(snapshot(value, memory, copied) for value in state)
-    return state
-
-
-class Saver:
-    """Writes the checkpoints of one run in a thread: training waits for the copy to host memory only.
-
-    keep_every: every so many steps one is kept for good. `seconds`: how long the last write took. A failed write is
-    raised at the next call of any method.
-    """
-
-    def __init__(self, out_dir, keep_every=0):
-        self.out_dir, self.keep_every = Path(out_dir), keep_every
-        self.thread, self.writing, self.seconds, self.memory = ThreadPoolExecutor(1), None, 0.0, {}
-
-    def save(self, state, names=()):
-        """Saves as ckpt.pt, and under other names (BEST, BEFORE_DECAY) too."""
-        self.wait()
-        self.writing = self.thread.submit(self._write, snapshot(state, self.memory), names)
-
-    def _write(self, state, names):
-        began = time.monotonic()
-        new, latest, step = self.out_dir / NEW, self.out_dir / LATEST, state["iter_num"]
-        write(new, state)  # and read back: only then does an older one lose a name
-        keep = self.keep_every and step % self.keep_every == 0
-        try:
-            if latest.exists():
-                durable.second_name(latest, PREVIOUS)
-            for name in [LATEST, *names, *[STEP.format(step)] * keep]:
-                durable.second_name(new, name)
-            new.unlink()
-        except OSError as error:
-            raise not_written(latest, error, 0) from error
-        self.seconds = time.monotonic() - began
-
-    def poll(self):
-        """Raises what went wrong in a write that has ended; does not wait for one that has not."""
-        if self.writing and self.writing.done():
-            self.wait()
-
-    def wait(self):
-        """Returns when the last save is on disk."""
-        if self.writing:
-            writing, self.writing = self.writing, None
-            writing.result()
-
-    def close(self):
-        self.thread.shutdown()
-        self.wait()
-
-
-def check_room(out_dir, parameters, steps, keep_every, resumed):
-    """Raises CheckpointError if the checkpoints of a run will not fit: weights and two moments in float32, five files
-    at once (a new one while latest, previous, best and before_decay stand) and those kept for good.
-
-    The ones that are there make room, but for those kept for good; two names of a file are one file.
+    Existing ones will be replaced, so they count as free, except those of a resumed run that are kept for good.
     """
     out_dir = Path(out_dir)
-    kept = {path.stat().st_ino for path in out_dir.glob(STEP.replace("{:09d}", "*"))} if resumed else ()
-    old = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}
-    free = shutil.disk_usage(out_dir).free + sum(size for inode, size in old.items() if inode not in kept)
-    need = (12 * parameters + 2**20) * (5 + (steps // keep_every if keep_every else 0))
+    kept = {path.stat().st_ino for path in out_dir.glob(STEP.replace("{:09d}", "*"))} if resumed else set()
+    sizes = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}  # one file may have two names
+    free = shutil.disk_usage(out_dir).free + sum(size for inode, size in sizes.items() if inode not in kept)
     if need > free:
         raise CheckpointError(
-            f"out_dir={out_dir}: the checkpoints of this run need {need:,} bytes at their most, {free:,} are free: "
-            "make room, or give an --out_dir on another disk" + ", or a larger --keep_every" * bool(keep_every)
+            f"out_dir={out_dir}: the checkpoints of this run need up to {need:,} bytes, {free:,} are free: free some, "
+            "choose an --out_dir on another disk, or a larger --keep_every if it is set"
         )
+
+
+# ---- resuming: what a run goes on from, and whether it may
+
+
+def is_new(config) -> bool:
+    """Whether this starts a new run in out_dir rather than going on with the one there."""
+    if config.init_from == "auto":
+        return not candidates(config.out_dir)
+    return config.init_from != "resume"
+
+
+def find(config, print0) -> dict | None:
+    """The checkpoint that this run goes on from, None for a new run. Prints which damaged ones were passed over.
+
+    Raises ConfigError where a new run would replace another one, CheckpointError where there is nothing to resume.
+    """
+    existing = candidates(config.out_dir)
+    if is_new(config):
+        if existing and not config.overwrite and not config.eval_only:
+            raise ConfigError(
+                f"{existing[0]} holds a run: resume it with --init_from=resume, replace it with --overwrite=True, or "
+                "choose another --out_dir"
+            )
+        if not config.resume_from:
+            return None
+        path, problems = Path(config.resume_from), []
+        saved = load(path)
+    else:
+        saved, path, problems = load_newest(config.out_dir)
+    for problem in problems:
+        print0(f"{problem}; using {path.name} of step {saved['iter_num']} instead")
+    if "data" not in saved:
+        raise ConfigError(f"{path} has weights but no run to resume: start a new run with --init_from={path}")
+    return saved | {"path": str(path)}
+
+
+def take_network(config, args: dict, source: str):
+    """config with the network of the weights in `source`. Raises ConfigError if the user set other values."""
+    wrong = [name for name in NETWORK if name in given(config) and getattr(config, name) != args[name]]
+    if wrong:
+        values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
+        raise ConfigError(f"the weights of {source} have {values}: leave out {', '.join(wrong)}")
+    return replace(config, **{name: args[name] for name in NETWORK})
+
+
+def data_identity(train_windows, val_windows) -> dict:
+    """What identifies the data of a run: number of tokens and fingerprint of each split."""
+    return {
+        "train_tokens": train_windows.tokens,
+        "train_fingerprint": train_windows.fingerprint,
+        "val_tokens": val_windows.tokens,
+        "val_fingerprint": val_windows.fingerprint,
+    }
+
+
+def identity(config, data):
+    """What must not change when a run is resumed: network, seed, tokens per step, optimizer and data."""
+    network = {name: value for name, value in config.model_args().items() if name != "dropout"}
+    return {
+        **network,
+        "seed": config.seed,
+        "tokens_per_step": config.step_tokens,
+        "optimizer": config.optimizer,
+        **data,
+    }
+
+
+def check_same_run(saved: dict, config, data: dict, old) -> None:
+    """Raises ConfigError if `config` and `data` would make another run of the checkpoint `saved`; old: its config."""
+    now, then = identity(config, data), identity(old, saved["data"])
+    differ = [name for name in now if now[name] != then[name] and not (config.allow_new_data and name in data)]
+    if differ:
+        values = ", ".join(f"{name}={now[name]!r} (checkpoint: {then[name]!r})" for name in differ)
+        remedy = "; --allow_new_data=True accepts other data" if set(differ) & set(data) else ""
+        raise ConfigError(
+            f"{saved['path']} cannot be resumed with {values}: use the checkpoint's values, or start a new run{remedy}"
+        )
+
+
+def changes(old, config) -> list[str]:
+    """The settings that a resumed run changes, as "name old -> new"."""
+    pairs = {name: (getattr(old, name), value) for name, value in asdict(config).items()}
+    return [f"{name} {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b and name not in NOT_LISTED]

@@ -1,7 +1,7 @@
-"""What a run says of itself: its log lines, wandb, and out_dir/metrics.jsonl (train.py writes it, report.py reads it).
+"""The numbers of a run: its log lines, out_dir/metrics.jsonl (train.py writes it, report.py reads it), and wandb.
 
-metrics.jsonl has one JSON object a line, each with "kind" (start, train, eval) and "step". A resumed run first drops
-the lines past its own step, so that the file is that of a run which never stopped, but for the times in it and one
+Each line of metrics.jsonl is a JSON object with "kind" (start, train, eval, event, samples) and "step". A resumed run
+first drops the lines after its own step, so the file equals that of a run that never stopped, apart from times and one
 more start line. No torch here.
 """
 
@@ -12,29 +12,31 @@ from pathlib import Path
 
 import numpy as np
 
+from onecard.durable import write_refused
+
 NAME = "metrics.jsonl"
 EVAL_GROUPS = 64
 
 
 class MetricsError(ValueError):
-    """metrics.jsonl cannot be written: how far it came, why, what to do."""
+    """metrics.jsonl cannot be written: bytes written so far, why, what to do."""
 
 
 class MetricsWriter:
-    """Appends to out_dir/metrics.jsonl, and to wandb if there is a run. Raises MetricsError if the disk takes no more.
+    """Appends to out_dir/metrics.jsonl, and to a wandb run if there is one. Raises MetricsError if the disk is full.
 
-    step, last_eval_step: those of the checkpoint from which the run goes on; -1 where it begins.
+    step, last_eval_step: those of the checkpoint that the run goes on from; -1 for a new run.
     """
 
-    def __init__(self, out_dir, step=-1, last_eval_step=-1, wandb_run=None):
+    def __init__(self, out_dir: str | Path, step: int = -1, last_eval_step: int = -1, wandb_run=None):
         self.wandb_run, self.path = wandb_run, Path(out_dir) / NAME
         drop_lines_after(self.path, step, last_eval_step)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
 
-    def write(self, kind, step, **numbers):
+    def write(self, kind: str, step: int, **numbers) -> None:
         line = (json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n").encode()
         try:
-            while line:  # a disk that fills up takes the first part, and refuses the next
+            while line:  # a disk that fills up takes the first part and refuses the next
                 line = line[self.file.write(line) :]
         except OSError as error:
             raise self.refused(error) from error
@@ -46,31 +48,31 @@ class MetricsWriter:
                 plain["samples/texts"] = wandb.Table(columns=["text"], data=[[text] for text in numbers["texts"]])
             self.wandb_run.log(plain, step=step)
 
-    def sync(self):
+    def sync(self) -> None:
         try:
             os.fsync(self.file.fileno())
         except OSError as error:
             raise self.refused(error) from error
 
     def refused(self, error):
-        size = os.fstat(self.file.fileno()).st_size
-        remedy = "make room and resume: the checkpoints are as they were"
-        return MetricsError(f"{self.path}: could not be written past {size:,} bytes ({error.strerror}); {remedy}")
+        return MetricsError(write_refused(self.path, error, os.fstat(self.file.fileno()).st_size))
 
-    def log_checkpoint(self, path):
-        """Gives a checkpoint to the wandb run; the next one of this run is a new version of the same artifact."""
+    def log_checkpoint(self, path: str | Path) -> None:
+        """Gives a checkpoint to the wandb run; a later one becomes a new version of the same artifact."""
         if self.wandb_run:
             self.wandb_run.log_artifact(str(path), name=f"checkpoint-{self.wandb_run.id}", type="model")
 
-    def close(self):
+    def close(self) -> None:
         self.file.close()
         if self.wandb_run:
             self.wandb_run.finish()
 
 
 def drop_lines_after(path, step, last_eval_step):
-    """Cuts the file behind the last whole line up to `step`: the rest will be written again. Of evaluations up to
-    `last_eval_step`: a run that was stopped by a signal is saved before the evaluation of its last step."""
+    """Cuts the file after the last complete line up to `step`, as the run will write the rest again.
+
+    Evaluations stay up to `last_eval_step`: a run that a signal stopped was saved before the evaluation of its step.
+    """
     if not path.exists():
         return
     keep = 0
@@ -86,8 +88,8 @@ def drop_lines_after(path, step, last_eval_step):
         file.truncate(keep)
 
 
-def start_wandb(project, name, run_id, out_dir, config):
-    """-> (wandb run, None), or (None, the reason why there is none). The same run_id continues the same run."""
+def start_wandb(project: str, name: str, run_id: str, out_dir: str, config: dict) -> tuple:
+    """(wandb run, None), or (None, the reason why there is none). The same run_id continues the same run."""
     try:
         import wandb
     except ImportError:
@@ -99,11 +101,14 @@ def start_wandb(project, name, run_id, out_dir, config):
     return run, None
 
 
-def deviations(running, loss):
-    """How many standard deviations a step's loss lies above the running mean; 0 while there are too few steps to tell.
+# ---- numbers of a step
 
-    running: dict of n, mean, variance, all 0 at first; it is updated, over about the last 50 steps. A jump counts in it
-    only as far as an ordinary step could go, so that it does not hide the next.
+
+def z_score(running: dict, loss: float) -> float:
+    """How many standard deviations a step's loss lies above the running mean; 0 during the first 50 steps.
+
+    running: n, mean and variance, all 0 at first; updated here, over about the last 50 steps. A jump counts at most as
+    three standard deviations, so that it does not hide the next one.
     """
     n, mean, deviation = running["n"], running["mean"], math.sqrt(running["variance"])
     above = (loss - mean) / deviation if n >= 50 and deviation > 0 else 0.0
@@ -114,8 +119,23 @@ def deviations(running, loss):
     return above
 
 
-def log_line(step, max_iters, numbers):
-    """One line for the screen from the numbers of a "train" line of the metrics."""
+def add_step(window: dict, applied: bool, loss: float, grad_norm: float) -> None:
+    """Adds a step to the sums since the last log line. A step that was not applied has no loss to speak of."""
+    window["steps"] = window.get("steps", 0) + 1
+    if applied:
+        for name, value in (("applied", 1), ("loss", loss), ("grad_norm", grad_norm)):
+            window[name] = window.get(name, 0) + value
+
+
+def window_means(window: dict) -> dict:
+    """loss and grad_norm: means over the applied steps since the last log line (None if there are none); skipped."""
+    applied = window.get("applied", 0)
+    means = {name: window[name] / applied if applied else None for name in ("loss", "grad_norm")}
+    return means | {"skipped": window["steps"] - applied}
+
+
+def log_line(step: int, max_iters: int, numbers: dict) -> str:
+    """One line for the terminal from the numbers of a "train" line of the metrics."""
     loss, norm = numbers["loss"], numbers["grad_norm"]
     columns = [
         f"step {step:>{len(str(max_iters))}}",
@@ -131,13 +151,16 @@ def log_line(step, max_iters, numbers):
     return " | ".join(column for column in columns if column)
 
 
-def eval_numbers(train, val, tokens, text_bytes):
-    """train, val (n,): mean loss of each window of a split, in nats a token; tokens, text_bytes: of the val split.
+# ---- numbers of an evaluation
 
-    -> dict: losses; val_error, the standard error of the val loss; bits_per_byte, which compares across tokenizers
-    (neither where it is not known); val_groups, the means of up to 64 groups of windows, the same ones in every run.
+
+def eval_numbers(train: np.ndarray, val: np.ndarray, tokens: int, text_bytes: int | None) -> dict:
+    """train, val (n,): mean loss of each window of a split, in nats per token; tokens, text_bytes: of the val split.
+
+    The dict has the losses; val_error, the standard error of the val loss; bits_per_byte, which compares across
+    tokenizers, where text_bytes is known; val_groups, the means of up to 64 groups of windows, equal in all runs.
     """
-    numbers = dict(train_loss=float(train.mean()), val_loss=float(val.mean()))
+    numbers: dict = dict(train_loss=float(train.mean()), val_loss=float(val.mean()))
     numbers["perplexity"] = math.exp(min(numbers["val_loss"], 700))
     if len(val) > 1:
         numbers["val_error"] = float(val.std(ddof=1) / math.sqrt(len(val)))
@@ -147,15 +170,15 @@ def eval_numbers(train, val, tokens, text_bytes):
     return numbers | dict(val_groups=[round(float(group.mean()), 6) for group in groups])
 
 
-def eval_line(step, numbers, seconds):
-    """One line for the screen from the numbers of an "eval" line of the metrics."""
+def eval_line(step: int, numbers: dict, seconds: float) -> str:
+    """One line for the terminal from the numbers of an "eval" line of the metrics."""
     error = f" +- {numbers['val_error']:.4f}" if "val_error" in numbers else ""
-    per_byte = f", {numbers['bits_per_byte']:.4f} bits a byte" if "bits_per_byte" in numbers else ""
+    per_byte = f", {numbers['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in numbers else ""
     losses = f"train loss {numbers['train_loss']:.4f}, val loss {numbers['val_loss']:.4f}{error}"
     return f"step {step}: {losses}, perplexity {numbers['perplexity']:.2f}{per_byte} ({duration(seconds)})"
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
