@@ -85,12 +85,10 @@ def remove_leftovers(folder: str | Path) -> None:
 
 def write_refused(path: str | Path, error: OSError, reached: int | None = None) -> str:
     """The message for a write that the system refused. reached: bytes written before that, if known."""
-    reason = error.strerror or str(error)
-    if reached is not None:
-        reason += f", after {reached:,} bytes"
+    after = "" if reached is None else f", after {reached:,} bytes"
     folder = Path(path).parent
     free = f"{shutil.disk_usage(folder).free:,} bytes are free there; " if folder.is_dir() else ""
-    return f"{path}: could not be written ({reason}); {free}make room and run it again"
+    return f"{path}: could not be written ({error.strerror or error}{after}); {free}make room and run it again"
 
 
 def sha256_of(file: IO[bytes], size: int | None = None) -> str:
