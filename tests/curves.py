@@ -1,4 +1,4 @@
-"""Loss curves for the tests and benches of plan.py and diagnosis.py: two real ones, and made ones of known cause.
+"""Loss curves for the tests and benches of forecast.py and diagnosis.py: two real ones, and made ones of known cause.
 
 The real ones (tests/data) are the printed logs of two nanoGPT runs on FineWeb on an RTX 4070: kind, step, train loss,
 val loss, ms. An evaluation is of 200 batches of each split; the loss of an "iter" line is that of its last micro batch.
@@ -7,13 +7,13 @@ val loss, ms. An evaluation is of 200 batches of each split; the loss of an "ite
 import csv
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
-from onecard import plan
 from onecard.diagnosis import Run
+from onecard.forecast import annealing
 from report import DEFAULTS
+from train import TrainConfig, learning_rate
 
 ANCHORS = {  # by parameters: the keys of the run
     "40m": dict(n_embd=384, batch_size=16, gradient_accumulation_steps=32, learning_rate=1e-3, min_lr=1e-4)
@@ -26,7 +26,11 @@ ANCHORS = {name: keys | dict(warmup_iters=500, eval_interval=500, eval_iters=200
 
 def config(**keys):
     """nanoGPT's defaults, and these."""
-    return SimpleNamespace(**(DEFAULTS | keys))
+    return TrainConfig(**(DEFAULTS | keys))
+
+
+def learning_rates(config):
+    return [learning_rate(step, config) for step in range(config.max_iters)]
 
 
 def anchor_rows(name):
@@ -50,6 +54,15 @@ def printed_log(name, until):
             yield f"step {row['step']}: train loss {row['train_loss']}, val loss {row['val_loss']}"
         else:
             yield f"iter {row['step']}: loss {row['train_loss']}, time {row['time_ms']}ms, mfu 12.87%"
+
+
+def write_founding_run(folder):
+    """Writes the printed log of the 40M run, cut at step 14,500, and its config file -> their paths."""
+    log, keys = folder / "train.log", ANCHORS["40m"] | dict(n_layer=12, n_head=12, wandb_project="fineweb", seed=7)
+    log.write_text("number of parameters: 40.56M\n" + "\n".join(printed_log("40m", 14500)) + "\n")
+    settings = "".join(f"{key} = {value!r}\n" for key, value in keys.items())
+    (folder / "fineweb.py").write_text(f'"""Its config."""\n\n{settings}')
+    return log, folder / "fineweb.py"
 
 
 # what is made -> the names of PROBLEMS that a diagnosis has to give, and no others
@@ -76,21 +89,50 @@ def made(cause, seed):
     is put on top of it, by formulas that diagnosis.py does not know.
     """
     rng = np.random.default_rng([seed, *cause.encode()])
-    n = int(rng.integers(20, 80)) * 250
-    usual = float(rng.uniform(4e-4, 1.2e-3))
-    peak = usual / rng.uniform(12, 30) if cause == "rate too low" else usual
-    keys = dict(max_iters=n, lr_decay_iters=n, warmup_iters=n // 40, learning_rate=peak, min_lr=peak / 10)
-    keys |= dict(eval_interval=n // 40, eval_iters=1 if cause == "noise only" else 200, n_head=12)
-    run_config = config(**keys)
+    c = made_config(cause, rng)
+    n, rates = c.max_iters, learning_rates(c)
     complete = cause in ("rate too low", "rate too high: falls with the rate only")
     last = n if complete else int(rng.uniform(0.55, 0.95) * 40) * (n // 40)
     steps = np.arange(0, last + 1, n // 40)
-    s1, s2 = plan.annealing(plan.rates(run_config))
+    base, train, val = made_losses(cause, rng, steps, rates)
+    noise = rng.uniform(0.003, 0.008)
+    noises = {"noise only": (15 * noise, 15 * noise), "noisy val set": (noise, 3 * noise)}.get(cause, (noise, noise))
+    train, val = (y + rng.normal(0, sd, len(y)) for y, sd in zip((train, val), noises, strict=True))
+    as_printed = cause in ("noise only", "noisy val set")
+    lines = made_lines(cause, rng, np.linspace(n // 200, last, 100 + 3 * len(steps)).astype(int), steps, train, n)
+    if as_printed:
+        one = 15 * noise if cause == "noise only" else noise * math.sqrt(200)
+        loss = np.interp(lines["step"], steps, base) + rng.normal(0, one, len(lines["step"]))
+        lines = dict(step=lines["step"], loss=loss)
+    groups = [] if as_printed else [(v + rng.normal(0, 8 * noise, 64)).tolist() for v in val]
+    events = []
+    if cause.endswith("spikes"):
+        at = rng.choice(np.arange(n // 10, last), int(rng.integers(3, 15)), replace=False)
+        events = [dict(kind="event", event="spike", step=int(step)) for step in sorted(at)]
+    tokens = n * c.step_tokens / (rng.uniform(8, 40) if cause == "overfitting" else rng.uniform(0.3, 3))
+    about = {} if as_printed else dict(data=dict(train_tokens=int(tokens)))
+    evals = dict(step=steps.astype(float), train=train, val=val)
+    return Run(cause, evals, groups, lines, micro=as_printed, config=c, rates=rates, about=about, events=events)
+
+
+def made_config(cause, rng):
+    n = int(rng.integers(20, 80)) * 250
+    peak = float(rng.uniform(4e-4, 1.2e-3))
+    if cause == "rate too low":
+        peak = peak / rng.uniform(12, 30)
+    schedule = dict(max_iters=n, lr_decay_iters=n, warmup_iters=n // 40, learning_rate=peak, min_lr=peak / 10)
+    return config(**schedule, eval_interval=n // 40, eval_iters=1 if cause == "noise only" else 200, n_head=12)
+
+
+def made_losses(cause, rng, steps, rates):
+    """-> the law's part of the loss at each evaluation, and without noise train and val loss."""
+    s1, s2 = annealing(rates)
+    share = steps / len(rates)
     shape = rng.uniform(0.1, 0.4) * (np.maximum(s1[steps], 5) / s1[-1]) ** -rng.uniform(0.4, 0.8)
     base = rng.uniform(2.9, 3.3) + np.minimum(shape, 7.5)
     drop = 0 if cause == "rate too low" else rng.uniform(0.05, 0.15)
-    train, val = base - drop * s2[steps] / s2[-1], base - drop * s2[steps] / s2[-1] + rng.normal(0, 0.02)
-    share = steps / n
+    train = base - drop * s2[steps] / s2[-1]
+    val = train + rng.normal(0, 0.02)
     if cause == "a gap, nothing else":
         val = val + rng.uniform(0.1, 0.5)
     if cause == "overfitting":
@@ -105,47 +147,19 @@ def made(cause, seed):
         rise = rng.uniform(0.8, 3) * np.maximum(0, share - rng.uniform(0.2, 0.35))
         train, val = train + rise, val + rise
     if cause.endswith("the rate only"):
-        rates = np.append(plan.rates(run_config), run_config.min_lr)[steps] / peak
-        stuck = rng.uniform(0.3, 0.8) * np.minimum(rates, 1) ** rng.uniform(0.7, 1.3)
-        train, val = (np.where(steps > n // 20, 3.2 + stuck + 0.05 * shape, y) for y in (train, val))
-    noise = rng.uniform(0.003, 0.008)
-    noises = {"noise only": (15 * noise, 15 * noise), "noisy val set": (noise, 3 * noise)}.get(cause, (noise, noise))
-    train, val = (y + rng.normal(0, sd, len(y)) for y, sd in zip((train, val), noises, strict=True))
-    as_printed = cause in ("noise only", "noisy val set")
-    lines = made_lines(
-        cause, rng, np.linspace(n // 200, last, 100 + 3 * len(steps)).astype(int), steps, train, run_config
-    )
-    if as_printed:
-        one = 15 * noise if cause == "noise only" else noise * math.sqrt(200)
-        lines = {
-            "step": lines["step"],
-            "loss": np.interp(lines["step"], steps, base) + rng.normal(0, one, len(lines["step"])),
-        }
-    groups = [] if as_printed else [(v + rng.normal(0, 8 * noise, 64)).tolist() for v in val]
-    events = []
-    if cause.endswith("spikes"):
-        at = rng.choice(np.arange(n // 10, last), int(rng.integers(3, 15)), replace=False)
-        events = [dict(kind="event", event="spike", step=int(step)) for step in sorted(at)]
-    tokens = n * plan.step_tokens(run_config) / (rng.uniform(8, 40) if cause == "overfitting" else rng.uniform(0.3, 3))
-    return Run(
-        cause,
-        dict(step=steps.astype(float), train=train, val=val),
-        groups,
-        lines,
-        micro=as_printed,
-        starts=[(0, run_config)],
-        about={} if as_printed else dict(data=dict(train_tokens=int(tokens))),
-        events=events,
-    )
+        relative = np.append(rates, rates[-1])[steps] / max(rates)
+        stuck = rng.uniform(0.3, 0.8) * np.minimum(relative, 1) ** rng.uniform(0.7, 1.3)
+        train, val = (np.where(steps > len(rates) // 20, 3.2 + stuck + 0.05 * shape, y) for y in (train, val))
+    return base, train, val
 
 
-def made_lines(cause, rng, at, steps, train, run_config):
+def made_lines(cause, rng, at, steps, train, max_iters):
     """The log lines between the evaluations: loss, norm of the gradient, time, GradScaler's scale."""
     loss = np.interp(at, steps, train) + rng.normal(0, 0.02, len(at))
     norm = rng.uniform(0.3, 2.0) * np.exp(rng.normal(0, 0.2, len(at))) * np.linspace(1, rng.uniform(0.5, 3), len(at))
     skipped, scale = (rng.random(len(at)) < 0.01).astype(float), 65536.0 * 2.0 ** np.round(rng.normal(0, 1, len(at)))
     if cause == "scaler trouble":
-        skipped = rng.poisson(0.05 * run_config.max_iters / len(at), len(at)).astype(float)
+        skipped = rng.poisson(0.05 * max_iters / len(at), len(at)).astype(float)
         scale = np.maximum(1, 65536 * 2.0 ** -np.cumsum(rng.random(len(at)) < 0.1))
     waits = rng.uniform(0.1, 0.4) if cause == "waits for data" else rng.uniform(0, 0.02)
     data_share = np.clip(rng.normal(waits, waits / 5, len(at)), 0, 1)

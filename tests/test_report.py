@@ -1,4 +1,4 @@
-"""diagnosis.py and report.py on a real run of which the truth is known, on curves with one fault each, on bad files."""
+"""report.py: what it reads, how it compares two runs, the page."""
 
 import json
 import math
@@ -6,29 +6,20 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from curves import ANCHORS, CAUSES, anchor_rows, config, made, printed_log
+from curves import anchor_rows, config, learning_rates, write_founding_run
 
-from onecard import plan
 import report
 from configurator import ConfigError
-from onecard.diagnosis import PROBLEMS, Run, critical, diagnose, line_fit
+from onecard.diagnosis import diagnose
+from onecard.forecast import annealing, follow
+from train import TrainConfig, learning_rate
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def founding_run(tmp_path):
-    """-> the printed log of the 40M run cut at step 14,500, and its config file."""
-    log, keys = tmp_path / "train.log", ANCHORS["40m"] | dict(n_layer=12, n_head=12, wandb_project="fineweb", seed=7)
-    log.write_text("number of parameters: 40.56M\n" + "\n".join(printed_log("40m", 14500)) + "\n")
-    (tmp_path / "fineweb.py").write_text(
-        '"""Its config."""\n\n' + "".join(f"{key} = {value!r}\n" for key, value in keys.items())
-    )
-    return log, tmp_path / "fineweb.py"
 
 
 @pytest.fixture
@@ -36,25 +27,19 @@ def own_run(tmp_path):
     """-> function(name, difference, **keys): a folder with metrics as train.py writes them."""
 
     def write(name, difference=0.0, noise=0.0, fingerprint="f", **keys):
-        c = vars(config(max_iters=4000, lr_decay_iters=4000, warmup_iters=100, eval_interval=100, eval_iters=0)) | keys
-        rates = plan.rates(config(**c))
-        fit = dict(a=0.5, b=(3.1, 0.2, 0.1), scale=[s[-1] for s in plan.annealing(rates)])
-        truth, rng = plan.follow(fit, rates) + difference, np.random.default_rng(len(name))
+        schedule = dict(max_iters=4000, lr_decay_iters=4000, warmup_iters=100, eval_interval=100, eval_iters=0)
+        c = config(**(schedule | keys))
+        truth, rng = obeys_the_law(learning_rates(c)) + difference, np.random.default_rng(len(name))
         each = np.linspace(-0.4, 0.4, 64)  # windows differ, in all runs alike
         data = dict(train_tokens=10**9, val_tokens=10**6, val_fingerprint=fingerprint)
-        records = [dict(kind="start", step=0, config=c, device="cpu", dtype="bfloat16", data=data)]
-        for step in range(0, c["max_iters"] + 1, 100):
+        records = [dict(kind="start", step=0, config=asdict(c), device="cpu", dtype="bfloat16", data=data)]
+        for step in range(0, c.max_iters + 1, 100):
             groups = truth[step] + each + rng.normal(0, noise, 64)
-            loss = dict(
-                train_loss=truth[step] - 0.01,
-                val_loss=groups.mean(),
-                val_groups=groups.tolist(),
-                eval_seconds=1.0,
-                bits_per_byte=groups.mean() / math.log(2) / 4,
-            )
+            loss = dict(train_loss=truth[step] - 0.01, val_loss=groups.mean(), val_groups=groups.tolist())
+            loss |= dict(eval_seconds=1.0, bits_per_byte=groups.mean() / math.log(2) / 4)
             line = dict(loss=truth[step], grad_norm=0.5, lr=1e-3, skipped=0, ms_per_step=50.0, tokens_per_s=1e4)
             records += [dict(kind="train", step=step, **line)] * (step > 0) + [dict(kind="eval", step=step, **loss)]
-        records.append(dict(kind="samples", step=c["max_iters"], texts=["<b>Once</b> upon"]))
+        records.append(dict(kind="samples", step=c.max_iters, texts=["<b>Once</b> upon"]))
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return tmp_path / name
@@ -62,94 +47,28 @@ def own_run(tmp_path):
     return write
 
 
-# ---- the diagnosis
-
-
-def test_the_founding_run_is_told_what_was_true_of_it(founding_run):
-    run = report.read_run(founding_run[0], founding_run[1])
-    found = dict(diagnose(run))
-    assert [name for name in found if name in PROBLEMS] == ["noisy val set"]
-    assert "no plateau: the val loss still falls, by 0.0152 +- 0.0026 per 1,000 steps" in found["falling"]
-    assert "0.27 of its peak and will be 0.10" in found["annealing to come"]
-    assert "val ends at 3.535 +- 0.034 (step 20,000), 0.035 below now" in found["annealing to come"]
-    assert "no more than noise; the gap itself, now -0.072, is no overfitting" in found["no overfitting"]
-    assert "twice the 41M parameters would bring 0.22, twice the 10.49B tokens 0.11" in found["limited by size"]
-    assert "3.60 +- 0.08" in found["expected"]
-    assert (
-        "an evaluation on 200 of them should by 0.0071; train does by 0.0084, val by 0.0115" in found["noisy val set"]
-    )
-    assert "look at the val set" in found["noisy val set"] and "0.067 below train" in found["noisy val set"]
-    assert "the gradient" in found["not carried"]
-    choices = [text for name, text in diagnose(run) if name == "choice"]
-    assert any("heads of 32" in text for text in choices) and len(choices) == 2
-
-
-def test_without_a_config_nothing_is_said_that_needs_one(founding_run):
-    found = dict(diagnose(report.read_run(founding_run[0])))
-    assert set(found) == {"falling", "no overfitting", "not carried"}
-    assert "--run_config" in found["not carried"]
-
-
-@pytest.mark.parametrize("cause", CAUSES)
-def test_a_made_curve_is_named_by_its_fault_and_by_nothing_else(cause):
-    """Four seeds each; bench/forecast.py counts a hundred."""
-    for seed in range(4):
-        assert {f.name for f in diagnose(made(cause, seed)) if f.name in PROBLEMS} == CAUSES[cause], f"seed {seed}"
-
-
-def test_a_gap_in_the_first_epoch_is_not_overfitting():
-    run = made("overfitting", 0)
-    run.about["data"]["train_tokens"] = 10**13
-    assert "nothing was seen twice" in dict(diagnose(run))["no overfitting"]
-
-
-def test_a_trend_is_not_read_from_the_warm_up_or_from_a_few_evaluations():
-    run = made("healthy", 0)
-    run.evals = {name: values[:7] for name, values in run.evals.items()}
-    assert diagnose(run)[0].name == "too early"
-    nothing = Run(
-        "empty", dict(step=np.array([]), train=np.array([]), val=np.array([])), [], dict(step=np.array([1.0]))
-    )
-    assert diagnose(nothing)[0].name == "too early"
-
-
-def test_the_learning_rates_before_a_resume_are_those_of_then():
-    run = made("healthy", 0)
-    other = config(**{**vars(run.config), "learning_rate": 5e-3})
-    run.starts.append((500, other))
-    rates = run.rates()
-    assert rates[499] == plan.learning_rate(499, run.starts[0][1]) and rates[500] == plan.learning_rate(500, other)
-
-
-def test_line_fit_is_least_squares_with_its_textbook_error():
-    rng, x = np.random.default_rng(0), np.arange(20.0)
-    changes = np.array([line_fit(x, 3 - 0.1 * x + rng.normal(0, 0.5, 20))[:2] for _ in range(2000)])
-    assert changes[:, 0].mean() == pytest.approx(-1.9, abs=0.03)
-    assert changes[:, 0].std() == pytest.approx(np.sqrt(np.mean(changes[:, 1] ** 2)), rel=0.05)
-
-
-def test_critical_values_are_those_of_students_tables():
-    for df, z, t in ((8, 2.5758, 3.355), (20, 2.5758, 2.845), (10, 1.96, 2.228), (5, 1.96, 2.571)):
-        assert critical(df, z) == pytest.approx(t, rel=0.02)
+def obeys_the_law(rates, scale_of=None):
+    """The losses of a run with these rates by a law, whose scale is that of another run where one is given."""
+    scale = [s[-1] for s in annealing(scale_of or rates)]
+    return follow(dict(a=0.5, b=(3.1, 0.2, 0.1), scale=scale), rates)
 
 
 # ---- reading
 
 
-def test_log_and_csv_of_one_run_are_one_run(founding_run, tmp_path):
+def test_log_and_csv_of_one_run_are_one_run(tmp_path):
+    log, keys = write_founding_run(tmp_path)
     rows = [row for row in anchor_rows("40m") if int(row["step"]) <= 14500]
     csv = tmp_path / "run.csv"
     csv.write_text(",".join(rows[0]) + "\n" + "".join(",".join(row.values()) + "\n" for row in rows))
-    a, b = report.read_run(founding_run[0], founding_run[1]), report.read_run(csv, founding_run[1])
+    a, b = report.read_run(log, keys), report.read_run(csv, keys)
     assert diagnose(a) == diagnose(b)
     assert len(a.evals["step"]) == 30 and a.micro and b.micro
 
 
 def test_a_csv_of_wandb_is_read(tmp_path):
-    path, names = (
-        tmp_path / "wandb.csv",
-        ["Step", "gpt2 - train/loss", "gpt2 - train/loss__MIN", "gpt2 - val/loss", "gpt2 - lr"],
-    )
+    path = tmp_path / "wandb.csv"
+    names = ["Step", "gpt2 - train/loss", "gpt2 - train/loss__MIN", "gpt2 - val/loss", "gpt2 - lr"]
     rows = [[100 * i, 4 - i / 100, 4 - i / 100, 4.1 - i / 100, 1e-3] for i in range(20)]
     path.write_text("\n".join(",".join(f'"{cell}"' for cell in row) for row in [names, *rows]))
     run = report.read_run(path)
@@ -173,21 +92,39 @@ def test_a_line_of_metrics_that_is_being_written_is_left_out_and_a_damaged_one_i
         report.read_run(path)
 
 
+def test_the_config_of_another_version_or_program_is_read_with_the_defaults_it_had(own_run, tmp_path):
+    path = own_run("a") / "metrics.jsonl"
+    first, rest = path.read_text().split("\n", 1)
+    record = json.loads(first)
+    del record["config"]["eval_iters"], record["config"]["gelu"]
+    record["config"]["a_key_of_later"] = 1
+    path.write_text(f"{json.dumps(record)}\n{rest}")
+    assert report.read_run(path).config.gelu == TrainConfig().gelu and report.read_run(path).config.eval_iters == 0
+    (tmp_path / "nano.py").write_text("n_layer = 6\nlearning_rate = 1e-4 * n_layer\nbackend_of_theirs = 'x'\n")
+    (tmp_path / "x.log").write_text("step 0: train loss 5.0, val loss 5.0")
+    c = report.read_run(tmp_path / "x.log", tmp_path / "nano.py").config
+    assert (c.n_layer, c.eval_iters, c.lr_decay_iters) == (6, 200, 600_000) and c.learning_rate == pytest.approx(6e-4)
+
+
+def test_the_learning_rates_before_a_resume_are_those_of_then():
+    before, after = config(max_iters=1000), config(max_iters=1000, learning_rate=5e-3)
+    rates = report.learning_rates([(0, before), (500, after)])
+    assert len(rates) == 1000
+    assert rates[499] == learning_rate(499, before) and rates[500] == learning_rate(500, after)
+
+
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing\n")
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     (tmp_path / "y.csv").write_text("step,train_loss,val_loss\n1,2,x\n")
     (tmp_path / "bad.py").write_text("import os\n")
-    for name, why in (
-        ("notes.txt", "nanoGPT's printed log"),
-        ("x.csv", "a CSV with"),
-        ("y.csv", "y.csv:2"),
-        ("none", "none"),
-    ):
+    named = {"notes.txt": "nanoGPT's printed log", "x.csv": "a CSV with", "y.csv": "y.csv:2", "none": "none"}
+    for name, why in named.items():
         with pytest.raises(report.ReportError, match=why):
             report.read_run(tmp_path / name)
-    with pytest.raises(ConfigError, match="does not run them"):
-        report.read_config(str(tmp_path / "bad.py"))
+    (tmp_path / "x.log").write_text("step 0: train loss 5.0, val loss 5.0")
+    with pytest.raises(ConfigError, match=r"bad.py:1: import os: .*not executed"):
+        report.read_run(tmp_path / "x.log", tmp_path / "bad.py")
     with pytest.raises(ConfigError, match="one run"):
         report.main([])
 
@@ -196,10 +133,7 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
 
 
 def test_two_runs_are_compared_by_pairs_of_windows(own_run):
-    a, b = (
-        report.read_run(own_run(name, shift, 0.01, **keys))
-        for name, shift, keys in (("a", 0, {}), ("bb", -0.012, dict(n_head=6)))
-    )
+    a, b = report.read_run(own_run("a", 0, 0.01)), report.read_run(own_run("bb", -0.012, 0.01, n_head=6))
     said = "\n".join(report.compare(a, b))
     each = np.subtract(b.groups[-1], a.groups[-1])
     assert f"b is lower by {-each.mean():.4f} +- {each.std(ddof=1) / 8:.4f} (64 pairs" in said
@@ -208,15 +142,15 @@ def test_two_runs_are_compared_by_pairs_of_windows(own_run):
 
 
 def test_tokens_saved_are_those_by_which_a_longer_run_of_the_law_is_better(own_run):
-    a, longer = own_run("a"), config(max_iters=5000, lr_decay_iters=5000, warmup_iters=125)
-    fit = dict(a=0.5, b=(3.1, 0.2, 0.1), scale=[s[-1] for s in plan.annealing(report.read_run(a).rates())])
-    gain = plan.follow(fit, plan.rates(longer))[-1] - plan.follow(fit, report.read_run(a).rates())[-1]
+    a, longer = own_run("a"), learning_rates(config(max_iters=5000, lr_decay_iters=5000, warmup_iters=125))
+    rates = report.read_run(a).rates
+    gain = obeys_the_law(longer, scale_of=rates)[-1] - obeys_the_law(rates)[-1]
     b = own_run("b", gain)
     said = "\n".join(report.compare(report.read_run(a), report.read_run(b)))
-    assert int(re.search(r"that is (\d+)% fewer tokens to the same loss", said)[1]) == pytest.approx(20, abs=3)
+    assert int(re.search(r"needs (\d+)% fewer tokens for that loss", said)[1]) == pytest.approx(20, abs=3)
     twice = own_run("bb", gain, gradient_accumulation_steps=80)  # the same loss with twice the tokens a step
     said = "\n".join(report.compare(report.read_run(a), report.read_run(twice)))
-    assert int(re.search(r"that is (\d+)% more tokens to the same loss", said)[1]) == pytest.approx(60, abs=6)
+    assert int(re.search(r"needs (\d+)% more tokens for that loss", said)[1]) == pytest.approx(60, abs=6)
 
 
 def test_runs_on_other_val_sets_are_not_compared_by_pairs(own_run):
@@ -224,7 +158,9 @@ def test_runs_on_other_val_sets_are_not_compared_by_pairs(own_run):
     said = "\n".join(report.compare(a, b))
     assert "not evaluated on the same windows" in said
     loss = b.evals["val"][-1]
-    words = f"val loss {loss:.4f}, perplexity {2 ** (loss / math.log(2)):.2f}, {loss / math.log(2) / 4:.4f} bits a byte"
+    words = (
+        f"val loss {loss:.4f}, perplexity {2 ** (loss / math.log(2)):.2f}, {loss / math.log(2) / 4:.4f} bits per byte"
+    )
     assert words in said
 
 
@@ -270,11 +206,6 @@ def test_a_page_that_cannot_be_written_and_a_run_that_is_not_there_end_with_2(ow
     for arguments in ([str(tmp_path / "none")], [str(folder), "--out=" + str(tmp_path / "no" / "page.html")]):
         done = subprocess.run([sys.executable, "report.py", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("report.py: ") and len(done.stderr.splitlines()) == 1
-
-
-def test_no_torch_is_imported():
-    code = "import sys, report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_standard_error_and_epochs_stand_beside_the_plan(own_run):
