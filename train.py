@@ -1,12 +1,14 @@
-"""Trains a GPT on the token shards that prepare.py made; writes checkpoints and metrics to out_dir.
+"""Trains a GPT on the token shards that prepare.py made. Writes checkpoints and metrics.jsonl to out_dir.
 
     python train.py config/quickstart.py                       # two CPU cores or any card, minutes
-    python train.py config/fineweb_4070.py --batch_size=8      # any key below can be given like this
+    python train.py config/fineweb_4070.py --batch_size=8      # any key below can be set like this
     torchrun --nproc_per_node=2 train.py config/fineweb_4070.py
 
 A step is one optimizer step on gradient_accumulation_steps x batch_size x block_size tokens. Which tokens are in it
-depends on the seed and the step alone: not on evaluation, on the micro batch, or on the number of processes. So a run
-that was stopped, killed or moved and resumed is the run that never stopped.
+depends on the seed and the step alone: not on evaluation, the micro batch or the number of processes. So a run that
+was stopped, killed or moved, and then resumed, gives the same weights as one that never stopped.
+
+In this file: the config, the learning rate, the set-up of a run, evaluation, the training loop.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,256 +24,367 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from onecard import checkpoint
-import convert
-from onecard import durable
-from onecard import plan
-from configurator import describe, key, load_config, run_script
+from configurator import ConfigError, describe, key, load_config, run_script
+from model import GPT, GPTConfig, ModelError
+from onecard import checkpoint, durable, metrics, optim, plan, pretrained
+from onecard.checkpoint import Progress
+from onecard.forecast import forecast_line
 from onecard.generation import sample_texts
-from onecard.metrics import MetricsError, deviations, eval_line, eval_numbers, log_line
-from model import ModelError
-from run import own, plan_only, start_run
-from onecard.runtime import Batches, DeviceError, Stop, out_of_memory
-from onecard.shards import ShardError
+from onecard.runtime import (
+    Batches,
+    DeviceError,
+    Runtime,
+    Stop,
+    choose_batch_size,
+    compile_model,
+    memory_errors,
+    start_runtime,
+)
+from onecard.shards import ShardError, Windows
 from onecard.tokenizer import TokenizerError, load_tokenizer
 
-EVAL_TOKENS = 10_485_760  # of each split, where the config names no number; llm.c's and modded-nanogpt's val set
-BAD_STEPS = 5  # so many steps in a row without finite gradients end the run
-SPIKE = 6.0  # a loss so many deviations above its running mean is an event
+EVAL_TOKENS = 10_485_760  # default tokens per split in an evaluation, as in llm.c and modded-nanogpt
+BAD_STEPS = 5  # this many steps in a row without finite gradients end the run
+SPIKE = 6.0  # a loss this many standard deviations above its running mean is recorded as an event
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     # files
     out_dir: str = key("out", "folder for checkpoints and metrics.jsonl")
-    data_dir: str = key("data", "folder that holds the datasets")
+    data_dir: str = key("data", "folder of all datasets")
     dataset: str = key("fineweb", "name of the dataset, a folder in data_dir")
     init_from: str = key(
         "scratch",
-        "scratch: a new run; resume: go on with the one in out_dir; auto: if there is one; gpt2, gpt2-medium, "
-        "gpt2-large, gpt2-xl, a folder in Hugging Face format or a ckpt.pt: a new run from those weights, whose "
-        "network it takes over",
+        "scratch: new run; resume: continue the run in out_dir; auto: resume if there is one; gpt2, gpt2-medium, "
+        "gpt2-large, gpt2-xl, a folder in Hugging Face format or a ckpt.pt: new run from these weights",
     )
-    resume_from: str = key("", "a checkpoint file of another run, to go on from in this out_dir")
-    overwrite: bool = key(False, "let a new run replace the one that is in out_dir")
-    allow_new_data: bool = key(False, "let a resumed run go on with a dataset that is not the one it began with")
-    plan_only: bool = key(False, "show what the run would need, cost and reach, and exit")
-    gpu: str = key("", "plan for this card, such as 'RTX 4070', instead of the one here; with plan_only")
+    resume_from: str = key("", "checkpoint file of another run to continue in this out_dir")
+    overwrite: bool = key(False, "let a new run replace the one in out_dir")
+    allow_new_data: bool = key(False, "let a resumed run continue with another dataset")
+    plan_only: bool = key(False, "print what the run would need, cost and reach, then exit")
+    gpu: str = key("", "with plan_only: plan for this card, such as 'RTX 4070', instead of the one here")
     # evaluation, log, checkpoints
     eval_interval: int = key(2000, "steps between evaluations", low=1)
-    eval_tokens: int = key(0, f"tokens of each split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
-    eval_iters: int = key(0, "nanoGPT's way to say it: eval_iters x batch_size x block_size tokens", low=0)
+    eval_tokens: int = key(0, f"tokens per split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
+    eval_iters: int = key(0, "nanoGPT's key for it: eval_iters x batch_size x block_size tokens", low=0)
     eval_only: bool = key(False, "evaluate once and exit")
     log_interval: int = key(10, "steps between log lines", low=1)
-    always_save_checkpoint: bool = key(True, "save after each evaluation; False: only after those that were the best")
-    keep_every: int = key(
-        0, "keep the checkpoint of every so many steps for good; 0: only latest, previous, best", low=0
-    )
-    sample_interval: int = key(0, "steps between three texts of the model, into the metrics; 0: none", low=0)
-    wandb_log: bool = key(False, "log to Weights & Biases too (WANDB_MODE=offline works)")
-    wandb_project: str = key("onecard", "project there")
-    wandb_run_name: str = key("", "name of the run there; empty: the name of out_dir")
-    wandb_artifact: bool = key(False, "give it the last checkpoint too, as an artifact")
+    always_save_checkpoint: bool = key(True, "save after every evaluation; False: only if val loss is the best so far")
+    keep_every: int = key(0, "keep the checkpoint of every N steps for good; 0: only latest, previous, best", low=0)
+    sample_interval: int = key(0, "generate three samples every N steps; 0: never", low=0)
+    wandb_log: bool = key(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
+    wandb_project: str = key("onecard", "wandb project")
+    wandb_run_name: str = key("", "wandb run name; empty: the name of out_dir")
+    wandb_artifact: bool = key(False, "upload the last checkpoint to wandb as an artifact")
     # batch
-    gradient_accumulation_steps: int = key(5 * 8, "micro batches a step, over all processes together", low=1)
-    batch_size: int = key(12, "sequences in a micro batch; 0: as many as fit, with tokens_per_step", low=0)
-    tokens_per_step: int = key(0, "tokens of a step, instead of gradient_accumulation_steps, which follows", low=0)
+    gradient_accumulation_steps: int = key(5 * 8, "micro batches per step, over all processes together", low=1)
+    batch_size: int = key(
+        12, "sequences in a micro batch; 0: find the largest that fits (needs tokens_per_step)", low=0
+    )
+    tokens_per_step: int = key(0, "tokens per step; replaces gradient_accumulation_steps, which follows from it", low=0)
     block_size: int = key(1024, "tokens in a sequence", low=1)
     # model
-    arch: str = key("gpt2", "the network: GPT-2's, or Qwen3's shape", choices=("gpt2", "qwen3"))
+    arch: str = key("gpt2", "network: GPT-2's, or the shape of Qwen3", choices=("gpt2", "qwen3"))
     n_layer: int = key(12, "layers", low=1)
-    n_head: int = key(12, "attention heads a layer", low=1)
-    n_embd: int = key(768, "width", low=1)
+    n_head: int = key(12, "attention heads per layer", low=1)
+    n_embd: int = key(768, "width (channels)", low=1)
     vocab_size: int = key(50304, "rows of the embedding: GPT-2's 50257 and padding", low=1)
-    activation_checkpointing: bool = key(False, "compute activations twice instead of keeping them: slower, smaller")
+    activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, slower by a third")
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
-    gelu: str = key("tanh", "GPT-2's form of it; none: the exact one, which nanoGPT has", choices=("tanh", "none"))
+    gelu: str = key("tanh", "tanh: GPT-2's approximation; none: exact, as in nanoGPT", choices=("tanh", "none"))
     # optimizer
-    optimizer: str = key("adamw", "muon: for the matrices in the blocks, adamw for the rest", choices=("adamw", "muon"))
+    optimizer: str = key("adamw", "muon: for matrices in blocks, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0)
-    max_hours: float = key(0.0, "stop and save before so many hours have passed; 0: no limit", low=0.0)
-    weight_decay: float = key(1e-1, "AdamW's, for tensors of two or more dimensions", low=0.0)
-    beta1: float = key(0.9, "AdamW's, of the mean", low=0.0, high=1.0)
-    beta2: float = key(0.95, "AdamW's, of the square", low=0.0, high=1.0)
+    max_hours: float = key(0.0, "save and stop before this many hours have passed; 0: no limit", low=0.0)
+    weight_decay: float = key(1e-1, "for tensors of two or more dimensions", low=0.0)
+    beta1: float = key(0.9, "AdamW's decay rate of the mean", low=0.0, high=1.0)
+    beta2: float = key(0.95, "AdamW's decay rate of the square", low=0.0, high=1.0)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0.0)
     # learning rate
-    decay_lr: bool = key(True, "warm-up and decay; False: learning_rate throughout")
+    decay_lr: bool = key(True, "warm-up and decay; False: constant learning_rate")
     lr_schedule: str = key("cosine", "shape of the decay; wsd: only at the end", choices=("cosine", "linear", "wsd"))
-    decay_iters: int = key(0, "steps of wsd's decay; 0: a fifth of the run", low=0)
+    decay_iters: int = key(0, "steps of the decay of wsd; 0: a fifth of the run", low=0)
     warmup_iters: int = key(2000, "steps of linear warm-up", low=0)
     lr_decay_iters: int = key(0, "step at which min_lr is reached; 0: max_iters", low=0)
     min_lr: float = key(6e-5, "learning rate at the end of the decay", low=0.0)
     # system
-    seed: int = key(1337, "of the weights, the order of the data and dropout", low=0)
+    seed: int = key(1337, "of the initial weights, the order of the data and dropout", low=0)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = key("auto", "of the matrix products", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = key("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(True, "torch.compile the model")
     backend: str = key("nccl", "of torch.distributed, for CUDA devices; others use gloo")
 
     @property
-    def foreign(self):
-        """Whether a new run begins with weights that others trained."""
+    def from_pretrained(self) -> bool:
+        """Whether a new run starts from weights that exist already."""
         return self.init_from not in ("scratch", "resume", "auto")
 
-    def problems(self):
+    @property
+    def step_sequences(self) -> int:
+        return self.tokens_per_step // self.block_size or self.gradient_accumulation_steps * self.batch_size
+
+    @property
+    def step_tokens(self) -> int:
+        return self.step_sequences * self.block_size
+
+    def model_args(self) -> dict:
+        """The keys of model.GPTConfig."""
+        return {name: getattr(self, name) for name in GPTConfig.__dataclass_fields__}
+
+    def problems(self) -> list[str]:
+        """What does not fit together, one message each."""
         found = []
-        if self.foreign and self.init_from not in convert.HUB_NAMES and not os.path.exists(self.init_from):
+        if self.from_pretrained and self.init_from not in pretrained.HUB_NAMES and not os.path.exists(self.init_from):
+            names = ", ".join(("scratch", "resume", "auto", *pretrained.HUB_NAMES))
             found.append(
-                f"init_from={self.init_from!r} is no file or folder; permitted are scratch, resume, auto, "
-                f"{', '.join(convert.HUB_NAMES)}, a folder in Hugging Face format, a ckpt.pt"
+                f"init_from={self.init_from!r} is not a file or folder; use {names}, a folder in Hugging Face format "
+                "or a ckpt.pt"
             )
-        if self.foreign and self.resume_from:
-            found.append(f"init_from={self.init_from} and resume_from={self.resume_from} exclude each other: give one")
+        if self.from_pretrained and self.resume_from:
+            found.append(f"init_from={self.init_from} and resume_from={self.resume_from} exclude each other: set one")
         if self.wandb_artifact and not self.wandb_log:
             found.append("wandb_artifact=True needs wandb_log=True")
         if self.n_embd % self.n_head:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
-            found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: the rate would rise")
+            found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
         if self.tokens_per_step % self.block_size:
-            near = self.tokens_per_step // self.block_size * self.block_size
+            below = self.tokens_per_step // self.block_size * self.block_size
             found.append(
-                f"tokens_per_step={self.tokens_per_step:,} is not a multiple of block_size={self.block_size}: "
-                f"{near:,} and {near + self.block_size:,} are"
+                f"tokens_per_step={self.tokens_per_step:,} is not a multiple of block_size={self.block_size}: use "
+                f"{below:,} or {below + self.block_size:,}"
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
-            found.append("batch_size=0 (find one that fits) needs tokens_per_step: 524288 is usual for 100M parameters")
+            found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
         if self.gpu and not (plan.card(self.gpu) and self.plan_only):
-            wanted = "one of " + ", ".join(plan.CARDS) if self.plan_only else "given with --plan_only=True"
+            wanted = f"one of {', '.join(plan.CARDS)}" if self.plan_only else "used with --plan_only=True"
             found.append(f"gpu={self.gpu!r} has to be {wanted}")
         if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
             found.append(
                 f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "
-                "always_save_checkpoint=True: checkpoints are made after evaluations"
+                "always_save_checkpoint=True: checkpoints are saved after evaluations"
             )
         return found
 
-    def model_args(self):
-        names = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias", "arch", "gelu")
-        return {name: getattr(self, name) for name in names}
 
-    def tokens_to_evaluate(self, batch_size):
-        return self.eval_tokens or self.eval_iters * batch_size * self.block_size or EVAL_TOKENS
+# ---- the learning rate
 
-    @property
-    def step_sequences(self):
-        return self.tokens_per_step // self.block_size or self.gradient_accumulation_steps * self.batch_size
 
-    @property
-    def step_tokens(self):
-        return self.step_sequences * self.block_size
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of the step that follows `step` steps: linear warm-up, then the schedule, then min_lr.
+
+    lr_schedule "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays at the peak and decays linearly
+    over the last decay_iters steps.
+    """
+    peak, end = config.learning_rate, config.lr_decay_iters or config.max_iters
+    if not config.decay_lr:
+        return peak
+    if step < config.warmup_iters:
+        return peak * (step + 1) / (config.warmup_iters + 1)
+    if step >= end:
+        return config.min_lr
+    progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0 after warm-up, 1 at the end
+    if config.lr_schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.lr_schedule == "linear":
+        share = 1 - progress
+    else:  # wsd
+        share = min(1.0, (end - step) / (end - decay_start(config)))
+    return config.min_lr + share * (peak - config.min_lr)
+
+
+def learning_rates(config: TrainConfig) -> list[float]:
+    """The learning rate of every step."""
+    return [learning_rate(step, config) for step in range(config.max_iters)]
+
+
+def decay_start(config: TrainConfig) -> int:
+    """The step at which the decay of a wsd schedule starts."""
+    end = config.lr_decay_iters or config.max_iters
+    return end - (config.decay_iters or max(1, end // 5))
+
+
+# ---- setting up a run
+
+
+@dataclass
+class Run:
+    """What the loop needs. `model` is the eager network, saved and sampled; `compiled` is trained: the same weights."""
+
+    config: TrainConfig
+    runtime: Runtime
+    stop: Stop
+    train_windows: Windows
+    val_windows: Windows
+    model: GPT
+    compiled: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    batch_size: int  # sequences in a micro batch
+    micro_steps: int  # micro batches of this process in a step
+    metrics: metrics.MetricsWriter | None = None  # in the first process only, which also saves
+    save_seconds: float = 0.0  # of the last save
+    eval_seconds: float = 0.0  # of the last evaluation
+    step_times: list = field(default_factory=list)  # (seconds, of these waiting for data) since the last log line
+
+    def record(self, kind: str, **numbers) -> None:
+        if self.metrics:
+            self.metrics.write(kind, self.progress.step, **numbers)
+
+
+def setup(config: TrainConfig, stop: Stop) -> Run:
+    """Device, weights, data, plan, optimizers, compiler: in the order in which a mistake costs the user least time."""
+    runtime = start_runtime(config)
+    if config.from_pretrained:
+        open_data(config)  # a mistake there shows before any weights are downloaded
+    config, model, saved = load_weights(config, runtime.print0)
+    train_windows, val_windows = open_data(config)
+    data = checkpoint.data_identity(train_windows, val_windows)
+    progress = Progress(began_from=config.init_from if config.from_pretrained else "")
+    if saved:
+        check_resume(saved, config, data, runtime.print0)
+        progress = Progress.restore(saved)
+    runtime.require_same(step=progress.step, **data)
+    facts = runtime.plan_facts(config.out_dir)
+    found = show_plan(config, facts, (train_windows, val_windows), progress.began_from, runtime.print0)
+    if runtime.rank == 0 and not config.eval_only:
+        checkpoint.check_room(config.out_dir, found["disk_need"], resumed=not checkpoint.is_new(config))
+
+    torch.manual_seed(config.seed)
+    model = model or GPT(GPTConfig(**config.model_args()))
+    model.activation_checkpointing = config.activation_checkpointing
+    if saved:
+        model.load_state_dict(saved["model"])
+    model.to(runtime.device)
+    optimizers = optim.configure_optimizers(model, config, runtime.device.type)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    if saved:
+        optim.load_state_dicts(optimizers, saved)
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+    runtime.print0(f"device  {runtime.world_size} x {runtime.device_name}, {runtime.dtype_name}")
+
+    batch_size, micro_steps = choose_batch_size(model, config, runtime, progress.found)
+    run = Run(
+        config=config,
+        runtime=runtime,
+        stop=stop,
+        train_windows=train_windows,
+        val_windows=val_windows,
+        model=model,
+        compiled=compile_model(model, (batch_size, config.block_size), config.compile, runtime),
+        optimizers=optimizers,
+        scaler=scaler,
+        progress=progress,
+        batch_size=batch_size,
+        micro_steps=micro_steps,
+    )
+    if runtime.rank == 0 and not config.eval_only:
+        start = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
+        start |= dict(parameters=model.num_params(positions=False))
+        new = checkpoint.is_new(config)
+        if new:
+            checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
+        run.metrics = metrics.start(config, progress, new, start, runtime.print0)
+    return run
+
+
+def load_weights(config, print0):
+    """(config, pretrained model or None, checkpoint or None): what the run starts from. config takes over the network
+    of pretrained weights, also where a run that began with such weights is resumed."""
+    saved = checkpoint.find(config, print0)
+    if config.from_pretrained:
+        model = pretrained.start(config.init_from, config.block_size, config.dropout)
+        return checkpoint.take_network(config, asdict(model.config), config.init_from), model, None
+    if saved and saved.get("began_from"):
+        config = checkpoint.take_network(config, saved["model_args"], saved["path"])
+    return config, None, saved
+
+
+def open_data(config):
+    """The train and val split as Windows."""
+    folder = Path(config.data_dir) / config.dataset
+    train_windows, val_windows = (
+        Windows(folder, split, config.block_size, seed=config.seed, vocab_size=config.vocab_size)
+        for split in ("train", "val")
+    )
+    tokenizer = train_windows.tokenizer or {}
+    if tokenizer.get("n_vocab", 0) > config.vocab_size:
+        raise ConfigError(
+            f"{folder} was tokenised with {tokenizer['name']}, which has {tokenizer['n_vocab']} ids, more than "
+            f"vocab_size={config.vocab_size}: set vocab_size=50304, or prepare the data again"
+        )
+    return train_windows, val_windows
+
+
+def check_resume(saved, config, data, print0):
+    """Refuses the checkpoint of another run, lists changed settings, and warns of a jump of the learning rate."""
+    known = {name: value for name, value in saved["config"].items() if name in TrainConfig.__dataclass_fields__}
+    old, step = TrainConfig(**known), saved["iter_num"]
+    checkpoint.check_same_run(saved, old, config, data, print0)
+    before, after = learning_rate(step, old), learning_rate(step, config)
+    if not math.isclose(before, after, rel_tol=0.01):
+        effect = ": the loss will rise at first" if after > before else ""
+        print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e} at step {step}{effect}")
+
+
+def show_plan(config, facts, windows, began_from, print0):
+    """Prints and returns the plan. facts: of the device, see Runtime.plan_facts; windows: train and val, if any."""
+    config = replace(config, init_from=began_from) if began_from else config  # also where the run is resumed
+    facts |= {f"{split.split}_tokens": split.tokens for split in windows}
+    facts |= dict(eval_tokens=tokens_to_evaluate(config, config.batch_size))
+    quick = facts["device"] == "cpu" and plan.network(config).num_params() < 3e7  # tracing might outlast such a run
+    found = plan.plan(config, learning_rates(config), trace=config.plan_only or not quick, **facts)
+    print0("\n".join(plan.lines(found, config)))
+    return found
+
+
+def plan_only(config: TrainConfig) -> None:
+    """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
+    dtype = getattr(torch, config.dtype, torch.bfloat16)  # auto: bfloat16, which every card in the table has
+    facts = dict(device=config.gpu, dtype=dtype) if config.gpu else start_runtime(config).plan_facts(config.out_dir)
+    began_from = config.init_from if config.from_pretrained else ""
+    config, _, saved = load_weights(config, print)
+    try:
+        windows = open_data(config)
+    except ShardError as error:
+        print(f"data    unknown: {error}")
+        windows = ()
+    show_plan(config, facts, windows, saved.get("began_from") if saved else began_from, print)
+
+
+# ---- evaluation and checkpoints
 
 
 class Stopped(Exception):
-    """Raised inside an evaluation when the run is to stop; its argument is the wish."""
+    """Raised inside an evaluation when the run is to stop; its argument is the reason."""
 
 
-# ---- a step
-
-
-def step_seed(seed, step, rank):
-    """The seed of dropout in one step of one process: unrelated for neighbouring steps and ranks."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def train_step(run, batches):
-    """One optimizer step -> (mean loss of its tokens, norm of the gradient before clipping, wish to stop).
-
-    Gradients that are not finite are not applied: with float16 that is how the scaler finds its scale.
-    """
-    config, runtime, scaler = run.config, run.runtime, run.scaler
-    torch.manual_seed(step_seed(config.seed, run.progress.step, runtime.rank))
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(run.progress.step, config)
-    micro_steps = run.micro_steps
-    total = torch.zeros((), device=runtime.device)
-    for micro in range(micro_steps):
-        inputs, targets = batches.next()
-        silent = runtime.world_size > 1 and micro < micro_steps - 1  # gradients are exchanged at the last one only
-        with run.compiled.no_sync() if silent else contextlib.nullcontext():
-            with runtime.autocast():
-                loss = run.compiled(inputs, targets) / micro_steps
-            scaler.scale(loss).backward()
-        total += loss.detach()
-    for optimizer in run.optimizers:
-        scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.grad_clip or math.inf)
-    wish = torch.tensor(float(run.wish()), device=runtime.device)
-    if runtime.world_size > 1:
-        dist.all_reduce(total)
-        total /= runtime.world_size
-        dist.all_reduce(wish, dist.ReduceOp.MAX)  # all processes stop behind the same step
-    loss, norm, wish = torch.stack((total, norm, wish)).tolist()  # the one read from the device in a step
-    if math.isfinite(norm) and math.isfinite(loss):
-        for optimizer in run.optimizers:  # both or neither: alone, the scaler would skip one and step the other
-            scaler.step(optimizer)
-    scaler.update()
-    run.model.zero_grad(set_to_none=True)
-    run.progress.step += 1
-    run.progress.sequences += config.step_sequences
-    return loss, norm, int(wish)
-
-
-def watch(run, loss, norm):
-    """Notes what went wrong in a step. Raises SystemExit(3) after BAD_STEPS steps in a row that could not be applied:
-    in float16 of those at a scale below 1 only, for above it skips are how the scaler finds its scale."""
-    config, progress = run.config, run.progress
-    sequences = [progress.sequences - config.step_sequences, progress.sequences - 1]
-    if not (math.isfinite(norm) and math.isfinite(loss)):
-        progress.skipped_steps += 1
-        scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
-        progress.bad_steps += scale is None or scale < 1
-        run.record("event", event="skipped", sequences=sequences, scale=scale)
-        if progress.bad_steps >= BAD_STEPS:
-            give_up(run, sequences, scale)
-        return
-    progress.bad_steps = 0
-    before = dict(progress.running)
-    if deviations(progress.running, loss) > SPIKE:
-        run.record("event", event="spike", sequences=sequences, loss=loss, mean=before["mean"])
-        run.say(
-            f"step {progress.step}: the loss jumped to {loss:.4f} from {before['mean']:.4f} "
-            f"(sequences {sequences[0]} to {sequences[1]})"
-        )
-
-
-def give_up(run, sequences, scale):
-    if run.saver is None:  # another process tells it
-        raise SystemExit(3)
-    run.saver.wait()
-    held = checkpoint.newest(run.config.out_dir)
-    print(
-        f"train.py: stopped at step {run.progress.step}: {BAD_STEPS} steps in a row had gradients that are not finite"
-        + (f", the last at a scale of {scale:g}" if scale else "")
-        + f"; the last batch was sequences {sequences[0]} to {sequences[1]}. Nothing of it was applied or saved; "
-        + (f"--init_from=resume goes on from {held}" if held else "there is no checkpoint yet")
-        + f". Try {'--dtype=bfloat16, ' * (scale is not None)}a lower --learning_rate or a lower --grad_clip",
-        file=sys.stderr,
-    )
-    raise SystemExit(3)
-
-
-# ---- evaluation, log, checkpoint
+def tokens_to_evaluate(config, batch_size):
+    """Tokens of each split in an evaluation."""
+    return config.eval_tokens or config.eval_iters * batch_size * config.block_size or EVAL_TOKENS
 
 
 @torch.no_grad()
-def sequence_losses(run, blocks, tokens):
-    """-> float64 (n,): the mean loss of each of n evenly spread windows of a split, the same ones every time."""
+def sequence_losses(run, windows):
+    """float64 (n,): the mean loss of each of n evenly spread windows of a split, the same windows every time."""
     runtime, batch_size = run.runtime, run.batch_size
-    n = max(1, min(blocks.blocks, tokens // blocks.block_size))
-    windows = np.arange(n) * blocks.blocks // n
+    n = max(1, min(len(windows), tokens_to_evaluate(run.config, batch_size) // windows.block_size))
+    chosen = np.arange(n) * len(windows) // n
     losses = torch.zeros(n, device=runtime.device)
-    rounds = range(runtime.rank * batch_size, n + runtime.rank * batch_size, runtime.world_size * batch_size)
-    silent = runtime.rank > 0 or None
-    for first in tqdm(rounds, desc=f"evaluating {blocks.split}", delay=5, leave=False, disable=silent):
-        if wish := runtime.largest(run.wish()):
-            raise Stopped(wish)
+    first_of_rank = runtime.rank * batch_size
+    rounds = range(first_of_rank, n + first_of_rank, runtime.world_size * batch_size)  # as many in every process
+    hidden = True if runtime.rank else None  # None: shown on a terminal only
+    for first in tqdm(rounds, desc=f"evaluating {windows.split}", delay=5, leave=False, disable=hidden):
+        if reason := runtime.max_over_processes(run.stop.reason(run.save_seconds)):
+            raise Stopped(reason)
         batch = np.arange(first, min(first + batch_size, n))
-        padded = np.resize(batch if len(batch) else 0, batch_size)  # one shape, one compilation
-        tokens = torch.from_numpy(blocks.rows(windows[padded])).to(runtime.device).to(torch.int64)
+        padded = np.resize(batch if len(batch) else 0, batch_size)  # always the same shape: compiled once
+        tokens = torch.from_numpy(windows.rows(chosen[padded])).to(runtime.device).to(torch.int64)  # (B, T + 1)
         with runtime.autocast():
             loss = run.compiled(tokens[:, :-1], tokens[:, 1:], reduction="none")  # (B, T)
         losses[first : first + batch_size] = loss.mean(1)[: len(batch)]
@@ -280,57 +393,198 @@ def sequence_losses(run, blocks, tokens):
     return losses.cpu().double().numpy()  # (an Apple GPU has no float64)
 
 
-def evaluate(run):
-    """Measures both splits, records and says it, with a forecast from half of the schedule on -> True if the best."""
-    config, progress = run.config, run.progress
-    tokens = config.tokens_to_evaluate(run.batch_size)
+def evaluate(run: Run) -> bool:
+    """Measures the loss of both splits, logs it with a forecast -> whether the val loss is the best so far."""
+    progress, print0 = run.progress, run.runtime.print0
     began = time.perf_counter()
     run.model.eval()
-    train, val = (sequence_losses(run, blocks, tokens) for blocks in (run.train_blocks, run.val_blocks))
+    train, val = sequence_losses(run, run.train_windows), sequence_losses(run, run.val_windows)
     run.model.train()
-    seconds = run.eval_seconds = time.perf_counter() - began
+    run.eval_seconds = time.perf_counter() - began
     progress.last_eval_step = progress.step
     if not (np.isfinite(train).all() and np.isfinite(val).all()):
         run.record("event", event="evaluation not finite")
-        run.say(f"step {progress.step}: the loss of the evaluation is not finite")
+        print0(f"step {progress.step}: the loss of the evaluation is not finite")
         return False
-    numbers = eval_numbers(train, val, run.val_blocks.tokens, run.val_blocks.text_bytes)
-    if is_best := numbers["val_loss"] < progress.best_val_loss:
+    numbers = metrics.eval_numbers(train, val, run.val_windows.tokens, run.val_windows.text_bytes)
+    is_best = numbers["val_loss"] < progress.best_val_loss
+    if is_best:
         progress.best_val_loss = numbers["val_loss"]
-    run.record("eval", **numbers, eval_seconds=seconds)
-    run.say(eval_line(progress.step, numbers, seconds))
+    run.record("eval", **numbers, eval_seconds=run.eval_seconds)
+    print0(metrics.eval_line(progress.step, numbers, run.eval_seconds))
     progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
-    if forecast := plan.forecast_line(progress.evals, config):
-        run.say(forecast)
+    if forecast := forecast_line(progress.evals, learning_rates(run.config)):
+        print0(forecast)
     return is_best
 
 
-def log_step(run, loss, norm, seconds, waited):
-    """Takes a step into the window; writes the log line if it is due."""
-    config, progress, window = run.config, run.progress, run.progress.window
-    applied = math.isfinite(norm) and math.isfinite(loss)
-    sums = dict(steps=1, applied=1, loss=loss, grad_norm=norm) if applied else dict(steps=1)
-    for name, value in sums.items():
-        window[name] = window.get(name, 0) + value
-    run.timed.append((seconds, waited))
-    if progress.step % config.log_interval == 0:
-        numbers = window_means(run)
-        run.record("train", **numbers)
-        run.say(log_line(progress.step, config.max_iters, numbers))
-        progress.window, run.timed, run.warm = {}, [], True
+def save(run: Run, names: list[str]) -> None:
+    """Saves a checkpoint, under these names too. Weights that are not finite are not saved: the older files stay."""
+    if run.metrics is None:  # only the first process saves
+        return
+    norms = torch.stack(torch._foreach_norm([p.detach() for p in run.model.parameters()]))
+    if not bool(torch.isfinite(norms).all()):
+        run.record("event", event="weights not finite, not saved")
+        run.runtime.print0(f"step {run.progress.step}: the weights are not finite: not saved, older checkpoints stay")
+        return
+    began = time.monotonic()
+    state = run.progress.as_saved() | optim.state_dicts(run.optimizers)
+    state |= dict(model=run.model.state_dict(), scaler=run.scaler.state_dict())
+    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
+    state["data"] = checkpoint.data_identity(run.train_windows, run.val_windows)
+    run.metrics.sync()
+    checkpoint.save(run.config.out_dir, state, names, run.config.keep_every)
+    run.save_seconds = time.monotonic() - began
 
 
-def window_means(run):
-    """The numbers of a log line: means over all tokens and all applied steps since the last one."""
-    config, runtime, window = run.config, run.runtime, run.progress.window
-    timed = run.timed if run.warm else run.timed[1:] or run.timed  # a process's first step is slower than all others
-    applied, (seconds, waited) = window.get("applied", 0), np.mean(timed, axis=0).tolist()
-    numbers = {name: window[name] / applied if applied else None for name in ("loss", "grad_norm")}
-    numbers |= dict(lr=plan.learning_rate(run.progress.step - 1, config), skipped=window["steps"] - applied)
-    numbers |= dict(tokens=run.progress.sequences * config.block_size)
-    numbers |= dict(ms_per_step=1000 * seconds, tokens_per_s=config.step_tokens / seconds)
-    numbers |= dict(data_share=waited / seconds)
-    numbers |= dict(hours_left=plan.hours_left(config, run.progress.step, seconds, run.eval_seconds))
+# ---- training
+
+
+def step_seed(seed, step, rank):
+    """The seed of dropout in one step of one process: unrelated for neighbouring steps and ranks."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def train(config: TrainConfig, stop: Stop) -> int:
+    """Runs until max_iters -> 0, or until a reason to stop -> that reason, see runtime.Stop."""
+    run = setup(config, stop)
+    config, runtime, progress = run.config, run.runtime, run.progress
+    model, compiled, optimizers, scaler = run.model, run.compiled, run.optimizers, run.scaler
+    if config.eval_only:
+        with contextlib.suppress(Stopped):
+            evaluate(run)
+        return stop.reason()
+    if progress.step >= config.max_iters:
+        runtime.print0(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
+    batches = Batches(run.train_windows, run.batch_size, runtime, progress.sequences)
+    stop_reason, is_first_line = 0, True
+
+    while True:
+        # ---- evaluate and save, when due
+        step, done = progress.step, progress.step >= config.max_iters
+        names, save_now = [], False
+        try:
+            if (done or step % config.eval_interval == 0) and progress.last_eval_step != step:
+                is_best = evaluate(run)
+                names = [checkpoint.BEST] if is_best else []
+                save_now = done or is_best or config.always_save_checkpoint
+            if config.lr_schedule == "wsd" and config.decay_lr and step == decay_start(config):
+                names.append(checkpoint.BEFORE_DECAY)
+            if step and (save_now or names):
+                save(run, names)
+        except Stopped as stopped:
+            stop_reason = stopped.args[0]
+        if stop_reason or done:
+            break
+
+        # ---- one step: forward and backward of each micro batch, then the optimizers
+        began = time.perf_counter()
+        torch.manual_seed(step_seed(config.seed, step, runtime.rank))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = learning_rate(step, config)
+        loss_sum = torch.zeros((), device=runtime.device)
+        for micro_step in range(run.micro_steps):
+            inputs, targets = batches.next()  # (B, T) each
+            accumulating = runtime.world_size > 1 and micro_step < run.micro_steps - 1
+            with (
+                compiled.no_sync() if accumulating else contextlib.nullcontext()
+            ):  # exchange gradients at the last only
+                with runtime.autocast():
+                    micro_loss = compiled(inputs, targets) / run.micro_steps
+                scaler.scale(micro_loss).backward()
+            loss_sum += micro_loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        reason = torch.full((), float(stop.reason(run.save_seconds)), device=runtime.device)
+        if runtime.world_size > 1:
+            dist.all_reduce(loss_sum)
+            loss_sum /= runtime.world_size
+            dist.all_reduce(reason, dist.ReduceOp.MAX)  # all processes stop after the same step
+        loss, grad_norm, reason = torch.stack(
+            (loss_sum, norm, reason)
+        ).tolist()  # the only wait for the device in a step
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite:  # with float16, skipped steps are how the scaler finds its scale
+            for optimizer in optimizers:  # all or none: the scaler alone might skip one and step the other
+                scaler.step(optimizer)
+        scaler.update()
+        model.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.sequences += config.step_sequences
+        stop_reason = int(reason)
+        run.step_times.append((time.perf_counter() - began, batches.take_waited()))
+
+        # ---- watch and log
+        watch(run, loss, finite)
+        metrics.add_step(progress.window, finite, loss, grad_norm)
+        if progress.step % config.log_interval == 0:
+            log(run, is_first_line)
+            is_first_line = False
+        if config.sample_interval and progress.step % config.sample_interval == 0 and run.metrics:
+            with runtime.autocast():
+                texts = sample_texts(model, load_tokenizer())
+            run.record("samples", texts=texts)
+            runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
+
+    if stop_reason:
+        save(run, [])
+        runtime.print0(f"stopped at step {progress.step}; continue with --init_from=resume --out_dir={config.out_dir}")
+    else:
+        runtime.print0(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {config.out_dir}")
+    if run.metrics:
+        if config.wandb_artifact:
+            run.metrics.log_checkpoint(Path(config.out_dir) / checkpoint.LATEST)
+        run.metrics.close()
+    return stop_reason
+
+
+def watch(run: Run, loss: float, finite: bool) -> None:
+    """Records a skipped step or a spike of the loss. Raises SystemExit(3) after BAD_STEPS bad steps in a row.
+
+    With float16 a skipped step is bad only if the scale is below 1: above it, skips are how the scaler finds its scale.
+    """
+    progress, print0 = run.progress, run.runtime.print0
+    first, last = progress.sequences - run.config.step_sequences, progress.sequences - 1
+    if finite:
+        progress.bad_steps = 0
+        mean = progress.running["mean"]
+        if metrics.z_score(progress.running, loss) > SPIKE:
+            run.record("event", event="spike", sequences=[first, last], loss=loss, mean=mean)
+            print0(f"step {progress.step}: the loss jumped from {mean:.4f} to {loss:.4f} (sequences {first} to {last})")
+        return
+    scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
+    progress.skipped_steps += 1
+    progress.bad_steps += scale is None or scale < 1
+    run.record("event", event="skipped", sequences=[first, last], scale=scale)
+    if progress.bad_steps < BAD_STEPS:
+        return
+    if run.metrics:
+        newest = checkpoint.newest(run.config.out_dir)
+        remedy = "--dtype=bfloat16, a lower --learning_rate or a lower --grad_clip"
+        print(
+            f"train.py: stopped at step {progress.step}: the gradients of {BAD_STEPS} steps in a row were not finite"
+            + (f", the last at a loss scale of {scale:g}" if scale else "")
+            + f" (last batch: sequences {first} to {last}). None of these steps was applied or saved. "
+            + (f"--init_from=resume continues from {newest}" if newest else "There is no checkpoint yet")
+            + f"; try {remedy if scale is not None else remedy.removeprefix('--dtype=bfloat16, ')}",
+            file=sys.stderr,
+        )
+    raise SystemExit(3)
+
+
+def log(run: Run, is_first_line: bool) -> None:
+    """Prints and records a log line: means over all tokens and all applied steps since the last one."""
+    config, runtime, progress = run.config, run.runtime, run.progress
+    times = run.step_times[1:] if is_first_line and len(run.step_times) > 1 else run.step_times  # the first is slower
+    seconds, waited = np.mean(times, axis=0).tolist()
+    numbers = metrics.window_means(progress.window)
+    numbers["lr"] = learning_rate(progress.step - 1, config)
+    numbers["tokens"] = progress.sequences * config.block_size
+    numbers["ms_per_step"] = 1000 * seconds
+    numbers["tokens_per_s"] = config.step_tokens / seconds
+    numbers["data_share"] = waited / seconds
+    numbers["hours_left"] = plan.hours_left(config, progress.step, seconds, run.eval_seconds)
     if run.scaler.is_enabled():
         numbers["scale"] = run.scaler.get_scale()
     if runtime.peak_flops:
@@ -338,112 +592,32 @@ def window_means(run):
         numbers["mfu"] = flops / (runtime.peak_flops * runtime.world_size)
     if runtime.device.type == "cuda":
         numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return numbers
+    run.record("train", **numbers)
+    runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
+    progress.window, run.step_times = {}, []
 
 
-def show_samples(run):
-    """Three texts of the model as it is, the same draws every time, on the screen and into the metrics."""
-    with run.runtime.autocast():
-        texts = sample_texts(run.model, load_tokenizer())
-    run.record("samples", texts=texts)
-    run.say(f"step {run.progress.step}: the model writes\n" + "\n---------------\n".join(texts))
+# ---- the command
 
 
-def evaluate_and_save(run):
-    """What is due between two steps: an evaluation, a checkpoint, the checkpoint before wsd's decay."""
-    config, step, names = run.config, run.progress.step, []
-    done, wanted = step >= config.max_iters, False
-    if (done or step % config.eval_interval == 0) and run.progress.last_eval_step != step:
-        is_best = evaluate(run)
-        names += [checkpoint.BEST] * is_best
-        wanted = done or is_best or config.always_save_checkpoint
-    if config.lr_schedule == "wsd" and config.decay_lr and step == plan.decay_start(config):
-        names.append(checkpoint.BEFORE_DECAY)
-    if step and (wanted or names):
-        save(run, names)
-
-
-def save(run, names=()):
-    """Starts to write the checkpoint, under these names too; not if the weights are not finite: what is there stays."""
-    if run.saver is None:
-        return
-    norms = torch.stack(torch._foreach_norm([p.detach() for p in run.model.parameters()]))
-    if not bool(torch.isfinite(norms).all()):
-        run.record("event", event="weights not finite, not saved")
-        run.say(f"step {run.progress.step}: the weights are not finite: not saved, the older checkpoints stay")
-        return
-    run.metrics.sync()
-    run.saver.save(run.state(), names)
-
-
-# ---- the run
-
-
-def train(config, stop):
-    """-> 0 when the run is done, TIME_IS_UP or the number of the signal that ended it early."""
-    run = start_run(config, stop)
-    progress, wish = run.progress, 0
-    if config.eval_only:
-        with contextlib.suppress(Stopped):
-            evaluate(run)
-        return stop.wish()
-    if progress.step >= config.max_iters:
-        run.say(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
-    batches = Batches(run.train_blocks, run.batch_size, run.runtime, progress.sequences)
-    while not wish:
-        try:
-            evaluate_and_save(run)
-        except Stopped as stopped:
-            wish = stopped.args[0]
-        if wish or progress.step >= config.max_iters:
-            break
-        began = time.perf_counter()
-        loss, norm, wish = train_step(run, batches)
-        seconds = time.perf_counter() - began
-        watch(run, loss, norm)
-        log_step(run, loss, norm, seconds, batches.take_waited())
-        if config.sample_interval and progress.step % config.sample_interval == 0 and run.metrics:
-            show_samples(run)
-        if run.saver:
-            run.saver.poll()
-    if wish:
-        save(run)
-    end(run, wish)
-    return wish
-
-
-def end(run, wish):
-    """Waits for the last checkpoint and says how the run ended."""
-    if run.saver:
-        run.saver.close()
-        if run.config.wandb_artifact:
-            run.metrics.log_checkpoint(Path(run.config.out_dir) / checkpoint.LATEST)
-        run.metrics.close()
-    out_dir, step = run.config.out_dir, run.progress.step
-    if wish:
-        run.say(f"stopped at step {step}; --init_from=resume goes on from {out_dir}/{checkpoint.LATEST}")
-    else:
-        run.say(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {out_dir}")
-
-
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     config = load_config(TrainConfig, argv)
     if int(os.environ.get("RANK", 0)) == 0:
         print(describe(config), flush=True)
     if config.plan_only:
         return plan_only(config)
+    writes = int(os.environ.get("RANK", 0)) == 0 and not config.eval_only
     try:
-        with own(config), Stop(config.max_hours) as stop:
-            wish = train(config, stop)
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(out_of_memory(config, error)) from None
+        lock = checkpoint.owned(config.out_dir) if writes else contextlib.nullcontext()
+        with lock, memory_errors(config), Stop(config.max_hours) as stop:
+            stop_reason = train(config, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if wish not in (0, Stop.TIME_IS_UP):
-        raise SystemExit(128 + wish)
+    if stop_reason not in (0, Stop.TIME_IS_UP):
+        raise SystemExit(128 + stop_reason)
 
 
 if __name__ == "__main__":
-    mistakes = (convert.ConvertError, TokenizerError, ModelError, DeviceError, ShardError, MetricsError)
-    run_script(main, *mistakes, checkpoint.CheckpointError, durable.OwnedError)
+    mistakes = (pretrained.ConvertError, TokenizerError, ModelError, DeviceError, ShardError)
+    run_script(main, *mistakes, checkpoint.CheckpointError, metrics.MetricsError, durable.OwnedError)

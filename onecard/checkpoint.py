@@ -229,6 +229,19 @@ def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def owned(out_dir: str | Path):
+    """Makes out_dir if needed and holds its lock; removes what a killed process left unfinished there."""
+    with contextlib.ExitStack() as lock:
+        try:
+            os.makedirs(out_dir, exist_ok=True)
+            lock.enter_context(durable.owned(Path(out_dir) / ".lock", f"out_dir={out_dir}"))
+        except OSError as error:
+            raise ConfigError(f"out_dir={out_dir}: not writable ({error.strerror}); choose another") from None
+        durable.remove_leftovers(out_dir)
+        yield
+
+
 # ---- resuming: what a run goes on from, and whether it may
 
 
@@ -246,7 +259,7 @@ def find(config, print0) -> dict | None:
     """
     existing = candidates(config.out_dir)
     if is_new(config):
-        if existing and not config.overwrite and not config.eval_only:
+        if existing and not (config.overwrite or config.eval_only or config.plan_only):
             raise ConfigError(
                 f"{existing[0]} holds a run: resume it with --init_from=resume, replace it with --overwrite=True, or "
                 "choose another --out_dir"
@@ -295,8 +308,11 @@ def identity(config, data):
     }
 
 
-def check_same_run(saved: dict, config, data: dict, old) -> None:
-    """Raises ConfigError if `config` and `data` would make another run of the checkpoint `saved`; old: its config."""
+def check_same_run(saved: dict, old, config, data: dict, print0) -> None:
+    """Raises ConfigError unless `config` and `data` make the run of the checkpoint `saved`, whose config is `old`.
+
+    Other changes take effect and are listed. With a new val split the best val loss starts over.
+    """
     now, then = identity(config, data), identity(old, saved["data"])
     differ = [name for name in now if now[name] != then[name] and not (config.allow_new_data and name in data)]
     if differ:
@@ -305,9 +321,12 @@ def check_same_run(saved: dict, config, data: dict, old) -> None:
         raise ConfigError(
             f"{saved['path']} cannot be resumed with {values}: use the checkpoint's values, or start a new run{remedy}"
         )
-
-
-def changes(old, config) -> list[str]:
-    """The settings that a resumed run changes, as "name old -> new"."""
-    pairs = {name: (getattr(old, name), value) for name, value in asdict(config).items()}
-    return [f"{name} {a!r} -> {b!r}" for name, (a, b) in pairs.items() if a != b and name not in NOT_LISTED]
+    before, after = asdict(old), asdict(config)
+    changed = [name for name in after if before[name] != after[name] and name not in NOT_LISTED]
+    if changed:
+        values = ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in changed)
+        print0(f"resumed with other settings: {values}")
+    if saved["data"] != data:
+        print0(f"resumed with other data: {data['train_tokens']:,} tokens, before {saved['data']['train_tokens']:,}")
+        if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
+            saved["best_val_loss"] = math.inf

@@ -8,6 +8,8 @@ more start line. No torch here.
 import json
 import math
 import os
+import secrets
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,25 @@ def drop_lines_after(path, step, last_eval_step):
                 break  # a line that was being written when the process was killed
             keep += len(line)
         file.truncate(keep)
+
+
+def start(config, progress, new: bool, facts: dict, print0) -> MetricsWriter:
+    """Opens the metrics of a run, and wandb if wanted, and writes the start line: its config and `facts`.
+
+    config: train.TrainConfig; progress: checkpoint.Progress; new: a new run, not a resumed one.
+    """
+    wandb_run = None
+    if config.wandb_log:
+        progress.wandb_id = (not new and progress.wandb_id) or secrets.token_hex(4)
+        name = config.wandb_run_name or Path(config.out_dir).name
+        wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
+        if reason:
+            print0(f"wandb_log=True, but wandb does not start: {reason}; continuing without it")
+    reached = (-1, -1) if new else (progress.step, progress.last_eval_step)
+    writer = MetricsWriter(config.out_dir, *reached, wandb_run)
+    began_from = progress.began_from or config.init_from
+    writer.write("start", progress.step, config=asdict(config) | {"init_from": began_from}, **facts)
+    return writer
 
 
 def start_wandb(project: str, name: str, run_id: str, out_dir: str, config: dict) -> tuple:

@@ -3,6 +3,7 @@
 `start_runtime(config)` resolves what the config leaves open ("auto") once, at start. The result is one frozen object.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -203,6 +204,21 @@ def micro_steps(sequences: int, batch_size: int, world_size: int) -> int:
     )
 
 
+def choose_batch_size(model: torch.nn.Module, config, runtime: Runtime, found: dict) -> tuple[int, int]:
+    """(sequences in a micro batch, micro batches of this process in a step).
+
+    found: with batch_size=0, what was found and on which device; part of a checkpoint, so that a run that is resumed on
+    the same device keeps its micro batch.
+    """
+    batch_size = config.batch_size
+    if batch_size == 0:
+        here = dict(device=runtime.device_name, world_size=runtime.world_size)
+        if not here.items() <= found.items():
+            found.update(here, batch_size=find_batch_size(model, config, runtime))
+        batch_size = found["batch_size"]
+    return batch_size, micro_steps(config.step_sequences, batch_size, runtime.world_size)
+
+
 def find_batch_size(model: torch.nn.Module, config, runtime: Runtime) -> int:
     """The largest micro batch that divides the step and fits; with several cards the one that fits on all.
 
@@ -244,19 +260,25 @@ def trial_peak(model, batch_size, block_size, runtime):
         torch.cuda.empty_cache()
 
 
-def out_of_memory(config, error: Exception) -> str:
-    """One sentence: what did not fit, and the keys that keep the tokens per step and should fit."""
-    batch, steps = config.batch_size, config.gradient_accumulation_steps
-    smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
-    if config.tokens_per_step:
-        remedy = "--batch_size=0 finds one that fits" if batch else "--activation_checkpointing=True needs less"
-    elif smaller:
-        remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} should fit"
-    else:
-        remedy = "--activation_checkpointing=True, or a smaller block_size or network, needs less"
-    where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
-    reason = str(error).split(". GPU")[0]
-    return f"the card's memory is full at {where} ({reason}); with the same tokens per step, {remedy}"
+@contextlib.contextmanager
+def memory_errors(config):
+    """Makes a DeviceError of torch's out-of-memory error: what did not fit, and keys with the same tokens per step."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        batch, steps = config.batch_size, config.gradient_accumulation_steps
+        smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
+        if config.tokens_per_step:
+            remedy = "--batch_size=0 finds one that fits" if batch else "--activation_checkpointing=True needs less"
+        elif smaller:
+            remedy = f"--batch_size={batch // smaller} --gradient_accumulation_steps={steps * smaller} should fit"
+        else:
+            remedy = "--activation_checkpointing=True, or a smaller block_size or network, needs less"
+        where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
+        reason = str(error).split(". GPU")[0]
+        raise DeviceError(
+            f"the card's memory is full at {where} ({reason}); with the same tokens per step, {remedy}"
+        ) from None
 
 
 # ---- stopping
