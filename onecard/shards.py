@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,11 +100,9 @@ def write_manifest(folder: str | Path, manifest: dict) -> None:
 
 def layout(path: str | Path) -> tuple[int, int]:
     """(header bytes, tokens) of a token file, from its size and its first words alone. Raises ShardError."""
-    path = Path(path)
     try:
-        size = path.stat().st_size
         with open(path, "rb") as file:
-            head = file.read(12)
+            head, size = file.read(12), file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file; run prepare.py again to replace it") from None
     magic, version, tokens = np.frombuffer(head.ljust(12, b"\0"), dtype="<i4").tolist()
@@ -281,10 +280,10 @@ class Windows:
         listing = [[shard.path.name, shard.tokens, shard.identity] for shard in self.shards]
         self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         if len(self) == 0:
-            more = "more text or a larger val_fraction" if split == "val" else "more text"
+            remedy = "prepare more text or a larger val_fraction" if split == "val" else "prepare more text"
             raise ShardError(
-                f"{self.folder}: the {split} split has {self.tokens:,} tokens in {len(self.shards)} files, "
-                f"too few for one window of {block_size} + 1; prepare {more}, or train with a smaller block_size"
+                f"{self.folder}: the {split} split has {self.tokens:,} tokens in {len(self.shards)} files, too few for "
+                f"one window of {block_size} + 1; {remedy}, or train with a smaller block_size"
             )
 
     def __len__(self) -> int:

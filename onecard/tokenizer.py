@@ -139,9 +139,6 @@ def replace_surrogates(text: str) -> tuple[str, int]:
         return valid, valid.count("\ufffd") - text.count("\ufffd")
 
 
-mend = replace_surrogates  # the old name, until its users have switched
-
-
 def pieces(text: str) -> list[str]:
     """Cuts a text into parts of about PIECE characters whose ids together are the ids of the text."""
     parts, start = [], 0
