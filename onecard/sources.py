@@ -4,43 +4,42 @@
     source, units = examine(files[0], column="text", shard_bytes=467_000_000)
     for positions, values, group_end in read_texts(files[0], units[0], "text"): ...
 
-A source is known by its content, a unit is one contiguous range of its rows. The one thing to know: a unit is planned
-from a file's footer alone and read by itself, in batches of about BATCH_BYTES, so memory does not grow with a file.
+A source is identified by its content. A unit is one contiguous range of its rows. The one thing to know: units are
+planned from a file's footer alone, and read in batches of about BATCH_BYTES, so memory does not grow with the file.
 """
 
 import contextlib
 import glob
-import hashlib
 import io
 import itertools
 import json
 import os
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onecard.durable import sha256_of
+
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
-BATCH_BYTES = 1 << 20  # of text, about, that a reader holds at a time
-TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after so many bytes
-HUB_TRIES = 5  # on top of those that huggingface_hub itself makes
+BATCH_BYTES = 1 << 20  # of text in a batch of rows, about
+TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after this many bytes
+HUB_TRIES = 5  # in addition to those of huggingface_hub
 
 
 class SourceError(ValueError):
-    """An input that cannot be taken: which, why, and what to do."""
+    """An input that cannot be used: which, why, and what to do."""
 
 
 class DamagedError(SourceError):
-    """A file that cannot be read: it is left out, the others are prepared, and the exit code is 1."""
+    """A file that cannot be read. The other files are still prepared, and the exit code is 1."""
 
 
-# ---- which files -------------------------------------------------------------------------------------------
-
-
-def find_files(inputs):
-    """The files that the inputs stand for, in order. Raises SourceError with a line for each that is none."""
-    files, problems = [], []
+def find_files(inputs: Sequence[str]) -> list[str]:
+    """The files behind files, folders, globs and hf:// paths, in order. Raises SourceError, a line for each problem."""
+    files, problems, suffixes = [], [], ", ".join(SUFFIXES)
     for name in inputs:
         try:
             found = find_hub(name) if name.startswith("hf://") else find_local(name)
@@ -48,8 +47,8 @@ def find_files(inputs):
             problems.append(str(error))
             continue
         if not found:
-            problems.append(f"{name}: no such file, or a folder without any; it takes {', '.join(SUFFIXES)}")
-        problems += [f"{path}: not one of {', '.join(SUFFIXES)}" for path in found if not path.endswith(SUFFIXES)]
+            problems.append(f"{name}: no such file, or no file in it that ends in {suffixes}; check the name")
+        problems += [f"{path}: not one of {suffixes}; leave it out" for path in found if not path.endswith(SUFFIXES)]
         files += found
     if problems:
         raise SourceError("\n".join(problems))
@@ -57,7 +56,7 @@ def find_files(inputs):
 
 
 def find_local(name):
-    """A file, the matches of a glob, or all below a folder: its parquet files if there are any."""
+    """A file, the matches of a glob, or the files below a folder: only its parquet files if it has any."""
     path, found = Path(name), sorted(map(Path, glob.glob(name, recursive=True)))
     if path.is_dir():
         below = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
@@ -74,11 +73,11 @@ def find_hub(name):
 
 
 def hub():
-    """Hugging Face's file system: it reads ranges of files, and tries again by itself."""
+    """Hugging Face's file system. It reads ranges of files and repeats failed requests."""
     try:
         from huggingface_hub import HfFileSystem
     except ImportError as error:
-        raise SourceError("hf:// paths need huggingface_hub; pip install -e '.[hub]'") from error
+        raise SourceError("hf:// paths need huggingface_hub: pip install -e '.[hub]'") from error
     return HfFileSystem()
 
 
@@ -88,65 +87,59 @@ def open_file(path):
 
 @contextlib.contextmanager
 def reading(path):
-    """Makes a DamagedError that names the file out of whatever its reading raises."""
+    """Turns an error of the body, which reads a file, into a DamagedError that names the file."""
     try:
         yield
     except SourceError:
         raise
     except Exception as error:
         remote = path.startswith("hf://")
-        if not remote and not isinstance(error, OSError | pa.ArrowException):  # (a hub client's differ by version)
+        if not remote and not isinstance(error, OSError | pa.ArrowException):  # the hub client's differ by version
             raise
-        remedy = "check its name and the network" if remote else "it is cut short or damaged: copy it again"
+        remedy = "check its name and the network" if remote else "if it is cut short or damaged, copy it again"
         raise DamagedError(f"{path}: cannot be read ({error}); {remedy}") from error
 
 
-def examine(path, column, shard_bytes):
-    """(source, its units) of one file: what identifies it, and its ranges of about shard_bytes each.
+def examine(path: str, column: str, shard_bytes: float) -> tuple[dict, list[dict]]:
+    """(source, its units) of one file: what identifies it, and its ranges of about shard_bytes of text each.
 
-    A parquet file is known by its size and footer, a text file by its content; never by its name. Raises
-    SourceError if there is no text in it, DamagedError if it cannot be read.
+    The id is a hash of a parquet file's footer, or of a text file's content. Raises SourceError or DamagedError.
     """
     with reading(path), open_file(path) as file:
-        size, footer_bytes = file.seek(0, os.SEEK_END), None
+        size, start = file.seek(0, os.SEEK_END), 0
         if path.endswith(".parquet"):
             parquet = pq.ParquetFile(file)
             file.seek(size - 8)
-            footer_bytes = int.from_bytes(file.read(4), "little") + 8
-        file.seek(size - (footer_bytes or size))
-        source = {"path": path, "bytes": size, "id": f"{size:x}-{digest(file)}"}
-    if not footer_bytes:
+            start = size - 8 - int.from_bytes(file.read(4), "little")  # of the footer
+        file.seek(start)
+        source = {"path": path, "bytes": size, "id": f"{size:x}-{sha256_of(file)}"}
+    if not path.endswith(".parquet"):
         return source, cut_bytes(path, size, shard_bytes)
-    if column not in parquet.schema_arrow.names:
-        names = ", ".join(parquet.schema_arrow.names)
-        raise SourceError(f"{path}: no column {column!r} among {names}; name the text by --text_column=")
+    names = parquet.schema_arrow.names
+    if column not in names:
+        raise SourceError(f"{path}: no column {column!r} in {', '.join(names)}; choose one with --text_column=")
+    if names.count(column) > 1:
+        raise DamagedError(f"{path}: has {names.count(column)} columns {column!r}; rename all but one")
     kind = parquet.schema_arrow.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in ("string", "large_string", "string_view"):
-        raise SourceError(f"{path}: column {column!r} holds {kind}, not text; name another by --text_column=")
+        raise SourceError(f"{path}: column {column!r} holds {kind}, not text; choose another with --text_column=")
     return source | {"rows": parquet.metadata.num_rows}, cut_groups(text_sizes(parquet.metadata, column), shard_bytes)
 
 
-def digest(file):
-    """Hex SHA-256 of an open file from its position on."""
-    sha256 = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        sha256.update(chunk)
-    return sha256.hexdigest()
-
-
 def text_sizes(metadata, column):
-    """[(rows, bytes of the text column before compression)] of a footer's row groups."""
+    """[(rows, bytes of the text column before compression)] of the row groups, from the footer."""
     names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     return [(g.num_rows, g.column(names.index(column)).total_uncompressed_size) for g in groups]
 
 
-def cut_groups(groups, shard_bytes):
-    """Units of about equal size, near shard_bytes; a row group that is larger is cut by its rows."""
+def cut_groups(groups: list[tuple[int, int]], shard_bytes: float) -> list[dict]:
+    """Units of about equal size, near shard_bytes. A larger row group is cut by its rows. groups: as text_sizes()."""
     total = sum(size for _, size in groups)
     target = total / max(1, round(total / shard_bytes))
-    units, row, joins = [], 0, False
+    units: list[dict] = []
+    row, joins = 0, False  # joins: the last unit is of whole row groups
     for number, (rows, size) in enumerate(groups):
         parts = min(max(1, round(size / shard_bytes)), max(1, rows))
         if parts == 1 and joins and units[-1]["bytes"] + size / 2 <= target:
@@ -160,30 +153,28 @@ def cut_groups(groups, shard_bytes):
     return units
 
 
-def cut_bytes(path, size, shard_bytes):
-    """Units of a text file: the lines that begin in a range of bytes; a compressed file is one unit."""
+def cut_bytes(path: str, size: int, shard_bytes: float) -> list[dict]:
+    """Units of a text file: the lines that begin in a range of bytes. A compressed file is one unit."""
     if path.endswith((".gz", ".zst")):
-        return [{"range": [0, None], "bytes": 3 * size}]  # 3: a usual ratio; only for the bar and the estimate
+        return [{"range": [0, None], "bytes": 3 * size}]  # compressed to a third, about: for the estimate
     parts = max(1, round(size / shard_bytes))
     ends = [size * part // parts for part in range(parts + 1)]
     return [{"range": [start, stop], "bytes": stop - start} for start, stop in itertools.pairwise(ends)]
 
 
-# ---- what is in a file -------------------------------------------------------------------------------------
+def read_texts(path: str, unit: dict, column: str) -> Iterator[tuple[Sequence[int], list, int | None]]:
+    """The rows of a unit in batches: (positions, values, end of a row group or None).
 
-
-def read_texts(path, unit, column):
-    """The rows of a unit in batches of about BATCH_BYTES: (positions, values, end of a row group or None).
-
-    A value is bytes, str or None; its position is its row in a parquet file, its byte in a text file. Raises
-    DamagedError.
+    A value is bytes, str or None. Its position is its row in a parquet file, its byte in a text. Raises DamagedError.
     """
     if "row_groups" in unit:
         yield from read_parquet(path, unit, column)
         return
     positions, values, size = [], [], 0
+    start, stop = unit["range"]
+    rows = read_jsonl(path, start, stop, column) if ".jsonl" in path else read_txt(path, start, stop)
     with reading(path):
-        for position, value in (read_jsonl if ".jsonl" in path else read_txt)(path, *unit["range"], column):
+        for position, value in rows:
             positions.append(position)
             values.append(value)
             size += len(value or "")
@@ -194,7 +185,7 @@ def read_texts(path, unit, column):
 
 
 def read_parquet(path, unit, column):
-    """Row group by row group; from the hub each is fetched whole, and again where the connection fails."""
+    """Reads row group by row group. If a connection to the hub breaks, it continues after the last row that it gave."""
     row, tries = unit["rows"][0], 0
     while True:
         try:
@@ -211,21 +202,20 @@ def read_parquet(path, unit, column):
 
 
 def parquet_batches(file, path, unit, column, start):
-    """(range of rows, values, end of the row group or None) of a unit's rows from `start` on."""
+    """(range of rows, values, end of the row group or None) of a unit's rows, from row `start` on."""
     remote = path.startswith("hf://")
-    parquet = pq.ParquetFile(
-        file, pre_buffer=remote, buffer_size=0 if remote else 1 << 20, page_checksum_verification=True
-    )
+    buffer_size = 0 if remote else 1 << 20
+    parquet = pq.ParquetFile(file, pre_buffer=remote, buffer_size=buffer_size, page_checksum_verification=True)
     (first, last), (_, stop) = unit["row_groups"], unit["rows"]
     row = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
-    rows_a_batch = max(1, min(1024, BATCH_BYTES * (stop - unit["rows"][0]) // max(1, unit["bytes"])))
+    rows_per_batch = max(1, min(1024, BATCH_BYTES * (stop - unit["rows"][0]) // max(1, unit["bytes"])))
     for group in range(first, last):
         end = row + parquet.metadata.row_group(group).num_rows
         if end <= start:
             row = end
             continue
-        batches = parquet.iter_batches(rows_a_batch, row_groups=[group], columns=[column], use_threads=False)
-        for batch in batches:  # (one column: a thread for it would only hold memory of its own)
+        batches = parquet.iter_batches(rows_per_batch, row_groups=[group], columns=[column], use_threads=False)
+        for batch in batches:  # without threads: for one column they only cost memory
             begin, finish = max(row, start), min(row + len(batch), stop)
             if begin < finish:
                 texts = batch.column(0)[begin - row : finish - row]
@@ -254,15 +244,15 @@ def read_jsonl(path, start, stop, column):
             continue
         try:
             value = json.loads(line).get(column)
-        except (ValueError, AttributeError) as error:
-            raise DamagedError(f"{path}: the line at byte {position:,} is no JSON object ({error})") from error
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise DamagedError(f"{path}: the line at byte {position:,} is not a JSON object ({error})") from error
         if not isinstance(value, str | None):
-            raise DamagedError(f"{path}: {column!r} in the line at byte {position:,} is no text")
+            raise DamagedError(f"{path}: {column!r} in the line at byte {position:,} is not text")
         yield position, value
 
 
-def read_txt(path, start, stop, _):
-    """Documents of a .txt file: whole lines, to the first blank one after TXT_BYTES, or any after 8 x TXT_BYTES."""
+def read_txt(path, start, stop):
+    """Documents of a .txt file: whole lines, up to the first blank one after TXT_BYTES, or to 8 x TXT_BYTES."""
     lines, size = [], 0
     for position, line in read_lines(path, start, stop):
         lines.append(line)
@@ -274,15 +264,12 @@ def read_txt(path, start, stop, _):
         yield position + len(line) - size, b"".join(lines)
 
 
-def token_count(path, first, last, start, stop):
-    """The sum of the column token_count over some rows of a parquet file; None where there is none."""
-    try:
-        with reading(path), open_file(path) as file:
-            parquet = pq.ParquetFile(file)
-            if "token_count" not in parquet.schema_arrow.names:
-                return None
+def token_count(path: str, first: int, last: int, start: int, stop: int) -> int | None:
+    """The sum of the column token_count over rows start to stop, in row groups first to last; None without one."""
+    with contextlib.suppress(DamagedError), reading(path), open_file(path) as file:
+        parquet = pq.ParquetFile(file)
+        if "token_count" in parquet.schema_arrow.names:
             skipped = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
             column = parquet.read_row_groups(range(first, last), columns=["token_count"]).column(0)
             return sum(filter(None, column.slice(start - skipped, stop - start).to_pylist()))
-    except DamagedError:
-        return None
+    return None
