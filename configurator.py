@@ -1,25 +1,28 @@
-"""One flat config for each script: a dataclass of defaults, then config files, then --key=value; the last wins.
+"""The config of each script: a dataclass with the defaults, then config files, then --key=value. The last one wins.
 
     python train.py config/quickstart.py --batch_size=8          (python train.py --help lists every key)
 
-A config file holds `key = value` lines of Python that are parsed and never executed: literals, arithmetic, and
-names that have a value already. Whatever is wrong is collected and raised as one ConfigError.
+A config file holds `key = value` lines in Python syntax. It is parsed and never executed: a value is a literal,
+arithmetic, or the name of a key. All mistakes are collected and raised as one ConfigError.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
-import glob
 import math
 import os
 import re
-import shutil
 import sys
 import textwrap
-import typing
+from collections.abc import Callable, Sequence
+from glob import glob
 from operator import add, floordiv, mod, mul, neg, pos, pow, sub, truediv
+from types import SimpleNamespace
+from typing import Any, TypeVar, get_origin, get_type_hints
 
-ALIASES = {  # what a key is called elsewhere
+Config = TypeVar("Config")
+ALIASES = {  # names that other programs give to a key
     "learning_rate": "lr max_lr peak_lr",
     "gradient_accumulation_steps": "grad_accum grad_accum_steps accumulation_steps accumulate_grad_batches",
     "grad_clip": "clip_grad max_grad_norm gradient_clip_val",
@@ -38,261 +41,244 @@ ALIASES = {  # what a key is called elsewhere
     "workers": "num_workers num_proc",
 }
 BOOLS = {"true": True, "True": True, "false": False, "False": False}
-NEEDS = {bool: "True or False is", int: "a whole number is", float: "a number is", str: "text in quotes is"}
-OPERATORS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv, ast.Mod: mod}
-OPERATORS |= {ast.Pow: pow, ast.UAdd: pos, ast.USub: neg}
-NOT_READ = (  # and what to write instead
-    (ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef, "write each value out as key = value"),
-    (ast.If | ast.IfExp | ast.For | ast.While | ast.With | ast.Try, "write the value that this run needs"),
-    (ast.Call | ast.Attribute | ast.Subscript | ast.ListComp, "write the value that this gives"),
-    (ast.JoinedStr, "write the text out, or join two strings with +"),
-    (ast.AugAssign, "write key = key + value"),
-    (ast.AnnAssign, "write key = value, without the type"),
-    (ast.AST, "write key = value, the value a number, True, False, text in quotes, or a list of texts"),
-)
+TYPES = {bool: "True or False", int: "an integer", float: "a number", str: "text in quotes", tuple: "a list of texts"}
+OPERATORS: dict[type, Callable[..., Any]] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
+OPERATORS |= {ast.FloorDiv: floordiv, ast.Mod: mod, ast.Pow: pow, ast.UAdd: pos, ast.USub: neg}
 MAX_CHARS = 1_000_000  # of a config file, and of one text
 
 
 class ConfigError(ValueError):
-    """A mistake in the config; the text is the whole message, one line for each problem."""
+    """Mistakes in a config: one line for each, with its place, the reason and the remedy."""
 
 
-def key(default, help, *, choices=None, low=None, high=None, inputs=False):
-    """A field of a config dataclass: its default, its line of help, what is permitted.
+def key(default, help: str, *, choices=None, low=None, high=None, inputs: bool = False) -> Any:
+    """A field of a config dataclass; every one of its fields must be made by this function.
 
-    choices: tuple of values. low, high: inclusive bounds. inputs=True: the one field, a tuple[str, ...], that
-    takes the arguments without dashes that are no config files.
+    choices: tuple of permitted values. low, high: inclusive bounds. inputs=True: the field, a tuple[str, ...], takes
+    the command-line arguments without dashes that are not config files.
     """
     rules = {"help": help, "choices": choices, "low": low, "high": high, "inputs": inputs}
     return dataclasses.field(default=default, metadata=rules)
 
 
-def load_config(ConfigClass, argv=None):
-    """The config of one run: defaults, then the .py files in argv, in order, then its --key=value.
+def keys_of(ConfigClass) -> dict[str, SimpleNamespace]:
+    """Name of each key -> its type (tuple for tuple[str, ...]), default, help, choices, low, high, inputs."""
+    types = {name: get_origin(hint) or hint for name, hint in get_type_hints(ConfigClass).items()}
+    fields = dataclasses.fields(ConfigClass)
+    return {f.name: SimpleNamespace(type=types[f.name], default=f.default, **f.metadata) for f in fields}
 
-    argv None is the command line. Raises ConfigError with all problems, those of ConfigClass.problems() too;
-    --help prints the keys and raises SystemExit(0).
+
+def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The config of one run: defaults, then the .py files in argv in their order, then its --key=value.
+
+    argv defaults to the command line. --help prints every key and raises SystemExit(0). Raises one ConfigError with all
+    problems; ConfigClass may have a method problems() that returns those between its keys.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    keys = keys_of(ConfigClass)
     if "--help" in argv or "-h" in argv:
-        print(help_text(ConfigClass))
+        print(help_text(keys))
         raise SystemExit(0)
-    fields = {field.name: field for field in dataclasses.fields(ConfigClass)}
-    types = typing.get_type_hints(ConfigClass)
-    assert {*types.values()} <= {*NEEDS, tuple[str, ...]}, "a key has a type that cannot be read"
-    values = {name: field.default for name, field in fields.items()}
-    sources, problems, refused = {}, [], set()
-
-    files = [argument for argument in argv if argument.endswith(".py") and not argument.startswith("-")]
-    settings = [setting for path in files for setting in read_file(path)]
-    settings += read_arguments([argument for argument in argv if argument not in files], fields, types)
-    for source, written, names, expression in settings:
-        known = dict(values)  # in a = b = a + 1 both get the same
-        for name in names:
-            try:
-                values[name] = resolve(name, expression, known, fields, types)
-                sources[name] = source
-            except ConfigError as error:
-                problems.append(f"{source}: {written}{error}")
-                refused |= {name, nearest_key(name, fields)}
-
+    problems: dict[str, Sequence[str]] = {}  # message -> the keys that are refused
+    values, sources = read_argv(argv, keys, problems)
     config = ConfigClass(**values)
-    object.__setattr__(config, "_sources", sources)  # for describe(); no field, so asdict() is without it
-    if hasattr(config, "problems"):  # a check on a refused key would judge a value that nobody asked for
-        problems += [text for text in config.problems() if not refused & set(re.findall(r"\w+", text))]
+    object.__setattr__(config, "_sources", sources)  # for describe(); not a field, so asdict() does not show it
+    if hasattr(config, "problems"):
+        refused = {nearest(name, keys) for names in problems.values() for name in names}
+        for text in config.problems():
+            if refused.isdisjoint(re.findall(r"\w+", text)):  # a refused key has a value that nobody asked for
+                problems[text] = ()
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
+        raise ConfigError("\n".join(problems))
     return config
 
 
-# A setting is (source, written, names, expression): where it stands, its words, the keys that it sets ("" for
-# what sets none), and the parsed expression, or the ConfigError that it is.
+def read_argv(argv, keys, problems):
+    """The value of each key, and for the keys that argv sets the place where it is set."""
+    values, sources = {name: key.default for name, key in keys.items()}, {}
+    files = [argument for argument in argv if argument.endswith(".py") and not argument.startswith("-")]
+    for path in files:
+        with collect(problems):
+            for source, text, names, tree in parse_file(path):
+                with collect(problems, f"{source}: {text}: ", names):
+                    value = evaluate(tree, values)
+                    for name in names:
+                        values[name] = checked(value, find_key(name, keys))
+                        sources[name] = source
+    options = [argument for argument in argv if argument not in files]
+    inputs = [argument for argument in options if argument[:1] not in ("", "-") and argument not in BOOLS]
+    takes_inputs = [name for name, key in keys.items() if key.inputs]
+    if inputs and takes_inputs:
+        options = [argument for argument in options if argument not in inputs]
+        values[takes_inputs[0]], sources[takes_inputs[0]] = tuple(inputs), "command line"
+    for option in options:
+        name = option.removeprefix("--").partition("=")[0]
+        with collect(problems, f"command line: {shorten(option)}: ", [name]):
+            values[name] = read_option(option, keys)
+            sources[name] = "command line"
+    return values, sources
 
 
-def read_file(path):
-    """The settings of one config file; it is parsed, never executed."""
+def read_values(path: str, known: dict) -> dict:
+    """The values of a config file over those of `known`. Any key is permitted, and its value is not checked.
+
+    Raises ConfigError with the file and line of each statement that cannot be read.
+    """
+    values = dict(known)
+    problems: dict[str, Sequence[str]] = {}
+    for source, text, names, tree in parse_file(path):
+        with collect(problems, f"{source}: {text}: ", names):
+            values |= dict.fromkeys(names, evaluate(tree, values))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return values
+
+
+@contextlib.contextmanager
+def collect(problems, place="", names=()):
+    """Keep a ConfigError of the block in problems, and continue after the block."""
+    try:
+        yield
+    except ConfigError as error:
+        problems[f"{place}{error}"] = names
+    except RecursionError:
+        problems[f"{place}too deeply nested; write the value itself"] = names
+
+
+def parse_file(path):
+    """Yields (file:line, text, assigned names, syntax tree of the value) for each statement of a config file.
+
+    The tree of a statement other than `key = value` is the whole statement, which evaluate() refuses.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_CHARS + 1)
         if len(data) > MAX_CHARS or b"\0" in data:
-            raise ConfigError("not a page of UTF-8 text; a config file is lines of key = value")
-        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-        lines = text.encode().split(b"\n")
-        return [read_statement(statement, path, lines) for statement in ast.parse(text, path).body]
+            raise ConfigError(f"{path}: not UTF-8 text of at most {MAX_CHARS:,} bytes; check the path")
+        statements = ast.parse(data).body
     except OSError as error:
-        others = set(glob.glob(os.path.join(glob.escape(os.path.dirname(path)), "*.py"))) - {path}
-        near = difflib.get_close_matches(path, sorted(others), cutoff=0)
-        problem = f"no config file ({error.strerror}); check the path (nearest: {', '.join(near) or 'none'})"
-    except UnicodeDecodeError as error:
-        path = f"{path}:{data[: error.start].count(10) + 1}"
-        problem = "not UTF-8; save the file as UTF-8 text"
+        others = {*glob(os.path.join(os.path.dirname(path), "*.py"))} - {path}
+        raise ConfigError(f"{path}: {error.strerror}; {did_you_mean(path, others, 'check the path')}") from None
     except SyntaxError as error:
-        path = f"{path}:{error.lineno or 1}"
-        problem = f"{error.msg}; a config file is lines of key = value"
+        raise ConfigError(f"{path}:{error.lineno}: {error.msg}; write key = value lines in UTF-8") from None
     except (RecursionError, MemoryError):
-        problem = "too deeply nested to be read; write plain lines of key = value"
-    except ConfigError as error:
-        problem = str(error)
-    return [(path, "", [""], ConfigError(problem))]
+        raise ConfigError(f"{path}: too deeply nested; write plain key = value lines") from None
+    lines = data.splitlines()
+    for statement in statements:
+        match statement:
+            case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):  # a text alone is a docstring
+                continue
+            case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
+                tree = statement.value
+            case _:
+                tree = statement
+        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+        assigned = [name.id for name in names if isinstance(name.ctx, ast.Store)]
+        text = lines[statement.lineno - 1].decode("utf-8-sig", errors="replace").strip()
+        yield f"{path}:{statement.lineno}", shorten(text), assigned, tree
 
 
-def read_statement(statement, path, lines):
-    end = statement.end_col_offset if statement.end_lineno == statement.lineno else None
-    written = lines[statement.lineno - 1][statement.col_offset : end].decode()
-    names, expression = [""], not_read(statement.value if isinstance(statement, ast.Expr) else statement)
-    match statement:
-        case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):
-            names = []
-        case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
-            names, expression = [target.id for target in targets], statement.value
-        case ast.AugAssign(target=ast.Name(id=name)) | ast.AnnAssign(target=ast.Name(id=name)):
-            names = [name]
-    return f"{path}:{statement.lineno}", shorten(written.rstrip(":")) + ": ", names, expression
+def read_option(option, keys):
+    """The value of --key=value, or of --key alone for a bool. Text is taken as it is, a number may be arithmetic."""
+    if not option.startswith("--"):
+        raise ConfigError("not understood; write --key=value (a config file ends in .py)")
+    name, equals, text = option[2:].partition("=")
+    key = find_key(name, keys)
+    if key.type is tuple:
+        raise ConfigError("write these without dashes")
+    if key.type is bool:
+        return checked(BOOLS.get(text, text) if equals else True, key)
+    if not equals:
+        raise ConfigError(f"a value is needed; write --{name}=value")
+    value = text
+    if key.type is not str:
+        with contextlib.suppress(SyntaxError, MemoryError, UnicodeEncodeError):  # then checked() refuses the text
+            tree = ast.parse(f"({text})", mode="eval").body  # in parentheses, a comment is a syntax error
+            if not any(isinstance(node, ast.Name) for node in ast.walk(tree)):
+                value = evaluate(tree, {})
+    return checked(value, key)
 
 
-def read_arguments(arguments, fields, types):
-    """The settings of --key=value, of a bare --key (a bool), and of the inputs."""
-    takes_inputs = [name for name, field in fields.items() if field.metadata.get("inputs")]
-    settings, inputs = [], []
-    for argument in arguments:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if argument.startswith("--"):
-            expression = read_option(name, text if equals else None, types.get(name))
-        elif takes_inputs and argument and argument[0] != "-" and argument not in BOOLS:
-            inputs.append(ast.Constant(argument))
-            continue
-        else:
-            name, expression = "", ConfigError("not understood; write --key=value (a config file ends in .py)")
-        settings.append(("command line", shorten(argument or "''") + ": ", [name], expression))
-    if inputs:
-        settings.append(("command line", "", takes_inputs, ast.Tuple(inputs)))
-    return settings
-
-
-def read_option(name, text, kind):
-    """The expression for --name=text, or for a bare --name (text None). A str is taken as it stands."""
-    if kind is None:
-        return None  # resolve() will say that there is no such key
-    if kind is bool:
-        known = text is None or text in BOOLS
-        return ast.Constant(text is None or BOOLS[text]) if known else ConfigError("write true or false")
-    if kind not in NEEDS:
-        return ConfigError("write these without dashes")
-    if text is None:
-        return ConfigError(f"a value is needed; write --{name}=value")
-    if kind is str:
-        return ast.Constant(text)
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        if "#" not in text and not any(isinstance(node, ast.Name) for node in ast.walk(tree)):
-            return tree
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        pass  # whatever it is, it is no number
-    return ConfigError(f"{NEEDS[kind]} needed, not {shown(text)}; write --{name}=value")
-
-
-def not_read(node):
-    remedy = next(remedy for kind, remedy in NOT_READ if isinstance(node, kind))
-    return ConfigError(f"onecard reads config files and does not run them; {remedy}")
-
-
-def resolve(name, expression, known, fields, types):
-    """The value that an expression gives to a key: of the key's type, and permitted. Raises ConfigError."""
-    if isinstance(expression, ConfigError):
-        raise expression
-    if name not in fields:
-        near = nearest_key(name, fields)
-        remedy = f"did you mean {near}?" if near else "--help lists the keys"
-        if name[:3] in ("no_", "no-") and types.get(name[3:]) is bool:
-            remedy = f"write {name[3:]}=false"
-        raise ConfigError(f"unknown key {shorten(name)}; {remedy}")
-    try:
-        value = coerce(evaluate(expression, known), types[name])
-    except RecursionError:
-        raise ConfigError("too deeply nested to be read; write the value itself") from None
-    choices, low, high = (fields[name].metadata.get(rule) for rule in ("choices", "low", "high"))
-    if choices is not None and value not in choices:
-        permitted = [str(choice) for choice in choices]
-        near = did_you_mean(str(value), permitted) or "write one of these"
-        raise ConfigError(f"permitted are {', '.join(permitted)}; {near}")
-    if low is not None and value < low:
-        raise ConfigError(f"{shown(value)} is too small; write {low} or more")
-    if high is not None and value > high:
-        raise ConfigError(f"{shown(value)} is too large; write {high} or less")
+def evaluate(node: ast.AST, names: dict) -> Any:
+    """The value of a syntax tree: a literal, a name, or arithmetic as Python does it. Nothing is ever called."""
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str() | None):
+            value: Any = node.value
+        case ast.Name(id=name):
+            if name not in names:
+                remedy = did_you_mean(name, [*names, "True", "False"], otherwise="write the value itself")
+                raise ConfigError(f"the name {name} has no value; {remedy}")
+            value = names[name]
+        case ast.Tuple(elts=items) | ast.List(elts=items):
+            value = tuple(evaluate(item, names) for item in items)
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
+            value = calculate(OPERATORS[type(op)], evaluate(operand, names))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            value = calculate(OPERATORS[type(op)], evaluate(left, names), evaluate(right, names))
+        case _:
+            raise ConfigError("a config file is parsed, not executed; write key = value with a literal or arithmetic")
+    if isinstance(value, complex) or (isinstance(value, int | float) and not abs(value) <= sys.float_info.max):
+        raise ConfigError("not a finite real number, or beyond 1.8e308; write the value itself")
+    if isinstance(value, str) and len(value) > MAX_CHARS:
+        raise ConfigError(f"longer than {MAX_CHARS:,} characters; write a shorter text")
+    if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
+        raise ConfigError("a list may hold texts only; write each in quotes")
     return value
 
 
-def evaluate(node, names):
-    """The value of an expression: literals, names, arithmetic by Python's rules. Nothing is ever called."""
-    match node:
-        case ast.Constant(value=bool() | int() | float() | str() | None):
-            return bounded(node.value)
-        case ast.Name(id=name):
-            if name not in names:
-                near = did_you_mean(name, [*names, "True", "False"])
-                raise ConfigError(f"the name {name} has no value; {near or 'write the value itself'}")
-            return names[name]
-        case ast.Tuple(elts=items) | ast.List(elts=items):
-            values = tuple(evaluate(item, names) for item in items)
-            if all(type(value) is str for value in values):
-                return values
-        case ast.UnaryOp() | ast.BinOp() if type(node.op) in OPERATORS:
-            parts = [node.operand] if isinstance(node, ast.UnaryOp) else [node.left, node.right]
-            return calculate(OPERATORS[type(node.op)], [evaluate(part, names) for part in parts])
-    raise not_read(node)
-
-
-def calculate(function, values):
-    """function(*values) for numbers (True is none), or + of two strings. Raises ConfigError."""
-    kinds = {type(value) for value in values}
+def calculate(function, *operands):
+    kinds = {type(operand) for operand in operands}
     if not kinds <= {int, float} and (function is not add or kinds != {str}):
-        raise ConfigError(f"no arithmetic on {' and '.join(map(shown, values))}; write the value itself")
+        raise ConfigError(f"no arithmetic on {shorten(' and '.join(map(repr, operands)))}; write the value itself")
     try:
-        if function is pow and kinds == {int} and (abs(values[0]).bit_length() - 1) * values[1] > 1024:
-            return bounded(math.inf)  # without computing it
-        return bounded(function(*values))
+        if function is pow:
+            pow(float(operands[0]), operands[1])  # overflows before the exact power of integers can fill the memory
+        return function(*operands)
     except ZeroDivisionError:
         raise ConfigError("division by zero; write another divisor") from None
     except OverflowError:
-        return bounded(math.inf)
+        return math.inf  # evaluate() refuses it
 
 
-def bounded(value):
-    """value, if it is a finite real number of a float's range, or a text of a page's length. Raises ConfigError."""
-    if isinstance(value, complex) or (type(value) in (int, float) and not abs(value) <= sys.float_info.max):
-        raise ConfigError("not a finite real number, or beyond 1.8e308; write the value itself")
-    if type(value) is str and len(value) > MAX_CHARS:
-        raise ConfigError("longer than a page of text; write a shorter one")
+def checked(value, key):
+    """value in the type of the key, converted only where that is exact. Raises ConfigError if it is not permitted."""
+    if key.type is float and type(value) is int and int(float(value)) == value:
+        value = float(value)
+    elif key.type is int and type(value) is float and value.is_integer() and abs(value) <= 2**53:
+        value = int(value)
+    permitted = type(value) is key.type and (key.choices is None or value in key.choices)
+    if not permitted or (key.low is not None and value < key.low) or (key.high is not None and value > key.high):
+        raise ConfigError(f"must be {', '.join([TYPES[key.type], *limits(key)])}, not {shorten(repr(value))}")
     return value
 
 
-def coerce(value, kind):
-    """value as a `kind` where nothing is lost by it; a bool is no number. Raises ConfigError."""
-    if type(value) is kind or (type(value) is tuple and kind not in NEEDS):
-        return value
-    if kind is float and type(value) is int and int(float(value)) == value:
-        return float(value)
-    if kind is int and type(value) is float and value.is_integer() and abs(value) <= 2**53:
-        return int(value)
-    raise ConfigError(f"{NEEDS.get(kind, 'a list of texts is')} needed, not {shown(value)}")
+def limits(key):
+    """The limits of a key in words, such as ["at least 0", "at most 1"]."""
+    rules = {"one of": key.choices, "at least": key.low, "at most": key.high}
+    return [f"{words} {limit}" for words, limit in rules.items() if limit is not None]
 
 
-def nearest_key(name, fields):
-    """The key that an unknown one was probably meant to be, or None."""
-    plain = name.lower().replace("-", "_")
-    aliases = [key for key, others in ALIASES.items() if plain in others.split() and key in fields]
-    return (aliases + difflib.get_close_matches(plain, fields, n=1) + [None])[0]
+def find_key(name, keys):
+    if name in keys:
+        return keys[name]
+    remedy = did_you_mean(name, keys, otherwise="--help lists the keys")
+    if name.startswith(("no_", "no-")) and name[3:] in keys:
+        remedy = f"write {name[3:]}=False"
+    raise ConfigError(f"unknown key {shorten(name)}; {remedy}")
 
 
-def did_you_mean(name, candidates):
-    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else ""
+def did_you_mean(name, candidates, otherwise):
+    near = nearest(name, candidates)
+    return f"did you mean {near}?" if near else otherwise
 
 
-def shown(value):
-    if isinstance(value, tuple) and len(value) > 3:
-        return f"({', '.join(map(repr, value[:3]))}, ... {len(value)} in all)"
-    return shorten(repr(value))
+def nearest(name, candidates):
+    """The candidate that a name was probably meant to be, or None."""
+    plain = name if name in candidates else name.lower().replace("-", "_")
+    for key, aliases in ALIASES.items():
+        if key in candidates and plain in aliases.split():
+            return key
+    return next(iter(difflib.get_close_matches(plain, candidates, n=1)), None)
 
 
 def shorten(text, limit=100):
@@ -300,64 +286,57 @@ def shorten(text, limit=100):
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def help_text(ConfigClass):
-    """The usage line, then each key with its line of help, type, default and what is permitted."""
-    fields, types = dataclasses.fields(ConfigClass), typing.get_type_hints(ConfigClass)
-    inputs = "".join(f" [{field.name} ...]" for field in fields if field.metadata.get("inputs"))
+def help_text(keys):
+    inputs = "".join(f" [{name} ...]" for name, key in keys.items() if key.inputs)
     lines = [f"usage: python {os.path.basename(sys.argv[0])} [config.py ...]{inputs} [--key=value ...]", ""]
-    indent = " " * (max(len(field.name) for field in fields) + 6)
-    columns = max(60, min(110, shutil.get_terminal_size().columns))
-    for field in fields:
-        rules = {"default": shown(field.default), **field.metadata}
-        if rules.get("choices") is not None:
-            rules["choices"] = " ".join(map(str, rules["choices"]))
-        words = {"default": "default", "choices": "one of", "low": "at least", "high": "at most"}
-        facts = [f"{word} {rules[rule]}" for rule, word in words.items() if rules.get(rule) is not None]
-        name = f"  {field.name}" if rules.get("inputs") else f"  --{field.name}"
-        text = f"{rules.get('help', '')} ({', '.join([types[field.name].__name__, *facts])})"
-        lines.append(textwrap.fill(text, columns, initial_indent=name.ljust(len(indent)), subsequent_indent=indent))
+    width = max(len(name) for name in keys) + 6
+    for name, key in keys.items():
+        label = f"  {name}" if key.inputs else f"  --{name}"
+        facts = ", ".join([key.type.__name__, f"default {key.default!r}", *limits(key)])
+        text = f"{label:{width}}{key.help} ({facts})"
+        lines.append(textwrap.fill(text, 110, subsequent_indent=" " * width))
     return "\n".join(lines)
 
 
-def given(config):
-    """The names of the keys that a file or the command line has set."""
+def given(config) -> set[str]:
+    """The keys that a file or the command line has set."""
     return set(getattr(config, "_sources", {}))
 
 
-def describe(config):
-    """The resolved config: a line for each key that was set, and by what; then the keys at their defaults."""
+def describe(config) -> str:
+    """A line for each key that was set, with its value and source. Then the keys that have their defaults."""
     sources = getattr(config, "_sources", {})
     rows, defaults = [], []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in sources or value != field.default:
-            rows.append((field.name, shown(value), sources.get(field.name, "this program")))
+            rows.append((field.name, shorten(repr(value)), sources.get(field.name, "this program")))
         else:
-            defaults.append(f"{field.name}={shown(value)}")
-    name_width, value_width = (min(40, max([len(row[i]) for row in rows], default=0)) for i in (0, 1))
-    lines = [f"  {name:{name_width}}  {value:{value_width}}  {source}" for name, value, source in rows]
-    text = textwrap.TextWrapper(110, "  ", "    ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines + text.wrap("defaults: " + ", ".join(defaults or ["none"])))
+            defaults.append(f"{field.name}={value!r}")
+    width = max((len(name) for name, _, _ in rows), default=0)
+    lines = [f"  {name:{width}}  {value:20}  {source}" for name, value, source in rows]
+    wrapper = textwrap.TextWrapper(110, "  ", "    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines + wrapper.wrap("defaults: " + (", ".join(defaults) or "none")))
 
 
-def run_script(main, *user_errors):
-    """Call main(). ConfigError and user_errors are told on stderr, exit 2; Ctrl-C is exit 130, no traceback."""
+def run_script(main: Callable[[], Any], *user_errors) -> None:
+    """Call main(). ConfigError and user_errors: their lines on stderr, exit code 2. Ctrl-C: 130. Closed stdout: 141."""
     script = os.path.basename(sys.argv[0])
     try:
         try:
             main()
-        except (ConfigError, *user_errors) as error:
-            for line in str(error).splitlines():
-                print(f"{script}: {line}", file=sys.stderr)
-            raise SystemExit(2) from None
         finally:
             sys.stdout.flush()
+    except (ConfigError, *user_errors) as error:
+        for line in str(error).splitlines():
+            print(f"{script}: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
         try:
             print(flush=True)
-        except BrokenPipeError:  # `| head` has read enough; what is still buffered goes nowhere
+        except BrokenPipeError:  # the reader of stdout, such as `head`, is gone; discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
-        raise  # it was another pipe, which is a fault of ours
+        raise  # the pipe was another one: a bug
