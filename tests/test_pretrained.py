@@ -1,0 +1,210 @@
+"""Weights that come in: from folders that transformers wrote, from nanoGPT's ckpt.pt, from damaged files."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from networks import TINY, assert_same, hf_gpt2, save, text_ids, tiny
+from torch.nn import functional as F
+
+from model import GPT2_IDS, GPTConfig
+from onecard import checkpoint, pretrained
+from onecard.pretrained import ConvertError
+from onecard.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- Hugging Face
+
+
+@pytest.mark.parametrize("activation, gelu", [("gelu_new", "tanh"), ("gelu_pytorch_tanh", "tanh"), ("gelu", "none")])
+@torch.no_grad()
+def test_a_gpt2_that_transformers_made_keeps_its_logits(activation, gelu, tmp_path):
+    theirs = hf_gpt2(tmp_path / "theirs", activation_function=activation)
+    ours, _ = pretrained.read(str(tmp_path / "theirs"))
+    assert ours.config == GPTConfig(**{**TINY, "vocab_size": GPT2_IDS, "bias": True, "gelu": gelu})
+    idx = text_ids(64)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_a_finetuning_start_has_another_dropout_and_fewer_positions(tmp_path):
+    theirs = hf_gpt2(tmp_path / "theirs")
+    ours = pretrained.start(str(tmp_path / "theirs"), block_size=32, dropout=0.25)
+    assert ours.training and ours.config.dropout == 0.25 and ours.config.block_size == 32
+    assert ours.transformer.h[0].mlp.dropout.p == 0.25
+    idx = text_ids(32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(idx), theirs(idx).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ConvertError, match=r"block_size=65: .* has 64 positions"):
+        pretrained.start(str(tmp_path / "theirs"), block_size=65, dropout=0.0)
+
+
+def test_a_qwen3_of_another_shape_is_refused_with_all_differences(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=60000)
+    config = transformers.Qwen3Config(**sizes, num_key_value_heads=1, head_dim=32, rope_theta=1e6)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConvertError) as error:
+        pretrained.read(str(tmp_path / "theirs"))
+    for words in ("num_key_value_heads=1", "head_dim=32 (must be 16)", "rope_theta=1000000", "tie_word_embeddings=F"):
+        assert words in str(error.value)
+
+
+def test_a_folder_with_a_missing_weight_another_tokenizer_or_another_network_is_refused(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder = tmp_path / "theirs"
+    hf_gpt2(folder)
+
+    def refused(reason):
+        with pytest.raises(ConvertError, match=reason):
+            pretrained.read(str(folder))
+
+    ids = {token: (i + 1) % 50256 for token, i in pretrained.vocabulary(load_tokenizer()).items()}
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    refused("not GPT-2's tokenizer")
+    (folder / "vocab.json").write_text('{"half')
+    refused("vocab.json: has no readable vocabulary")
+    (folder / "vocab.json").unlink()
+    weights = safetensors.load_file(folder / "model.safetensors")
+    weights.pop("transformer.h.1.mlp.c_fc.weight")
+    safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(r"missing .* transformer\.h\.1\.mlp\.c_fc\.weight")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    refused("type llama; onecard reads gpt2 and qwen3")
+
+
+def test_biases_that_the_config_denies_are_not_lost_silently(tmp_path):
+    theirs = hf_gpt2(tmp_path / "theirs")
+    torch.nn.init.ones_(theirs.transformer.ln_f.bias)
+    theirs.config.onecard = dict(bias=False)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ConvertError, match=r"do not fit .*transformer\.ln_f\.bias"):
+        pretrained.read(str(tmp_path / "theirs"))
+
+
+def test_gpt2_by_name_comes_from_the_hub_cache_or_is_missed_in_one_line(tmp_path):
+    hub = tmp_path / "hub" / "models--gpt2"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0123")
+    theirs = hf_gpt2(hub / "snapshots" / "0123")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import convert\n"
+        "convert.main(['gpt2', '--to=onecard'])\n"
+        "convert.run_script(lambda: convert.main(['gpt2-medium', '--to=onecard']), convert.ConvertError)"
+    )
+    env = os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    ours, _ = checkpoint.load_model(tmp_path / "out" / "gpt2" / "ckpt.pt")
+    assert torch.equal(ours.transformer.wpe.weight, theirs.transformer.wpe.weight)
+    assert done.returncode == 2 and "gpt2-medium: transformers cannot load it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and len(list(tmp_path.glob("out/*"))) == 1
+
+
+def test_a_padded_row_costs_no_more_than_jensens_inequality_allows():
+    generator = torch.Generator().manual_seed(0)
+    x, table = torch.randn(50, 16, generator=generator).double(), torch.randn(100, 16, generator=generator).double()
+    targets = torch.randint(100, (50,), generator=generator)
+    padded = pretrained.pad_rows(table, 107)
+    assert torch.equal(padded[:100], table)
+    before, after = (F.cross_entropy(x @ rows.t(), targets, reduction="none") for rows in (table, padded))
+    rise = after - before
+    assert (rise > 0).all() and (rise <= math.log(1 + 7 / 100)).all()
+
+
+# ---- nanoGPT, and files that are no checkpoint
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_that_nanogpt_wrote_is_read_as_it_is(prefix, tmp_path):
+    model = tiny(bias=False, gelu="none", vocab_size=65, dropout=0.0)  # characters of Shakespeare
+    args = {k: v for k, v in asdict(model.config).items() if k not in ("arch", "gelu")}
+    weights = {prefix + name: w for name, w in model.state_dict().items()}
+    weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()  # the mask that old ones have
+    saved = dict(model=weights, optimizer={}, model_args=args, iter_num=5000, best_val_loss=torch.tensor(1.5))
+    torch.save(saved | dict(config={"dataset": "shakespeare_char"}), tmp_path / "ckpt.pt")
+    ours, about = pretrained.read(str(tmp_path / "ckpt.pt"))
+    assert_same(model, ours)
+    assert about == dict(iter_num=5000, best_val_loss=1.5)
+
+
+def test_nothing_in_an_attackers_file_runs(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    torch.save(dict(model={}, model_args=Attack()), tmp_path / "ckpt.pt")
+    with pytest.raises(ConvertError, match="only tensors and plain values"):
+        pretrained.read(str(tmp_path / "ckpt.pt"))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_missing_cut_damaged_or_other_file_is_refused_by_name(tmp_path):
+    data = (save(tiny(), tmp_path / "run") / "ckpt.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[:100_000])
+    (tmp_path / "end.pt").write_bytes(data[:-10])  # torch loads it all the same
+    (tmp_path / "flipped.pt").write_bytes(data[:100_000] + bytes([data[100_000] ^ 1]) + data[100_001:])
+    torch.save(dict(model={}, model_args=5), tmp_path / "no.pt")
+    torch.save(dict(model={}, model_args=dict(n_experts=8)), tmp_path / "more.pt")
+    torch.save(dict(model={}, model_args=TINY), tmp_path / "empty.pt")
+    words = {
+        "nowhere": "nowhere: there is no such file",
+        tmp_path: "ckpt.pt: there is no such file",
+        tmp_path / "cut.pt": "cut.pt: not a whole checkpoint",
+        tmp_path / "end.pt": "end.pt: damaged",
+        tmp_path / "flipped.pt": "flipped.pt: damaged",
+        tmp_path / "no.pt": "no.pt: not a whole checkpoint",
+        tmp_path / "more.pt": "more.pt: model_args has n_experts",
+        tmp_path / "empty.pt": "empty.pt: the weights do not fit",
+        ROOT / "README.md": "README.md: not a whole checkpoint",
+    }
+    for source, message in words.items():
+        with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
+            pretrained.read(str(source))
+
+
+# ---- train.py --init_from
+
+
+def finetune(tiny_data, out_dir, *arguments):
+    data_dir, dataset = tiny_data
+    settings = dict(out_dir=out_dir, data_dir=data_dir, dataset=dataset, device="cpu", compile="false", block_size=32)
+    settings |= dict(batch_size=4, gradient_accumulation_steps=1, eval_interval=25, eval_tokens=512, learning_rate=1e-2)
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "train.py", "config/finetune.py", *options, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(tiny_data, tmp_path):
+    theirs = hf_gpt2(tmp_path / "theirs")
+    begin, out_dir = f"--init_from={tmp_path / 'theirs'}", tmp_path / "run"
+    code, said = finetune(tiny_data, out_dir, begin, "--max_iters=50", "--n_layer=3")
+    assert code == 2 and "n_layer=2" in said and "leave n_layer out" in said
+    code, said = finetune(tiny_data, out_dir, begin, "--plan_only=True")
+    assert code == 0 and f"{theirs.num_parameters() / 1e6 - 64 * 32 / 1e6:.2f}M parameters without positions" in said
+    assert finetune(tiny_data, out_dir, begin, "--max_iters=50")[0] == 0
+    rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = {row["step"]: row["val_loss"] for row in rows if row["kind"] == "eval"}
+    assert losses[0] == pytest.approx(math.log(GPT2_IDS), abs=0.5) and losses[50] < 0.7 * losses[0]
+    ours, about = checkpoint.load_model(out_dir / "ckpt.pt")
+    assert ours.config == GPTConfig(**TINY | dict(vocab_size=GPT2_IDS, bias=True, block_size=32))
+    assert about["began_from"] == str(tmp_path / "theirs") and theirs.config.n_positions == 64
+    assert finetune(tiny_data, out_dir, "--init_from=resume", "--max_iters=52")[0] == 0
+    assert checkpoint.load_model(out_dir / "ckpt.pt")[1]["iter_num"] == 52
+    rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
+    assert {row["config"]["init_from"] for row in rows if row["kind"] == "start"} == {begin.split("=")[1]}
+    code, planned = finetune(tiny_data, out_dir, "--init_from=resume", "--plan_only=True")
+    assert code == 0 and [line for line in planned.splitlines() if line.startswith("model ")] == [
+        line for line in said.splitlines() if line.startswith("model ")
+    ]
+    assert f"not with the weights of {tmp_path / 'theirs'}" in planned
+    code, said = finetune(tiny_data, out_dir, "--init_from=nowhere")
+    assert code == 2 and "init_from='nowhere' is no file or folder" in said
+    assert len(said.splitlines()) == 1
