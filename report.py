@@ -62,9 +62,9 @@ COLUMNS = {  # of a CSV, in small letters, without the run's name that wandb put
 
 
 def read_run(path: str | Path, run_config: str | Path = "", until: int = 0) -> Run:
-    """Reads a folder of train.py, its metrics.jsonl, a CSV, or nanoGPT's printed log; steps up to `until`, 0: all.
+    """Reads a folder of train.py, its metrics.jsonl, a CSV, or nanoGPT's printed log, up to step `until` (0: all).
 
-    run_config: the config file of a run of another program. Raises ReportError; ConfigError if run_config is bad.
+    run_config: config file of a run of another program. Raises ReportError; ConfigError if run_config is bad.
     """
     path = Path(path)
     file = path / metrics.NAME if path.is_dir() else path
@@ -168,8 +168,7 @@ def learning_rates(configs: Sequence[tuple[int, TrainConfig]]) -> list[float]:
 def headline(run: Run) -> str:
     text = f"{run.name}: step {run.step:,}" + (f" of {run.config.max_iters:,}" if run.config else "")
     if len(run.evals["step"]):
-        step, train_loss = run.evals["step"][-1], run.evals["train"][-1]
-        text += f"; at step {step:,.0f} train loss {train_loss:.4f}, val {val_loss(run)}"
+        text += f"; at step {run.evals['step'][-1]:,.0f} train loss {run.evals['train'][-1]:.4f}, val {val_loss(run)}"
     return text
 
 
@@ -255,8 +254,8 @@ def fewer_tokens(a, b):
     else:
         return "; by its law of annealing the worse run does not reach that loss with four times its tokens"
     used, needed = better.step * better.config.step_tokens, factor * worse.step * worse.config.step_tokens
-    word = "more" if used > needed else "fewer"
-    return f"; the better run needs {abs(used / needed - 1):.0%} {word} tokens for that loss (by the law of annealing)"
+    name, word = "b" if better is b else "a", "more" if used > needed else "fewer"
+    return f"; {name} needs {abs(used / needed - 1):.0%} {word} tokens for that loss (by the law of annealing)"
 
 
 def report(config: ReportConfig) -> bool:
@@ -269,7 +268,7 @@ def report(config: ReportConfig) -> bool:
         path = Path(config.out or (run.name if Path(run.name).is_dir() else Path(run.name).parent))
         path = path / "report.html" if path.is_dir() else path
         try:
-            write_page(path, run, headline(run), findings, plan_beside(run), 0 if done else config.watch)
+            write_page(str(path), run, headline(run), findings, plan_beside(run), 0 if done else config.watch)
             print(f"plots: {path}")
         except ImportError:
             print("no plots: matplotlib is not installed (pip install matplotlib, or -e '.[plot]')")

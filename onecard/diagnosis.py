@@ -64,9 +64,8 @@ class Run:
         facts = {name: data.get(name) for name in ("train_tokens", "val_tokens")}
         if eval_tokens := c.eval_tokens or c.eval_iters * c.batch_size * c.block_size:
             facts["eval_tokens"] = eval_tokens
-        facts["device"] = self.about.get("device", "cpu")
-        facts["dtype"] = getattr(torch, self.about.get("dtype", "bfloat16"))
-        return plan.plan(c, self.rates, **facts, trace=False)
+        dtype = getattr(torch, self.about.get("dtype", "bfloat16"))
+        return plan.plan(c, self.rates, **facts, device=self.about.get("device", "cpu"), dtype=dtype, trace=False)
 
     def forecast(self, split: str) -> tuple[dict | None, str | None]:
         return forecast.forecast(self.evals["step"], self.evals[split], self.rates)
@@ -83,8 +82,7 @@ def diagnose(run: Run) -> list[Finding]:
     if run.config and follows_law:
         found += [to_come(run), rate_too_low(run)]
     if run.config:
-        warnings = [Finding("choice", text) for text in run.plan["warnings"]]
-        found += [*limits(run), noisy_val(run, use), *warnings]
+        found += [*limits(run), noisy_val(run, use), *(Finding("choice", text) for text in run.plan["warnings"])]
     return [finding for finding in [*found, *system(run), not_logged(run)] if finding]
 
 
@@ -229,25 +227,22 @@ def to_come(run):
         return None
     rates, step = run.rates, run.step
     now, end = rates[step] / max(rates), rates[-1] / max(rates)
-    name, text = "forecast", ""
-    if now > 1.1 * end:
-        name, text = "annealing to come", f"The learning rate is {now:.2f} of its peak and will be {end:.2f}. "
+    text = f"The learning rate is {now:.2f} of its peak and will be {end:.2f}. "
     val, reason = run.forecast("val")
     if not val:
-        return Finding(name, f"{text}There is {reason}.")
+        return Finding("forecast", f"{text}There is {reason}.")
     train, _ = run.forecast("train")
     text += f"By the law of annealing, val ends at {val['loss']:.3f} +- {val['band']:.3f} (step {val['end']:,}), "
     text += f"{val['now'] - val['loss']:.3f} below now, and train at {train['loss']:.3f} +- {train['band']:.3f}. "
     decay = np.linspace(rates[step], min(rates), max(2, step // 10)).tolist()
     others = {f"a decay over {len(decay):,} steps from now on": rates[:step] + decay}
-    others["a run of twice the steps"] = forecast.stretch(rates, 2)
-    others["a run of half the steps"] = forecast.stretch(rates, 0.5)
+    others |= {f"a run of {name} the steps": forecast.stretch(rates, n) for name, n in (("twice", 2), ("half", 0.5))}
     ends = []
     for other, schedule in others.items():
         loss = forecast.follow(val, schedule)[-1]
         error = 2 * math.hypot(val["fit_error"], forecast.TO_COME * (val["now"] - loss))
-        ends.append(f"{other} {loss:.2f} +- {error:.2f}")
-    return Finding(name, f"{text}By the same law: {', '.join(ends)}.")
+        ends.append(f"{other} ends at {loss:.2f} +- {error:.2f}")
+    return Finding("forecast", f"{text}By the same law, {', '.join(ends)}.")
 
 
 def limits(run):
@@ -261,8 +256,7 @@ def limits(run):
     size, data = plan.law(n, d) - plan.law(2 * n, d), plan.law(n, d) - plan.law(n, 2 * d)
     ratio = size / data
     name = "limited by size" if ratio > 1.5 else "limited by tokens" if ratio < 1 / 1.5 else "balanced"
-    text = f"Twice the {n / 1e6:.0f}M parameters would lower the loss by {size:.2f}, "
-    text += f"twice the {d / 1e9:.2f}B tokens by {data:.2f}."
+    text = f"Loss would fall by {size:.2f} with twice the {n / 1e6:.0f}M parameters, {data:.2f} with twice the tokens."
     law = f"Val loss at the end should be {expected:.2f} +- {plan.BAND} on FineWeb (law of Hoffmann et al. 2022)."
     return [Finding("expected", law), Finding(name, text)]
 

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
@@ -39,9 +38,7 @@ pre { background: var(--box); border-radius: .4rem; padding: .6rem; white-space:
 """
 
 
-def write_page(
-    path: Path, run: Run, heading: str, findings: Sequence[Finding], planned: list, refresh: int = 0
-) -> None:
+def write_page(path: str, run: Run, heading: str, findings: Sequence[Finding], planned: list, refresh: int = 0) -> None:
     """Writes the page in one go, so that a browser never reads half of it. Raises OSError.
 
     planned: rows of what, planned, actual. refresh: seconds until a browser loads the page again; 0: never.
