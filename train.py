@@ -226,14 +226,14 @@ class Run:
     progress: Progress
     batch_size: int  # sequences in a micro batch
     micro_steps: int  # micro batches of this process in a step
-    metrics: metrics.MetricsWriter | None = None  # in the first process only, which also saves
+    writer: metrics.MetricsWriter | None = None  # of metrics.jsonl; in the first process only, which also saves
     save_seconds: float = 0.0  # of the last save
     eval_seconds: float = 0.0  # of the last evaluation
     step_times: list = field(default_factory=list)  # (seconds, of these waiting for data) since the last log line
 
     def record(self, kind: str, **numbers) -> None:
-        if self.metrics:
-            self.metrics.write(kind, self.progress.step, **numbers)
+        if self.writer:
+            self.writer.write(kind, self.progress.step, **numbers)
 
 
 def setup(config: TrainConfig, stop: Stop) -> Run:
@@ -289,7 +289,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         new = checkpoint.is_new(config)
         if new:
             checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
-        run.metrics = metrics.start(config, progress, new, start, runtime.print0)
+        run.writer = metrics.start(config, progress, new, start, runtime.print0)
     return run
 
 
@@ -420,7 +420,7 @@ def evaluate(run: Run) -> bool:
 
 def save(run: Run, names: list[str]) -> None:
     """Saves a checkpoint, under these names too. Weights that are not finite are not saved: the older files stay."""
-    if run.metrics is None:  # only the first process saves
+    if run.writer is None:  # only the first process saves
         return
     norms = torch.stack(torch._foreach_norm([p.detach() for p in run.model.parameters()]))
     if not bool(torch.isfinite(norms).all()):
@@ -432,7 +432,7 @@ def save(run: Run, names: list[str]) -> None:
     state |= dict(model=run.model.state_dict(), scaler=run.scaler.state_dict())
     state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
     state["data"] = checkpoint.data_identity(run.train_windows, run.val_windows)
-    run.metrics.sync()
+    run.writer.sync()
     checkpoint.save(run.config.out_dir, state, names, run.config.keep_every)
     run.save_seconds = time.monotonic() - began
 
@@ -521,7 +521,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
         if progress.step % config.log_interval == 0:
             log(run, is_first_line)
             is_first_line = False
-        if config.sample_interval and progress.step % config.sample_interval == 0 and run.metrics:
+        if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer:
             with runtime.autocast():
                 texts = sample_texts(model, load_tokenizer())
             run.record("samples", texts=texts)
@@ -532,10 +532,10 @@ def train(config: TrainConfig, stop: Stop) -> int:
         runtime.print0(f"stopped at step {progress.step}; continue with --init_from=resume --out_dir={config.out_dir}")
     else:
         runtime.print0(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {config.out_dir}")
-    if run.metrics:
+    if run.writer:
         if config.wandb_artifact:
-            run.metrics.log_checkpoint(Path(config.out_dir) / checkpoint.LATEST)
-        run.metrics.close()
+            run.writer.log_checkpoint(Path(config.out_dir) / checkpoint.LATEST)
+        run.writer.close()
     return stop_reason
 
 
@@ -559,7 +559,7 @@ def watch(run: Run, loss: float, finite: bool) -> None:
     run.record("event", event="skipped", sequences=[first, last], scale=scale)
     if progress.bad_steps < BAD_STEPS:
         return
-    if run.metrics:
+    if run.writer:
         newest = checkpoint.newest(run.config.out_dir)
         remedy = "--dtype=bfloat16, a lower --learning_rate or a lower --grad_clip"
         print(
