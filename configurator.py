@@ -86,7 +86,7 @@ def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) ->
     if hasattr(config, "problems"):
         refused = {nearest(name, keys) for names in problems.values() for name in names}
         for text in config.problems():
-            if refused.isdisjoint(re.findall(r"\w+", text)):  # a refused key has a value that nobody asked for
+            if refused.isdisjoint(re.findall(r"\w+", text)):  # a refused key still has its earlier value
                 problems[text] = ()
     if problems:
         raise ConfigError("\n".join(problems))
@@ -148,7 +148,7 @@ def collect(problems, place="", names=()):
 def parse_file(path):
     """Yields (file:line, text, assigned names, syntax tree of the value) for each statement of a config file.
 
-    The tree of a statement other than `key = value` is the whole statement, which evaluate() refuses.
+    For a statement other than `key = value`, the tree is the whole statement, and evaluate() refuses it.
     """
     try:
         with open(path, "rb") as file:
@@ -160,7 +160,7 @@ def parse_file(path):
         others = {*glob(os.path.join(os.path.dirname(path), "*.py"))} - {path}
         raise ConfigError(f"{path}: {error.strerror}; {did_you_mean(path, others, 'check the path')}") from None
     except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: {error.msg}; write key = value lines in UTF-8") from None
+        raise ConfigError(f"{path}:{error.lineno or 1}: {error.msg}; write key = value lines in UTF-8") from None
     except (RecursionError, MemoryError):
         raise ConfigError(f"{path}: too deeply nested; write plain key = value lines") from None
     lines = data.splitlines()
@@ -190,13 +190,14 @@ def read_option(option, keys):
         return checked(BOOLS.get(text, text) if equals else True, key)
     if not equals:
         raise ConfigError(f"a value is needed; write --{name}=value")
-    value = text
-    if key.type is not str:
-        with contextlib.suppress(SyntaxError, MemoryError, UnicodeEncodeError):  # then checked() refuses the text
-            tree = ast.parse(f"({text})", mode="eval").body  # in parentheses, a comment is a syntax error
-            if not any(isinstance(node, ast.Name) for node in ast.walk(tree)):
-                value = evaluate(tree, {})
-    return checked(value, key)
+    if key.type is str:
+        return checked(text, key)
+    try:
+        tree = ast.parse(f"({text})", mode="eval").body  # in parentheses, a comment is a syntax error
+    except (SyntaxError, ValueError, MemoryError):
+        return checked(text, key)  # raises: the text is not a number
+    has_names = any(isinstance(node, ast.Name) for node in ast.walk(tree))
+    return checked(text if has_names else evaluate(tree, {}), key)
 
 
 def evaluate(node: ast.AST, names: dict) -> Any:
@@ -216,7 +217,7 @@ def evaluate(node: ast.AST, names: dict) -> Any:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             value = calculate(OPERATORS[type(op)], evaluate(left, names), evaluate(right, names))
         case _:
-            raise ConfigError("a config file is parsed, not executed; write key = value with a literal or arithmetic")
+            raise ConfigError("the config is parsed, not executed; write key = value with a literal or arithmetic")
     if isinstance(value, complex) or (isinstance(value, int | float) and not abs(value) <= sys.float_info.max):
         raise ConfigError("not a finite real number, or beyond 1.8e308; write the value itself")
     if isinstance(value, str) and len(value) > MAX_CHARS:
@@ -227,6 +228,7 @@ def evaluate(node: ast.AST, names: dict) -> Any:
 
 
 def calculate(function, *operands):
+    """function(*operands) for numbers, not for True and False; of two strings, only the sum."""
     kinds = {type(operand) for operand in operands}
     if not kinds <= {int, float} and (function is not add or kinds != {str}):
         raise ConfigError(f"no arithmetic on {shorten(' and '.join(map(repr, operands)))}; write the value itself")
@@ -274,7 +276,9 @@ def did_you_mean(name, candidates, otherwise):
 
 def nearest(name, candidates):
     """The candidate that a name was probably meant to be, or None."""
-    plain = name if name in candidates else name.lower().replace("-", "_")
+    if name in candidates:
+        return name
+    plain = name.lower().replace("-", "_")
     for key, aliases in ALIASES.items():
         if key in candidates and plain in aliases.split():
             return key
@@ -339,4 +343,4 @@ def run_script(main: Callable[[], Any], *user_errors) -> None:
         except BrokenPipeError:  # the reader of stdout, such as `head`, is gone; discard what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
-        raise  # the pipe was another one: a bug
+        raise  # another pipe is broken, which is a bug
