@@ -248,15 +248,19 @@ def checked(value, key):
         value = float(value)
     elif key.type is int and type(value) is float and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
-    permitted = type(value) is key.type and (key.choices is None or value in key.choices)
-    if not permitted or (key.low is not None and value < key.low) or (key.high is not None and value > key.high):
+    if key.choices is not None and value not in key.choices:
+        remedy = did_you_mean(str(value), key.choices, otherwise="write one of these")
+        raise ConfigError(f"must be {', '.join(limits(key))}, not {shorten(repr(value))}; {remedy}")
+    wrong_type = type(value) is not key.type
+    if wrong_type or (key.low is not None and value < key.low) or (key.high is not None and value > key.high):
         raise ConfigError(f"must be {', '.join([TYPES[key.type], *limits(key)])}, not {shorten(repr(value))}")
     return value
 
 
 def limits(key):
     """The limits of a key in words, such as ["at least 0", "at most 1"]."""
-    rules = {"one of": key.choices, "at least": key.low, "at most": key.high}
+    choices = None if key.choices is None else " ".join(key.choices)
+    rules = {"one of": choices, "at least": key.low, "at most": key.high}
     return [f"{words} {limit}" for words, limit in rules.items() if limit is not None]
 
 

@@ -163,7 +163,7 @@ weight_decay = 1
 
 INTEGER = "must be an integer, at least 1, at most 4096"
 FINITE = "not a finite real number, or beyond 1.8e308"
-CHOICES = "one of ('float16', 'bfloat16', 'float32', 'auto')"
+CHOICES = "one of float16 bfloat16 float32 auto"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,8 @@ CHOICES = "one of ('float16', 'bfloat16', 'float32', 'auto')"
         ("--learning_rate=inf | --learning_rate=nan | --learning_rate=2**53+1", "must be a number, at least 0.0"),
         ("--learning_rate=1e999", FINITE),
         ("--bias=1 | --bias=yes | --bias=TRUE | --bias=", "must be True or False"),
-        ("--dtype=bf16 | --dtype=int3", CHOICES),
+        ("--dtype=bf16", CHOICES + ", not 'bf16'; did you mean bfloat16?"),
+        ("--dtype=int3", CHOICES + ", not 'int3'; write one of these"),
         ("--batch_size", "write --batch_size=value"),
         ("--start", "write --start=value"),
     ],
@@ -204,7 +205,7 @@ def test_a_wrong_value_of_the_command_line_is_refused_in_one_line_with_key_value
         ("start = b'a' | learning_rate = 1j", "write key = value"),
         ("bias = true", "did you mean True?"),
         ("n_layer = n_leyer", "did you mean n_layer?"),
-        ("dtype = 'flaot16'", CHOICES + ", not 'flaot16'"),
+        ("dtype = 'flaot16'", CHOICES + ", not 'flaot16'; did you mean float16?"),
         ("dropout = 1.5", "at most 1.0"),
         ("learning_rate = 1e999 | learning_rate = 1e308 * 10 | learning_rate = 1 / (1e308 * 10)", FINITE),
         ("learning_rate = (-8) ** 0.5 | learning_rate = 10.0 ** 400 | max_iters = 10 ** 10 ** 10", FINITE),
