@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +79,7 @@ class TrainConfig:
     wandb_artifact: bool = key(False, "upload the last checkpoint to wandb as an artifact")
     # batch
     gradient_accumulation_steps: int = key(5 * 8, "micro batches per step, over all processes together", low=1)
-    batch_size: int = key(
-        12, "sequences in a micro batch; 0: find the largest that fits (needs tokens_per_step)", low=0
-    )
+    batch_size: int = key(12, "sequences in a micro batch; 0: find the largest that fits, with tokens_per_step", low=0)
     tokens_per_step: int = key(0, "tokens per step; replaces gradient_accumulation_steps, which follows from it", low=0)
     block_size: int = key(1024, "tokens in a sequence", low=1)
     # model
@@ -138,11 +136,8 @@ class TrainConfig:
         """What does not fit together, one message each."""
         found = []
         if self.from_pretrained and self.init_from not in pretrained.HUB_NAMES and not os.path.exists(self.init_from):
-            names = ", ".join(("scratch", "resume", "auto", *pretrained.HUB_NAMES))
-            found.append(
-                f"init_from={self.init_from!r} is not a file or folder; use {names}, a folder in Hugging Face format "
-                "or a ckpt.pt"
-            )
+            names = ", ".join(("scratch", "resume", "auto", *pretrained.HUB_NAMES, "a Hugging Face folder, a ckpt.pt"))
+            found.append(f"init_from={self.init_from!r} is not a file or folder; use {names}")
         if self.from_pretrained and self.resume_from:
             found.append(f"init_from={self.init_from} and resume_from={self.resume_from} exclude each other: set one")
         if self.wandb_artifact and not self.wandb_log:
@@ -151,22 +146,22 @@ class TrainConfig:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
-        if self.tokens_per_step % self.block_size:
-            below = self.tokens_per_step // self.block_size * self.block_size
+        if remainder := self.tokens_per_step % self.block_size:
+            below = self.tokens_per_step - remainder
+            nearest = f"use {below:,} or {below + self.block_size:,}"
             found.append(
-                f"tokens_per_step={self.tokens_per_step:,} is not a multiple of block_size={self.block_size}: use "
-                f"{below:,} or {below + self.block_size:,}"
+                f"tokens_per_step={self.tokens_per_step:,} is no multiple of block_size={self.block_size}: {nearest}"
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
-        if self.gpu and not (plan.card(self.gpu) and self.plan_only):
-            wanted = f"one of {', '.join(plan.CARDS)}" if self.plan_only else "used with --plan_only=True"
-            found.append(f"gpu={self.gpu!r} has to be {wanted}")
-        if self.keep_every % self.eval_interval or (self.keep_every and not self.always_save_checkpoint):
-            found.append(
-                f"keep_every={self.keep_every} has to be a multiple of eval_interval={self.eval_interval}, with "
-                "always_save_checkpoint=True: checkpoints are saved after evaluations"
-            )
+        if self.gpu and not self.plan_only:
+            found.append(f"gpu={self.gpu!r} is for planning: add --plan_only=True")
+        if self.gpu and not plan.card(self.gpu):
+            found.append(f"gpu={self.gpu!r} is not in the table of cards: use one of {', '.join(plan.CARDS)}")
+        if self.keep_every % self.eval_interval:
+            found.append(f"keep_every={self.keep_every} is no multiple of eval_interval={self.eval_interval}")
+        if self.keep_every and not self.always_save_checkpoint:
+            found.append(f"keep_every={self.keep_every} needs always_save_checkpoint=True")
         return found
 
 
@@ -229,7 +224,6 @@ class Run:
     writer: metrics.MetricsWriter | None = None  # of metrics.jsonl; in the first process only, which also saves
     save_seconds: float = 0.0  # of the last save
     eval_seconds: float = 0.0  # of the last evaluation
-    step_times: list = field(default_factory=list)  # (seconds, of these waiting for data) since the last log line
 
     def record(self, kind: str, **numbers) -> None:
         if self.writer:
@@ -241,16 +235,16 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     runtime = start_runtime(config)
     if config.from_pretrained:
         open_data(config)  # a mistake there shows before any weights are downloaded
-    config, model, saved = load_weights(config, runtime.print0)
+    config, model, saved, began_from = load_weights(config, runtime.print0)
     train_windows, val_windows = open_data(config)
     data = checkpoint.data_identity(train_windows, val_windows)
-    progress = Progress(began_from=config.init_from if config.from_pretrained else "")
+    progress = Progress(began_from=began_from)
     if saved:
         check_resume(saved, config, data, runtime.print0)
         progress = Progress.restore(saved)
     runtime.require_same(step=progress.step, **data)
     facts = runtime.plan_facts(config.out_dir)
-    found = show_plan(config, facts, (train_windows, val_windows), progress.began_from, runtime.print0)
+    found = show_plan(config, facts, (train_windows, val_windows), began_from, runtime.print0)
     if runtime.rank == 0 and not config.eval_only:
         checkpoint.check_room(config.out_dir, found["disk_need"], resumed=not checkpoint.is_new(config))
 
@@ -285,7 +279,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     )
     if runtime.rank == 0 and not config.eval_only:
         start = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
-        start |= dict(parameters=model.num_params(positions=False))
+        start |= dict(parameters=model.num_params(positions=False), planned_memory=found["memory"])
         new = checkpoint.is_new(config)
         if new:
             checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
@@ -294,15 +288,18 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
 
 
 def load_weights(config, print0):
-    """(config, pretrained model or None, checkpoint or None): what the run starts from. config takes over the network
-    of pretrained weights, also where a run that began with such weights is resumed."""
+    """What the run starts from: (config, pretrained model or None, checkpoint or None, source of pretrained weights).
+
+    config takes over the network of pretrained weights, also where a run that began with them is resumed.
+    """
     saved = checkpoint.find(config, print0)
     if config.from_pretrained:
         model = pretrained.start(config.init_from, config.block_size, config.dropout)
-        return checkpoint.take_network(config, asdict(model.config), config.init_from), model, None
-    if saved and saved.get("began_from"):
+        return checkpoint.take_network(config, asdict(model.config), config.init_from), model, None, config.init_from
+    began_from = saved.get("began_from", "") if saved else ""
+    if began_from:
         config = checkpoint.take_network(config, saved["model_args"], saved["path"])
-    return config, None, saved
+    return config, None, saved, began_from
 
 
 def open_data(config):
@@ -334,11 +331,10 @@ def check_resume(saved, config, data, print0):
 
 def show_plan(config, facts, windows, began_from, print0):
     """Prints and returns the plan. facts: of the device, see Runtime.plan_facts; windows: train and val, if any."""
-    config = replace(config, init_from=began_from) if began_from else config  # also where the run is resumed
+    config = replace(config, init_from=began_from or config.init_from)  # also where the run is resumed
     facts |= {f"{split.split}_tokens": split.tokens for split in windows}
-    facts |= dict(eval_tokens=tokens_to_evaluate(config, config.batch_size))
-    quick = facts["device"] == "cpu" and plan.network(config).num_params() < 3e7  # tracing might outlast such a run
-    found = plan.plan(config, learning_rates(config), trace=config.plan_only or not quick, **facts)
+    facts["eval_tokens"] = tokens_to_evaluate(config, config.batch_size)
+    found = plan.plan(config, learning_rates(config), trace=config.plan_only or None, **facts)
     print0("\n".join(plan.lines(found, config)))
     return found
 
@@ -347,14 +343,13 @@ def plan_only(config: TrainConfig) -> None:
     """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
     dtype = getattr(torch, config.dtype, torch.bfloat16)  # auto: bfloat16, which every card in the table has
     facts = dict(device=config.gpu, dtype=dtype) if config.gpu else start_runtime(config).plan_facts(config.out_dir)
-    began_from = config.init_from if config.from_pretrained else ""
-    config, _, saved = load_weights(config, print)
+    config, _, _, began_from = load_weights(config, print)
     try:
         windows = open_data(config)
     except ShardError as error:
         print(f"data    unknown: {error}")
         windows = ()
-    show_plan(config, facts, windows, saved.get("began_from") if saved else began_from, print)
+    show_plan(config, facts, windows, began_from, print)
 
 
 # ---- evaluation and checkpoints
@@ -457,7 +452,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
     if progress.step >= config.max_iters:
         runtime.print0(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
     batches = Batches(run.train_windows, run.batch_size, runtime, progress.sequences)
-    stop_reason, is_first_line = 0, True
+    stop_reason, times = 0, metrics.StepTimes()
 
     while True:
         # ---- evaluate and save, when due
@@ -480,15 +475,14 @@ def train(config: TrainConfig, stop: Stop) -> int:
         # ---- one step: forward and backward of each micro batch, then the optimizers
         began = time.perf_counter()
         torch.manual_seed(step_seed(config.seed, step, runtime.rank))
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
         loss_sum = torch.zeros((), device=runtime.device)
         for micro_step in range(run.micro_steps):
             inputs, targets = batches.next()  # (B, T) each
-            accumulating = runtime.world_size > 1 and micro_step < run.micro_steps - 1
-            with (
-                compiled.no_sync() if accumulating else contextlib.nullcontext()
-            ):  # exchange gradients at the last only
+            is_last = micro_step == run.micro_steps - 1  # only then processes exchange gradients
+            with contextlib.nullcontext() if is_last or runtime.world_size == 1 else compiled.no_sync():
                 with runtime.autocast():
                     micro_loss = compiled(inputs, targets) / run.micro_steps
                 scaler.scale(micro_loss).backward()
@@ -501,9 +495,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
             dist.all_reduce(loss_sum)
             loss_sum /= runtime.world_size
             dist.all_reduce(reason, dist.ReduceOp.MAX)  # all processes stop after the same step
-        loss, grad_norm, reason = torch.stack(
-            (loss_sum, norm, reason)
-        ).tolist()  # the only wait for the device in a step
+        loss, grad_norm, reason = torch.stack((loss_sum, norm, reason)).tolist()  # the one wait for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:  # with float16, skipped steps are how the scaler finds its scale
             for optimizer in optimizers:  # all or none: the scaler alone might skip one and step the other
@@ -513,14 +505,23 @@ def train(config: TrainConfig, stop: Stop) -> int:
         progress.step += 1
         progress.sequences += config.step_sequences
         stop_reason = int(reason)
-        run.step_times.append((time.perf_counter() - began, batches.take_waited()))
+        times.add(time.perf_counter() - began, batches.take_waited())
 
         # ---- watch and log
         watch(run, loss, finite)
         metrics.add_step(progress.window, finite, loss, grad_norm)
         if progress.step % config.log_interval == 0:
-            log(run, is_first_line)
-            is_first_line = False
+            seconds, data_share = times.means()
+            tokens_per_s = config.step_tokens / seconds
+            numbers = metrics.window_means(progress.window) | dict(lr=learning_rate(step, config))
+            numbers |= dict(tokens=progress.sequences * config.block_size, tokens_per_s=tokens_per_s)
+            numbers |= dict(ms_per_step=1000 * seconds, data_share=data_share)
+            numbers |= dict(hours_left=plan.hours_left(config, progress.step, seconds, run.eval_seconds))
+            numbers |= dict(scale=scaler.get_scale()) if scaler.is_enabled() else {}
+            numbers |= runtime.card_numbers(tokens_per_s * model.flops_per_token())
+            run.record("train", **numbers)
+            runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
+            progress.window = {}
         if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer:
             with runtime.autocast():
                 texts = sample_texts(model, load_tokenizer())
@@ -544,57 +545,27 @@ def watch(run: Run, loss: float, finite: bool) -> None:
 
     With float16 a skipped step is bad only if the scale is below 1: above it, skips are how the scaler finds its scale.
     """
-    progress, print0 = run.progress, run.runtime.print0
-    first, last = progress.sequences - run.config.step_sequences, progress.sequences - 1
+    progress, out_dir = run.progress, run.config.out_dir
+    sequences = [progress.sequences - run.config.step_sequences, progress.sequences - 1]  # first and last of the step
     if finite:
-        progress.bad_steps = 0
-        mean = progress.running["mean"]
+        progress.bad_steps, mean = 0, progress.running["mean"]
         if metrics.z_score(progress.running, loss) > SPIKE:
-            run.record("event", event="spike", sequences=[first, last], loss=loss, mean=mean)
-            print0(f"step {progress.step}: the loss jumped from {mean:.4f} to {loss:.4f} (sequences {first} to {last})")
+            run.record("event", event="spike", sequences=sequences, loss=loss, mean=mean)
+            run.runtime.print0(f"step {progress.step}: the loss jumped from {mean:.4f} to {loss:.4f}")
         return
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     progress.skipped_steps += 1
     progress.bad_steps += scale is None or scale < 1
-    run.record("event", event="skipped", sequences=[first, last], scale=scale)
-    if progress.bad_steps < BAD_STEPS:
-        return
-    if run.writer:
-        newest = checkpoint.newest(run.config.out_dir)
-        remedy = "--dtype=bfloat16, a lower --learning_rate or a lower --grad_clip"
-        print(
-            f"train.py: stopped at step {progress.step}: the gradients of {BAD_STEPS} steps in a row were not finite"
-            + (f", the last at a loss scale of {scale:g}" if scale else "")
-            + f" (last batch: sequences {first} to {last}). None of these steps was applied or saved. "
-            + (f"--init_from=resume continues from {newest}" if newest else "There is no checkpoint yet")
-            + f"; try {remedy if scale is not None else remedy.removeprefix('--dtype=bfloat16, ')}",
+    run.record("event", event="skipped", sequences=sequences, scale=scale)
+    if progress.bad_steps >= BAD_STEPS:
+        newest = checkpoint.newest(out_dir)
+        resume = f"--init_from=resume continues from {newest}" if newest else "there is no checkpoint yet"
+        run.runtime.print0(
+            f"train.py: stopped at step {progress.step}: the gradients of {BAD_STEPS} steps in a row were not finite. "
+            f"These steps were not applied; {resume}. Try --dtype=bfloat16, a lower --learning_rate or --grad_clip",
             file=sys.stderr,
         )
-    raise SystemExit(3)
-
-
-def log(run: Run, is_first_line: bool) -> None:
-    """Prints and records a log line: means over all tokens and all applied steps since the last one."""
-    config, runtime, progress = run.config, run.runtime, run.progress
-    times = run.step_times[1:] if is_first_line and len(run.step_times) > 1 else run.step_times  # the first is slower
-    seconds, waited = np.mean(times, axis=0).tolist()
-    numbers = metrics.window_means(progress.window)
-    numbers["lr"] = learning_rate(progress.step - 1, config)
-    numbers["tokens"] = progress.sequences * config.block_size
-    numbers["ms_per_step"] = 1000 * seconds
-    numbers["tokens_per_s"] = config.step_tokens / seconds
-    numbers["data_share"] = waited / seconds
-    numbers["hours_left"] = plan.hours_left(config, progress.step, seconds, run.eval_seconds)
-    if run.scaler.is_enabled():
-        numbers["scale"] = run.scaler.get_scale()
-    if runtime.peak_flops:
-        flops = numbers["tokens_per_s"] * run.model.flops_per_token()
-        numbers["mfu"] = flops / (runtime.peak_flops * runtime.world_size)
-    if runtime.device.type == "cuda":
-        numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    run.record("train", **numbers)
-    runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
-    progress.window, run.step_times = {}, []
+        raise SystemExit(3)
 
 
 # ---- the command

@@ -155,6 +155,24 @@ def window_means(window: dict) -> dict:
     return means | {"skipped": window["steps"] - applied}
 
 
+class StepTimes:
+    """Seconds of the steps since the last log line. The first step of a process is slower and does not count."""
+
+    def __init__(self):
+        self.times, self.is_first = [], True
+
+    def add(self, seconds: float, waited: float) -> None:
+        """seconds of a step; of these, `waited` for tokens."""
+        self.times.append((seconds, waited))
+
+    def means(self) -> tuple[float, float]:
+        """(seconds of a step, share of it spent waiting for tokens), of the steps since this was last called."""
+        times = self.times[1:] if self.is_first and len(self.times) > 1 else self.times
+        self.times, self.is_first = [], False
+        seconds, waited = np.mean(times, axis=0).tolist()
+        return seconds, waited / seconds
+
+
 def log_line(step: int, max_iters: int, numbers: dict) -> str:
     """One line for the terminal from the numbers of a "train" line of the metrics."""
     loss, norm = numbers["loss"], numbers["grad_norm"]

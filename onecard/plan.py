@@ -132,6 +132,7 @@ def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | N
 
 # ---- the whole plan
 
+SMALL = 3e7  # parameters: on a CPU, memory is no limit for a smaller network
 NOISE = 0.4  # standard deviation of the loss of one window of 1,024 tokens: 16 of them scatter by 0.1 (both anchors)
 
 
@@ -148,17 +149,20 @@ def plan(
     free_bytes: int | None = None,
     gpu_processes: str = "",
     disk_free: int | None = None,
-    trace: bool = True,
+    trace: bool | None = None,
 ) -> dict:
     """All that can be known of a run beforehand; None where it cannot.
 
     train_tokens, val_tokens: in the dataset; eval_tokens: of each split in an evaluation; device: "cpu", or the name
     of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes: of the card's memory;
-    gpu_processes: the other processes on it; trace: predict the memory of a step, which takes a few seconds.
+    gpu_processes: the other processes on it; trace: predict the memory of a step, which takes a few seconds; None: not
+    for a small network on a CPU.
     """
     model, known = network(config), card(device)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
     tokens, eval_tokens = config.step_tokens * config.max_iters, min(eval_tokens, val_tokens or eval_tokens)
+    if trace is None:
+        trace = device != "cpu" or counts["total"] > SMALL
     memory = trace_memory(config, "cpu" if device == "cpu" else "cuda", dtype) if trace and config.batch_size else None
     kept = config.max_iters // config.keep_every if config.keep_every else 0
     found = {

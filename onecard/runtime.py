@@ -60,10 +60,19 @@ class Runtime:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def print0(self, text: str) -> None:
+    def card_numbers(self, flops: float) -> dict:
+        """mfu, the share of the peak at so many FLOP/s of all processes together; peak_memory_gib. Empty on a CPU."""
+        numbers = {}
+        if self.peak_flops:
+            numbers["mfu"] = flops / (self.peak_flops * self.world_size)
+        if self.device.type == "cuda":
+            numbers["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return numbers
+
+    def print0(self, text: str, file=None) -> None:
         """Prints in the first process only."""
         if self.rank == 0:
-            print(text, flush=True)
+            print(text, flush=True, file=file)
 
     def max_over_processes(self, number: int) -> int:
         if self.world_size > 1:
