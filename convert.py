@@ -26,7 +26,7 @@ import torch
 from configurator import key, load_config, run_script
 from model import GPT, GPT2_IDS, NORM_EPS, ROPE_THETA, GPTConfig, ModelError
 from onecard import checkpoint, durable, metrics, pretrained
-from onecard.pretrained import HUB_NAMES, ConvertError, need, start  # noqa: F401 (train.py, until it imports pretrained)
+from onecard.pretrained import ConvertError, need
 from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, TokenizerError, load_tokenizer
 
 TOLERANCE = 1e-4  # largest permitted difference between our logits and transformers'

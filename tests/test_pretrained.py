@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from networks import TINY, assert_same, hf_gpt2, save, text_ids, tiny
+from runs import flags_of
 from torch.nn import functional as F
 
+import train
+from configurator import ConfigError
 from model import GPT2_IDS, GPTConfig
 from onecard import checkpoint, pretrained
 from onecard.pretrained import ConvertError
@@ -94,12 +98,12 @@ def test_gpt2_by_name_comes_from_the_hub_cache_or_is_missed_in_one_line(tmp_path
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("0123")
     theirs = hf_gpt2(hub / "snapshots" / "0123")
+    env = os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import convert\n"
+        "import convert, configurator\n"
         "convert.main(['gpt2', '--to=onecard'])\n"
-        "convert.run_script(lambda: convert.main(['gpt2-medium', '--to=onecard']), convert.ConvertError)"
+        "configurator.run_script(lambda: convert.main(['gpt2-medium', '--to=onecard']), convert.ConvertError)"
     )
-    env = os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     ours, _ = checkpoint.load_model(tmp_path / "out" / "gpt2" / "ckpt.pt")
     assert torch.equal(ours.transformer.wpe.weight, theirs.transformer.wpe.weight)
@@ -172,39 +176,42 @@ def test_a_missing_cut_damaged_or_other_file_is_refused_by_name(tmp_path):
 # ---- train.py --init_from
 
 
-def finetune(tiny_data, out_dir, *arguments):
-    data_dir, dataset = tiny_data
-    settings = dict(out_dir=out_dir, data_dir=data_dir, dataset=dataset, device="cpu", compile="false", block_size=32)
-    settings |= dict(batch_size=4, gradient_accumulation_steps=1, eval_interval=25, eval_tokens=512, learning_rate=1e-2)
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    command = [sys.executable, "train.py", "config/finetune.py", *options, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def finetune(tiny_data, tmp_path, capsys):
+    """A function: arguments -> what train.py prints. Its out_dir is tmp_path / "run"."""
+    keys = dict(data_dir=tiny_data[0], dataset=tiny_data[1], out_dir=tmp_path / "run", device="cpu", compile="false")
+    keys |= dict(block_size=32, batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2)
+    keys |= dict(eval_interval=25, eval_tokens=512)
+
+    def run(*arguments):
+        train.main([str(ROOT / "config" / "finetune.py"), *flags_of(**keys), *arguments])
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(tiny_data, tmp_path):
-    theirs = hf_gpt2(tmp_path / "theirs")
-    begin, out_dir = f"--init_from={tmp_path / 'theirs'}", tmp_path / "run"
-    code, said = finetune(tiny_data, out_dir, begin, "--max_iters=50", "--n_layer=3")
-    assert code == 2 and "n_layer=2" in said and "leave n_layer out" in said
-    code, said = finetune(tiny_data, out_dir, begin, "--plan_only=True")
-    assert code == 0 and f"{theirs.num_parameters() / 1e6 - 64 * 32 / 1e6:.2f}M parameters without positions" in said
-    assert finetune(tiny_data, out_dir, begin, "--max_iters=50")[0] == 0
+def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(finetune, tmp_path):
+    theirs, source, out_dir = hf_gpt2(tmp_path / "theirs"), str(tmp_path / "theirs"), tmp_path / "run"
+    with pytest.raises(ConfigError, match="have n_layer=2"):
+        finetune(f"--init_from={source}", "--max_iters=50", "--n_layer=3")
+    plan = finetune(f"--init_from={source}", "--plan_only=True")
+    assert f"{(theirs.num_parameters() - 64 * 32) / 1e6:.2f}M parameters without positions" in plan
+    finetune(f"--init_from={source}", "--max_iters=50")
     rows = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["val_loss"] for row in rows if row["kind"] == "eval"}
     assert losses[0] == pytest.approx(math.log(GPT2_IDS), abs=0.5) and losses[50] < 0.7 * losses[0]
     ours, about = checkpoint.load_model(out_dir / "ckpt.pt")
     assert ours.config == GPTConfig(**TINY | dict(vocab_size=GPT2_IDS, bias=True, block_size=32))
-    assert about["began_from"] == str(tmp_path / "theirs") and theirs.config.n_positions == 64
-    assert finetune(tiny_data, out_dir, "--init_from=resume", "--max_iters=52")[0] == 0
+    assert about["began_from"] == source and theirs.config.n_positions == 64
+    finetune("--init_from=resume", "--max_iters=52")
     assert checkpoint.load_model(out_dir / "ckpt.pt")[1]["iter_num"] == 52
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    assert {row["config"]["init_from"] for row in rows if row["kind"] == "start"} == {begin.split("=")[1]}
-    code, planned = finetune(tiny_data, out_dir, "--init_from=resume", "--plan_only=True")
-    assert code == 0 and [line for line in planned.splitlines() if line.startswith("model ")] == [
-        line for line in said.splitlines() if line.startswith("model ")
-    ]
-    assert f"not with the weights of {tmp_path / 'theirs'}" in planned
-    code, said = finetune(tiny_data, out_dir, "--init_from=nowhere")
-    assert code == 2 and "init_from='nowhere' is no file or folder" in said
-    assert len(said.splitlines()) == 1
+    assert {row["config"]["init_from"] for row in rows if row["kind"] == "start"} == {source}
+    resumed, network = finetune("--init_from=resume", "--plan_only=True"), re.findall("^model .*", plan, re.M)
+    assert network and re.findall("^model .*", resumed, re.M) == network
+    assert f"not for those of {source}" in resumed  # the scaling law
+
+
+def test_init_from_a_missing_file_is_refused(finetune):
+    with pytest.raises(ConfigError, match="init_from='nowhere' is not a file or folder"):
+        finetune("--init_from=nowhere")
