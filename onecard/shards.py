@@ -314,10 +314,3 @@ class Windows:
         number = bisect.bisect_right(self.ends, index)
         before = self.ends[number - 1] if number else 0
         return self.shards[number], (index - before) * self.block_size
-
-    @property
-    def blocks(self):  # the old name of len(windows), until its users have switched
-        return len(self)
-
-
-TokenBlocks = Windows  # the old name, until its users have switched
