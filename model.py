@@ -16,6 +16,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from onecard import UserError
+
 GPT2_IDS = 50257  # ids of GPT-2's tokenizer; embedding rows past them are padding and never sampled
 IGNORE = -100  # a target with this value does not count, as in torch's cross entropy
 ROPE_THETA = 10_000.0  # base of the rotary frequencies; enough for contexts of a few thousand tokens
@@ -24,7 +26,7 @@ CHUNK_LOGITS = 2**27  # logits computed at a time: fewer would leave a card idle
 CPU_CHUNK_LOGITS = 2**26  # more would be slower on a CPU
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """An impossible network: the message names the key, the value, the reason and the remedy."""
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import ConfigError, given
+from configurator import ConfigError, sources_of
 from model import GPT, GPTConfig
-from onecard import durable
+from onecard import UserError, durable
 
 VERSION = 1
 LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
@@ -37,7 +37,7 @@ NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu") 
 NOT_LISTED = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only")  # changes
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or cannot be written: which file, why, what to do."""
 
 
@@ -279,7 +279,7 @@ def find(config, print0) -> dict | None:
 
 def take_network(config, args: dict, source: str):
     """config with the network of the weights in `source`. Raises ConfigError if the user set other values."""
-    wrong = [name for name in NETWORK if name in given(config) and getattr(config, name) != args[name]]
+    wrong = [name for name in NETWORK if name in sources_of(config) and getattr(config, name) != args[name]]
     if wrong:
         values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
         raise ConfigError(f"the weights of {source} have {values}: leave out {', '.join(wrong)}")

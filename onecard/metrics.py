@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
+from onecard import UserError
 from onecard.durable import write_refused
 
 NAME = "metrics.jsonl"
 EVAL_GROUPS = 64
 
 
-class MetricsError(ValueError):
+class MetricsError(UserError):
     """metrics.jsonl cannot be written: bytes written so far, why, what to do."""
 
 

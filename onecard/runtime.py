@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from onecard import plan
+from onecard import UserError, plan
 from onecard.memory import BUDGET, batch_sizes_that_fit, divisors
 
 CPU_BATCH_TOKENS = 2**12  # a larger micro batch is not faster on a CPU
 
 
-class DeviceError(ValueError):
+class DeviceError(UserError):
     """An impossible device, precision or number of processes: which, why, what to do."""
 
 
