@@ -24,7 +24,7 @@ import numpy as np
 
 from configurator import key, load_config, read_values, run_script
 from model import ModelError
-from onecard import forecast, metrics, plan
+from onecard import UserError, forecast, metrics, plan
 from onecard.diagnosis import PROBLEMS, Finding, Run, diagnose
 from onecard.page import write_page
 from train import TrainConfig, learning_rate
@@ -44,7 +44,7 @@ class ReportConfig:
         return [] if len(self.runs) in (1, 2) else [wanted]
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """A file cannot be read as a run, two runs cannot be compared, or the page cannot be written."""
 
 

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+from onecard import UserError
+
 TEMPORARY = ".tmp"  # suffix of an unfinished file
 
 
-class OwnedError(ValueError):
+class OwnedError(UserError):
     """Another process owns this folder."""
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onecard import UserError
 from onecard.durable import replacing, sha256_of, write_refused
 
 MAGIC, VERSION = 20240520, 1
@@ -35,7 +36,7 @@ CHUNK = 1 << 23  # tokens that are checked at once
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: splitmix64's step
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A token file or dataset that cannot be used: which one, why, and what to do."""
 
 
@@ -275,7 +276,12 @@ class Windows:
         self.ends = list(itertools.accumulate((shard.tokens - 1) // block_size for shard in self.shards))
         self.tokenizer = self.text_bytes = None
         if manifest:
-            self.tokenizer = manifest.get("tokenizer")
+            self.tokenizer = manifest.get("tokenizer") or {}
+            if vocab_size is not None and self.tokenizer.get("n_vocab", 0) > vocab_size:
+                raise ShardError(
+                    f"{self.folder}: its tokenizer {self.tokenizer['name']} has {self.tokenizer['n_vocab']} ids, more "
+                    f"than vocab_size={vocab_size}: set vocab_size=50304, or prepare the data again"
+                )
             self.text_bytes = sum(entry["text_bytes"] for entry in manifest["shards"] if entry["split"] == split)
         listing = [[shard.path.name, shard.tokens, shard.identity] for shard in self.shards]
         self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from onecard import UserError
+
 INSTALLED = Path(__file__).resolve().parent / "data" / "gpt2.tiktoken"  # where `pip install .` puts it
 VOCABULARY = INSTALLED if INSTALLED.exists() else Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -51,7 +53,7 @@ HARD_STRINGS = (
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError):
     """The vocabulary or the encoder cannot be used."""
 
 
