@@ -30,15 +30,7 @@ from onecard import checkpoint, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
 from onecard.forecast import forecast_line
 from onecard.generation import sample_texts
-from onecard.runtime import (
-    Batches,
-    Runtime,
-    Stop,
-    choose_batch_size,
-    compile_model,
-    memory_errors,
-    start_runtime,
-)
+from onecard.runtime import Batches, Runtime, Stop, choose_batch_size, compile_model, memory_errors, start_runtime
 from onecard.shards import ShardError, Windows
 from onecard.tokenizer import load_tokenizer
 
@@ -153,14 +145,11 @@ class TrainConfig:
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
-        if self.gpu and not self.plan_only:
-            found.append(f"gpu={self.gpu!r} is for planning: add --plan_only=True")
-        if self.gpu and not plan.card(self.gpu):
-            found.append(f"gpu={self.gpu!r} is not in the table of cards: use one of {', '.join(plan.CARDS)}")
-        if self.keep_every % self.eval_interval:
-            found.append(f"keep_every={self.keep_every} is no multiple of eval_interval={self.eval_interval}")
-        if self.keep_every and not self.always_save_checkpoint:
-            found.append(f"keep_every={self.keep_every} needs always_save_checkpoint=True")
+        if self.gpu and not (self.plan_only and plan.card(self.gpu)):
+            found.append(f"gpu={self.gpu!r} needs --plan_only=True and one of these cards: {', '.join(plan.CARDS)}")
+        if self.keep_every and (self.keep_every % self.eval_interval or not self.always_save_checkpoint):
+            needs = f"a multiple of eval_interval={self.eval_interval}, with always_save_checkpoint=True"
+            found.append(f"keep_every={self.keep_every} has to be {needs}")
         return found
 
 
@@ -239,8 +228,12 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     data = checkpoint.data_identity(train_windows, val_windows)
     progress = Progress(began_from=began_from)
     if saved:
-        check_resume(saved, config, data, runtime.print0)
+        old = checkpoint.check_same_run(saved, config, data, runtime.print0)
         progress = Progress.restore(saved)
+        before, after = learning_rate(progress.step, old), learning_rate(progress.step, config)
+        if not math.isclose(before, after, rel_tol=0.01):
+            effect = ": the loss will rise at first" if after > before else ""
+            runtime.print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e}{effect}")
     runtime.require_same(step=progress.step, **data)
     facts = runtime.plan_facts(config.out_dir)
     found = show_plan(config, facts, (train_windows, val_windows), began_from, runtime.print0)
@@ -306,17 +299,6 @@ def open_data(config):
     folder = Path(config.data_dir) / config.dataset
     splits = ("train", "val")
     return [Windows(folder, split, config.block_size, config.seed, config.vocab_size) for split in splits]
-
-
-def check_resume(saved, config, data, print0):
-    """Refuses the checkpoint of another run, lists changed settings, and warns of a jump of the learning rate."""
-    known = {name: value for name, value in saved["config"].items() if name in TrainConfig.__dataclass_fields__}
-    old, step = TrainConfig(**known), saved["iter_num"]
-    checkpoint.check_same_run(saved, old, config, data, print0)
-    before, after = learning_rate(step, old), learning_rate(step, config)
-    if not math.isclose(before, after, rel_tol=0.01):
-        effect = ": the loss will rise at first" if after > before else ""
-        print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e} at step {step}{effect}")
 
 
 def show_plan(config, facts, windows, began_from, print0):
@@ -425,11 +407,6 @@ def save(run: Run, names: list[str]) -> None:
 # ---- training
 
 
-def step_seed(seed, step, rank):
-    """The seed of dropout in one step of one process: unrelated for neighbouring steps and ranks."""
-    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 def train(config: TrainConfig, stop: Stop) -> int:
     """Runs until max_iters -> 0, or until a reason to stop -> that reason, see runtime.Stop."""
     run = setup(config, stop)
@@ -464,7 +441,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
 
         # ---- one step: forward and backward of each micro batch, then the optimizers
         began = time.perf_counter()
-        torch.manual_seed(step_seed(config.seed, step, runtime.rank))
+        torch.manual_seed(runtime.dropout_seed(config.seed, step))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
@@ -503,11 +480,16 @@ def train(config: TrainConfig, stop: Stop) -> int:
         if progress.step % config.log_interval == 0:
             seconds, data_share = times.means()
             tokens_per_s = config.step_tokens / seconds
-            numbers = metrics.window_means(progress.window) | dict(lr=learning_rate(step, config))
-            numbers |= dict(tokens=progress.sequences * config.block_size, tokens_per_s=tokens_per_s)
-            numbers |= dict(ms_per_step=1000 * seconds, data_share=data_share)
-            numbers |= dict(hours_left=plan.hours_left(config, progress.step, seconds, run.eval_seconds))
-            numbers |= dict(scale=scaler.get_scale()) if scaler.is_enabled() else {}
+            numbers = metrics.window_means(progress.window) | {
+                "lr": learning_rate(step, config),
+                "tokens": progress.sequences * config.block_size,
+                "ms_per_step": 1000 * seconds,
+                "tokens_per_s": tokens_per_s,
+                "data_share": data_share,
+                "hours_left": plan.hours_left(config, progress.step, seconds, run.eval_seconds),
+            }
+            if scaler.is_enabled():
+                numbers["scale"] = scaler.get_scale()
             numbers |= runtime.card_numbers(tokens_per_s * model.flops_per_token())
             run.record("train", **numbers)
             runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))

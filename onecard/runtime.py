@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +74,11 @@ class Runtime:
         """Prints in the first process only."""
         if self.rank == 0:
             print(text, flush=True, file=file)
+
+    def dropout_seed(self, seed: int, step: int) -> int:
+        """The seed of dropout in one step of this process: unrelated for neighbouring steps and ranks."""
+        sequence = np.random.SeedSequence((seed, step, self.rank))
+        return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def max_over_processes(self, number: int) -> int:
         if self.world_size > 1:
