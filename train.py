@@ -7,8 +7,6 @@
 A step is one optimizer step on gradient_accumulation_steps x batch_size x block_size tokens. Which tokens are in it
 depends on the seed and the step alone: not on evaluation, the micro batch or the number of processes. So a run that
 was stopped, killed or moved, and then resumed, gives the same weights as one that never stopped.
-
-In this file: the config, the learning rate, the set-up of a run, evaluation, the training loop.
 """
 
 import contextlib
@@ -30,7 +28,16 @@ from onecard import checkpoint, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
 from onecard.forecast import forecast_line
 from onecard.generation import sample_texts
-from onecard.runtime import Batches, Runtime, Stop, choose_batch_size, compile_model, memory_errors, start_runtime
+from onecard.runtime import (
+    Batches,
+    Runtime,
+    Stop,
+    Stopped,
+    choose_batch_size,
+    compile_model,
+    memory_errors,
+    start_runtime,
+)
 from onecard.shards import ShardError, Windows
 from onecard.tokenizer import load_tokenizer
 
@@ -108,7 +115,6 @@ class TrainConfig:
 
     @property
     def from_pretrained(self) -> bool:
-        """Whether a new run starts from weights that exist already."""
         return self.init_from not in ("scratch", "resume", "auto")
 
     @property
@@ -118,6 +124,9 @@ class TrainConfig:
     @property
     def step_tokens(self) -> int:
         return self.step_sequences * self.block_size
+
+    def tokens_to_evaluate(self, batch_size: int) -> int:
+        return self.eval_tokens or self.eval_iters * batch_size * self.block_size or EVAL_TOKENS
 
     def model_args(self) -> dict:
         """The keys of model.GPTConfig."""
@@ -305,7 +314,7 @@ def show_plan(config, facts, windows, began_from, print0):
     """Prints and returns the plan. facts: of the device, see Runtime.plan_facts; windows: train and val, if any."""
     config = replace(config, init_from=began_from or config.init_from)  # also where the run is resumed
     facts |= {f"{split.split}_tokens": split.tokens for split in windows}
-    facts["eval_tokens"] = tokens_to_evaluate(config, config.batch_size)
+    facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
     found = plan.plan(config, learning_rates(config), trace=config.plan_only or None, **facts)
     print0("\n".join(plan.lines(found, config)))
     return found
@@ -327,20 +336,11 @@ def plan_only(config: TrainConfig) -> None:
 # ---- evaluation and checkpoints
 
 
-class Stopped(Exception):
-    """Raised inside an evaluation when the run is to stop; its argument is the reason."""
-
-
-def tokens_to_evaluate(config, batch_size):
-    """Tokens of each split in an evaluation."""
-    return config.eval_tokens or config.eval_iters * batch_size * config.block_size or EVAL_TOKENS
-
-
 @torch.no_grad()
 def sequence_losses(run, windows):
     """float64 (n,): the mean loss of each of n evenly spread windows of a split, the same windows every time."""
     runtime, batch_size = run.runtime, run.batch_size
-    n = max(1, min(len(windows), tokens_to_evaluate(run.config, batch_size) // windows.block_size))
+    n = max(1, min(len(windows), run.config.tokens_to_evaluate(batch_size) // windows.block_size))
     chosen = np.arange(n) * len(windows) // n
     losses = torch.zeros(n, device=runtime.device)
     first_of_rank = runtime.rank * batch_size
@@ -375,8 +375,7 @@ def evaluate(run: Run) -> bool:
         return False
     numbers = metrics.eval_numbers(train, val, run.val_windows.tokens, run.val_windows.text_bytes)
     is_best = numbers["val_loss"] < progress.best_val_loss
-    if is_best:
-        progress.best_val_loss = numbers["val_loss"]
+    progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
     run.record("eval", **numbers, eval_seconds=run.eval_seconds)
     print0(metrics.eval_line(progress.step, numbers, run.eval_seconds))
     progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
@@ -506,9 +505,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
     else:
         runtime.print0(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {config.out_dir}")
     if run.writer:
-        if config.wandb_artifact:
-            run.writer.log_checkpoint(Path(config.out_dir) / checkpoint.LATEST)
-        run.writer.close()
+        run.writer.close(artifact=Path(config.out_dir) / checkpoint.LATEST if config.wandb_artifact else None)
     return stop_reason
 
 

@@ -60,14 +60,12 @@ class MetricsWriter:
     def refused(self, error):
         return MetricsError(write_refused(self.path, error, os.fstat(self.file.fileno()).st_size))
 
-    def log_checkpoint(self, path: str | Path) -> None:
-        """Gives a checkpoint to the wandb run; a later one becomes a new version of the same artifact."""
-        if self.wandb_run:
-            self.wandb_run.log_artifact(str(path), name=f"checkpoint-{self.wandb_run.id}", type="model")
-
-    def close(self) -> None:
+    def close(self, artifact: str | Path | None = None) -> None:
+        """Closes the file and the wandb run. artifact: a checkpoint to upload as a new version of the run's artifact."""
         self.file.close()
         if self.wandb_run:
+            if artifact:
+                self.wandb_run.log_artifact(str(artifact), name=f"checkpoint-{self.wandb_run.id}", type="model")
             self.wandb_run.finish()
 
 

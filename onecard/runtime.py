@@ -299,6 +299,10 @@ def memory_errors(config):
 # ---- stopping
 
 
+class Stopped(Exception):
+    """Raised inside an evaluation when the run is to stop; its argument is the reason."""
+
+
 class Stop:
     """Why a run is to end early: SIGINT, SIGTERM, SIGHUP, or max_hours.
 
