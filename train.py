@@ -24,20 +24,9 @@ from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
 from model import GPT, GPTConfig
-from onecard import checkpoint, metrics, optim, plan, pretrained
+from onecard import checkpoint, forecast, generation, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
-from onecard.forecast import forecast_line
-from onecard.generation import sample_texts
-from onecard.runtime import (
-    Batches,
-    Runtime,
-    Stop,
-    Stopped,
-    choose_batch_size,
-    compile_model,
-    memory_errors,
-    start_runtime,
-)
+from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
 from onecard.shards import ShardError, Windows
 from onecard.tokenizer import load_tokenizer
 
@@ -379,8 +368,8 @@ def evaluate(run: Run) -> bool:
     run.record("eval", **numbers, eval_seconds=run.eval_seconds)
     print0(metrics.eval_line(progress.step, numbers, run.eval_seconds))
     progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
-    if forecast := forecast_line(progress.evals, learning_rates(run.config)):
-        print0(forecast)
+    if line := forecast.forecast_line(progress.evals, learning_rates(run.config)):
+        print0(line)
     return is_best
 
 
@@ -495,7 +484,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
             progress.window = {}
         if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer:
             with runtime.autocast():
-                texts = sample_texts(model, load_tokenizer())
+                texts = generation.sample_texts(model, load_tokenizer())
             run.record("samples", texts=texts)
             runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
 
@@ -549,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
     writes = int(os.environ.get("RANK", 0)) == 0 and not config.eval_only
     try:
         lock = checkpoint.owned(config.out_dir) if writes else contextlib.nullcontext()
-        with lock, memory_errors(config), Stop(config.max_hours) as stop:
+        with lock, oom_errors(config), Stop(config.max_hours) as stop:
             stop_reason = train(config, stop)
     finally:
         if dist.is_initialized():

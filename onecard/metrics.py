@@ -61,7 +61,7 @@ class MetricsWriter:
         return MetricsError(write_refused(self.path, error, os.fstat(self.file.fileno()).st_size))
 
     def close(self, artifact: str | Path | None = None) -> None:
-        """Closes the file and the wandb run. artifact: a checkpoint to upload as a new version of the run's artifact."""
+        """Closes the file and the wandb run. artifact: a checkpoint to upload; each one is a new version of it."""
         self.file.close()
         if self.wandb_run:
             if artifact:

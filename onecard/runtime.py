@@ -276,7 +276,7 @@ def trial_peak(model, batch_size, block_size, runtime):
 
 
 @contextlib.contextmanager
-def memory_errors(config):
+def oom_errors(config):
     """Makes a DeviceError of torch's out-of-memory error: what did not fit, and keys with the same tokens per step."""
     try:
         yield
