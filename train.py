@@ -408,8 +408,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
         runtime.print0(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
     batches = Batches(run.train_windows, run.batch_size, runtime, progress.sequences)
     stop_reason, times = 0, metrics.StepTimes()
-
-    while True:
+    while not stop_reason:
         # ---- evaluate and save, when due
         step, done = progress.step, progress.step >= config.max_iters
         names, save_now = [], False
@@ -487,7 +486,6 @@ def train(config: TrainConfig, stop: Stop) -> int:
                 texts = generation.sample_texts(model, load_tokenizer())
             run.record("samples", texts=texts)
             runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
-
     if stop_reason:
         save(run, [])
         runtime.print0(f"stopped at step {progress.step}; continue with --init_from=resume --out_dir={config.out_dir}")
@@ -503,7 +501,7 @@ def watch(run: Run, loss: float, finite: bool) -> None:
 
     With float16 a skipped step is bad only if the scale is below 1: above it, skips are how the scaler finds its scale.
     """
-    progress, out_dir = run.progress, run.config.out_dir
+    progress = run.progress
     sequences = [progress.sequences - run.config.step_sequences, progress.sequences - 1]  # first and last of the step
     if finite:
         progress.bad_steps, mean = 0, progress.running["mean"]
@@ -516,7 +514,7 @@ def watch(run: Run, loss: float, finite: bool) -> None:
     progress.bad_steps += scale is None or scale < 1
     run.record("event", event="skipped", sequences=sequences, scale=scale)
     if progress.bad_steps >= BAD_STEPS:
-        newest = checkpoint.newest(out_dir)
+        newest = checkpoint.newest(run.config.out_dir)
         resume = f"--init_from=resume continues from {newest}" if newest else "there is no checkpoint yet"
         run.runtime.print0(
             f"train.py: stopped at step {progress.step}: the gradients of {BAD_STEPS} steps in a row were not finite. "
@@ -534,7 +532,8 @@ def main(argv: list[str] | None = None) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         print(describe(config), flush=True)
     if config.plan_only:
-        return plan_only(config)
+        plan_only(config)
+        return
     writes = int(os.environ.get("RANK", 0)) == 0 and not config.eval_only
     try:
         lock = checkpoint.owned(config.out_dir) if writes else contextlib.nullcontext()
