@@ -268,7 +268,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         micro_steps=micro_steps,
     )
     if runtime.rank == 0 and not config.eval_only:
-        start = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
+        start: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
         start |= dict(parameters=model.num_params(positions=False), planned_memory=found["memory"])
         new = checkpoint.is_new(config)
         if new:

@@ -101,7 +101,7 @@ def write(path: str | Path, state: dict) -> None:
     try:
         with durable.replacing(path, check=verify) as file:
             hashing = _HashingFile(file)
-            torch.save({"version": VERSION, **state}, hashing)
+            torch.save({"version": VERSION, **state}, hashing)  # type: ignore[arg-type]
             step, digest = state["iter_num"], hashing.sha256.hexdigest().encode()
             file.write(b"onecard step %012d %012d sha256 %s\n" % (step, step, digest))
     except (OSError, RuntimeError) as error:
@@ -198,7 +198,7 @@ def newest(out_dir: str | Path) -> str | None:
 
 def load_newest(out_dir: str | Path) -> tuple[dict, Path, list[str]]:
     """(state, its file, what is wrong with each newer one). Raises CheckpointError if none is intact."""
-    problems = []
+    problems: list[str] = []
     for path in candidates(out_dir):
         try:
             return load(path), path, problems
@@ -258,6 +258,7 @@ def find(config, print0) -> dict | None:
     Raises ConfigError where a new run would replace another one, CheckpointError where there is nothing to resume.
     """
     existing = candidates(config.out_dir)
+    problems: list[str] = []
     if is_new(config):
         if existing and not (config.overwrite or config.eval_only or config.plan_only):
             raise ConfigError(
@@ -266,7 +267,7 @@ def find(config, print0) -> dict | None:
             )
         if not config.resume_from:
             return None
-        path, problems = Path(config.resume_from), []
+        path = Path(config.resume_from)
         saved = load(path)
     else:
         saved, path, problems = load_newest(config.out_dir)

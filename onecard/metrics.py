@@ -44,7 +44,7 @@ class MetricsWriter:
         except OSError as error:
             raise self.refused(error) from error
         if self.wandb_run and kind != "start":
-            plain = {f"{kind}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
+            plain: dict = {f"{kind}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
             if kind == "samples":
                 import wandb
 
@@ -101,8 +101,8 @@ def start(config, progress, new: bool, facts: dict, print0) -> MetricsWriter:
         wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
         if reason:
             print0(f"wandb_log=True, but wandb does not start: {reason}; continuing without it")
-    reached = (-1, -1) if new else (progress.step, progress.last_eval_step)
-    writer = MetricsWriter(config.out_dir, *reached, wandb_run)
+    step, last_eval_step = (-1, -1) if new else (progress.step, progress.last_eval_step)
+    writer = MetricsWriter(config.out_dir, step, last_eval_step, wandb_run)
     began_from = progress.began_from or config.init_from
     writer.write("start", progress.step, config=asdict(config) | {"init_from": began_from}, **facts)
     return writer

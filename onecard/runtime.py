@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -353,7 +354,7 @@ def compile_model(model: torch.nn.Module, shape: tuple[int, int], wanted: bool, 
     If torch.compile fails (no compiler, no Triton), it fails at the first call. So the first training and evaluation
     calls are made here, on zeros with the strides of real batches: no step of the run waits for the compiler.
     """
-    compiled = model
+    compiled: Any = model
     if wanted:
         began = time.perf_counter()
         runtime.print0("compiling the model, about a minute (--compile=False skips this)")
