@@ -1,53 +1,49 @@
-"""prepare.py: its ids against tiktoken's, its plan against sums by hand, its bytes against each other."""
+"""prepare.py: its datasets against sums by hand and against each other, and what it survives: kills, full disks, damage."""
 
-import gzip
+import contextlib
 import hashlib
-import http.server
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlparse
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from texts import (
+    count_tokens,
+    documents_of,
+    expected_documents,
+    files_of,
+    flip_bit,
+    some_texts,
+    wait_for,
+    write_parquet,
+)
 
 import prepare
-from onecard import sources
-from prepare import PrepareError, in_val, next_units
-from onecard.shards import TokenBlocks, open_tokens, read_manifest
-from onecard.sources import SourceError, cut_groups, examine, read_texts
-from onecard.tokenizer import HARD_STRINGS, load_tokenizer
+from onecard.durable import OwnedError
+from onecard.shards import ShardError, Windows, check_shard, open_tokens, read_manifest
+from onecard.sources import SourceError
+from onecard.tokenizer import load_tokenizer
+from onecard.units import in_val
+from prepare import PrepareError, next_units
 
-CORPUS = sorted(Path(__file__).resolve().parents[2].glob("shared/corpus/*.parquet"))
-WORDS = ["the", "of", "and", "quick", "1234", "naïve", "—", "''", "don't", "<|endoftext|>", "日本", "\n\n", "", "x"]
-
-
-def some_texts(count, seed=0, words=60):
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(1, 2 * words))) + f" {seed}.{i}" for i in range(count)]
-
-
-def write_parquet(path, texts, row_group_size=20, kind=None, **columns):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    column = texts if isinstance(texts, pa.Array) else pa.array(texts, kind or pa.string())
-    pq.write_table(pa.table({"text": column, **columns}), path, row_group_size=row_group_size)
-    return path
+ROOT = Path(prepare.__file__).parent
+CORPUS = sorted(ROOT.parent.glob("shared/corpus/*.parquet"))
+POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and limits as POSIX has them")
 
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """prepare.py as a person calls it; returns (exit code, what it printed)."""
+    """prepare.py in this process: (exit code, what it printed). The default dataset is data/docs."""
 
-    def run(*arguments, dataset="docs"):
-        code = 0
+    def run(*arguments, dataset="docs", data_dir=tmp_path / "data"):
+        code, arguments = 0, ["--encoder=tiktoken", *map(str, arguments), f"--data_dir={data_dir}"]
         try:
-            arguments = ["--encoder=tiktoken", *map(str, arguments), f"--data_dir={tmp_path / 'data'}"]
             prepare.main([*arguments, f"--dataset={dataset}"] if dataset else arguments)
         except SystemExit as stop:
             code = stop.code
@@ -56,63 +52,73 @@ def run(tmp_path, capsys):
     return run
 
 
-def files_of(folder):
-    """{name: bytes} of a dataset, but for prepare's own state."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*")) if path.is_file()}
+@pytest.fixture
+def start(tmp_path):
+    """Starts prepare.py in a process group of its own, which is killed at the end."""
+    started = []
+
+    def start(*arguments, **options):
+        line = [sys.executable, "prepare.py", "--encoder=tiktoken", *map(str, arguments)]
+        line += [f"--data_dir={tmp_path / 'data'}", "--dataset=docs", "--shard_tokens=3000"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        started.append(subprocess.Popen(line, cwd=ROOT, **pipes, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
-def documents_of(folder, split):
-    """[ids] of each document of a split, in the order of the shards; each begins with 50256."""
-    documents = []
-    for shard in read_manifest(folder)["shards"]:
-        if shard["split"] == split:
-            tokens = np.array(open_tokens(folder / shard["name"]))
-            starts = np.flatnonzero(tokens == 50256)
-            assert starts[0] == 0 and len(starts) == shard["documents"]
-            documents += np.split(tokens, starts[1:])
-    return documents
+@pytest.fixture
+def inputs(tmp_path):
+    """A folder of three files, which are 18 units with --shard_tokens=3000."""
+    for number in range(3):
+        write_parquet(tmp_path / f"in/{number}.parquet", some_texts(250, number), row_group_size=50)
+    return tmp_path / "in"
 
 
-def expected_documents(texts, split, val_fraction=0.005):
-    encode = load_tokenizer().reference.encode_ordinary
-    chosen = [text for text in texts if in_val(text.encode(), val_fraction) == (split == "val")]
-    return [[50256, *encode(text)] for text in chosen]
+def assert_nothing_is_half(folder):
+    """Every file with a final name is whole: each shard has its size, each record its shards and their hashes."""
+    for path in folder.glob("*.bin"):
+        open_tokens(path)
+    for path in folder.glob(".prepare/unit_*.json"):
+        for shard in json.loads(path.read_text())["shards"]:
+            check_shard(folder / shard["name"], shard, {"n_vocab": 50257, "eot": 50256})
 
 
-# ---- the tokens --------------------------------------------------------------------------------------------
+def group_is_empty(process):
+    """Whether no process of its group is left. A dead one that nobody has waited for does not count."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = status.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == process.pid and state != "Z":
+                return False
+    return True
 
 
-@pytest.mark.parametrize("encoder", ["tiktoken", "fastokens"])
-def test_every_document_has_tiktokens_ids_behind_one_separator(run, tmp_path, encoder):
-    if encoder == "fastokens":
-        pytest.importorskip("fastokens")
-    texts = [text for text in HARD_STRINGS if text] + some_texts(150)
-    write_parquet(tmp_path / "a.parquet", texts)
-    code, _ = run(tmp_path / "a.parquet", "--val_fraction=0.2", f"--encoder={encoder}")
-    assert code == 0
-    for split in ("train", "val"):
-        found = [ids.tolist() for ids in documents_of(tmp_path / "data/docs", split)]
-        assert found == expected_documents(texts, split, 0.2) and found
+# ---- the dataset -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not CORPUS, reason="../shared/corpus is not there")
-def test_the_corpus_has_its_own_token_counts_and_tiktokens_ids(run, tmp_path):
-    assert run(*CORPUS)[0] == 0
-    folder = tmp_path / "data/docs"
-    tables = [pq.read_table(path, columns=["text", "token_count"]) for path in CORPUS]
-    counts = sum(sum(table["token_count"].to_pylist()) for table in tables)
+@pytest.mark.parametrize("most", [2_000_000, pytest.param(0, marks=pytest.mark.slow)])
+def test_the_corpus_has_its_own_token_counts_and_tiktokens_ids(run, tmp_path, most):
+    assert run(*CORPUS, f"--max_tokens={most}")[0] == 0
+    folder, rows = tmp_path / "data/docs", []
     manifest = read_manifest(folder)
-    assert manifest["tokens"] == counts + sum(map(len, tables))
-    assert sum(TokenBlocks(folder, split, 1024).tokens for split in ("train", "val")) == manifest["tokens"]
-    texts = [text for table in tables for text in table["text"].to_pylist()]
-    found = documents_of(folder, "val") + documents_of(folder, "train")[::50]
-    expected = expected_documents(texts, "val")
-    encode = load_tokenizer().reference.encode_ordinary
+    for path in CORPUS:
+        rows += pq.read_table(path, columns=["text", "token_count"]).to_pylist()
+    assert most or manifest["documents"] == len(rows)
+    rows = rows[: manifest["documents"]]
+    assert manifest["tokens"] == sum(row["token_count"] for row in rows) + len(rows) > most
+    assert sum(Windows(folder, split, 1024).tokens for split in ("train", "val")) == manifest["tokens"]
+    texts = [row["text"] for row in rows]
     train = [text for text in texts if not in_val(text.encode(), 0.005)]
-    expected += [[50256, *encode(text)] for text in train[::50]]
-    assert len(found) == len(expected) and all(a.tolist() == b for a, b in zip(found, expected, strict=True))
-    code, said = run("--verify")
-    assert code == 0 and "right" in said and "token_count" not in said
+    assert documents_of(folder, "val") == expected_documents(texts, "val")
+    assert documents_of(folder, "train")[::50] == expected_documents(train[::50], "train")
+    code, printed = run("--verify")
+    assert code == 0 and "right" in printed and "token_count" not in printed
 
 
 def test_bytes_do_not_depend_on_workers_or_encoder_and_duplicates_share_a_split(run, tmp_path):
@@ -126,96 +132,33 @@ def test_bytes_do_not_depend_on_workers_or_encoder_and_duplicates_share_a_split(
     assert len(folders[0]) > 8 and folders[0] == folders[1]
     different = {name for name in folders[0] if folders[0][name] != folders[2][name]}
     assert folders[0].keys() == folders[2].keys() and different <= {"manifest.json"}  # which names the encoder
-    train = {tuple(ids.tolist()) for ids in documents_of(tmp_path / "data/d0", "train")}
-    val = {tuple(ids.tolist()) for ids in documents_of(tmp_path / "data/d0", "val")}
+    train, val = ({tuple(ids) for ids in documents_of(tmp_path / "data/d0", split)} for split in ("train", "val"))
     assert not train & val and len(val) > 20
 
 
-def test_val_is_the_fraction_of_documents_that_was_asked_for():
-    contents = [f"document {i}".encode() for i in range(100_000)]
-    for fraction in (0.0, 0.005, 0.3):
-        count = sum(in_val(content, fraction) for content in contents)
-        deviation = (len(contents) * fraction * (1 - fraction)) ** 0.5
-        assert abs(count - len(contents) * fraction) <= 4 * deviation
-
-
-@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary", "dictionary of large"])
-def test_every_kind_of_string_column_gives_the_same_texts(tmp_path, kind):
-    texts = [*some_texts(50), None, "", "last"]
-    if kind.startswith("dictionary"):
-        value = pa.large_string() if "large" in kind else pa.string()
-        column = pa.array(texts, value).dictionary_encode()
-    else:
-        column = pa.array(texts, getattr(pa, kind)())
-    path = write_parquet(tmp_path / "a.parquet", column).as_posix()
-    _, units = examine(path, "text", 10**9)
-    found = [value for unit in units for _, values, _ in read_texts(path, unit, "text") for value in values]
-    assert found == [text if text is None else text.encode() for text in texts]
-
-
-def test_null_and_empty_texts_are_skipped_and_counted(run, tmp_path):
-    write_parquet(tmp_path / "a.parquet", ["one", None, "", "two", None, " "])
-    code, said = run(tmp_path / "a.parquet")
-    manifest = read_manifest(tmp_path / "data/docs")
-    assert code == 0 and manifest["skipped"] == {"null": 2, "empty": 1} and manifest["documents"] == 3
-    assert "2 null, 1 empty" in said and "no document fell into val" in said
-
-
-def test_surrogates_are_replaced_and_counted(run, tmp_path):
-    lines = [{"text": "a\ud800b"}, {"text": "\ud83d\ude00"}, {"text": "plain"}, {"text": None}, {"other": 1}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert run(tmp_path / "a.jsonl")[0] == 0
-    manifest = read_manifest(tmp_path / "data/docs")
-    assert (manifest["replaced"], manifest["documents"], manifest["skipped"]["null"]) == (1, 3, 2)
-    found = [load_tokenizer().decode(ids[1:]) for ids in documents_of(tmp_path / "data/docs", "train")]
-    assert found == ["a\ufffdb", "😀", "plain"]
-
-
-def test_the_manifest_says_where_every_shard_comes_from(run, tmp_path):
-    texts = some_texts(200)
+def test_the_manifest_names_the_rows_of_every_shard_and_counts_what_was_skipped_or_replaced(run, tmp_path):
+    texts = [*some_texts(199), None, "", None, " "]
     path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=30)
-    assert run(path, "--shard_tokens=4000", "--val_fraction=0.3")[0] == 0
+    lines = [{"text": "a\ud800b"}, {"text": "\ud83d\ude00"}, {"text": "plain"}, {"text": None}, {"other": 1}]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, printed = run(path, tmp_path / "b.jsonl", "--shard_tokens=4000", "--val_fraction=0.3")
     folder = tmp_path / "data/docs"
     manifest = read_manifest(folder)
+    assert code == 0 and manifest["documents"] == 200 + 3 and "4 null, 1 empty" in printed
+    assert manifest["skipped"] == {"null": 4, "empty": 1} and manifest["replaced"] == 1
+    assert manifest["tokenizer"]["n_vocab"] == 50257 and manifest["libraries"]["tiktoken"]
+    assert manifest["settings"]["val_fraction"] == 0.3 and manifest["encoder"] == "tiktoken"
     for shard in manifest["shards"]:
         content = (folder / shard["name"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == 1024 + 2 * shard["tokens"]
+        if shard["source"] != path.as_posix():
+            continue
         first, last = shard["rows"]
-        assert (shard["row_groups"][0] * 30, min(shard["row_groups"][1] * 30, 200)) == (first, last)
-        chosen = [t for t in texts[first:last] if in_val(t.encode(), 0.3) == (shard["split"] == "val")]
-        assert (shard["documents"], shard["text_bytes"]) == (len(chosen), sum(len(t.encode()) for t in chosen))
-        assert shard["source"] == path.as_posix()
-    assert manifest["tokenizer"]["n_vocab"] == 50257 and manifest["libraries"]["tiktoken"]
-    assert manifest["settings"]["val_fraction"] == 0.3 and manifest["encoder"] in ("tiktoken", "fastokens")
-
-
-# ---- the plan ----------------------------------------------------------------------------------------------
-
-
-def test_units_cover_every_row_once_and_are_about_a_shard_each():
-    draw = random.Random(0)
-    for _ in range(300):
-        groups = [(draw.randint(0, 50), draw.choice([0, 10, 100, 1000, 5000])) for _ in range(draw.randint(1, 40))]
-        shard = draw.choice([100, 1000, 3000])
-        units = cut_groups(groups, shard)
-        starts = np.cumsum([0, *(rows for rows, _ in groups)])
-        assert [unit["rows"][0] for unit in units[1:]] == [unit["rows"][1] for unit in units[:-1]]
-        assert units[0]["rows"][0] == 0 and units[-1]["rows"][1] == starts[-1]
-        for unit in units:
-            (first, last), (start, stop) = unit["row_groups"], unit["rows"]
-            assert starts[first] <= start <= stop <= starts[last]
-            assert unit["bytes"] <= 2 * shard or all(groups[first][0] < 50 for _ in [0])
-    assert len(cut_groups([(1000, 3_300_000)] * 700, 467_000_000)) == 5
-    assert len({unit["bytes"] for unit in cut_groups([(1000, 3_300_000)] * 700, 467_000_000)}) == 1
-
-
-def test_a_row_group_larger_than_a_shard_is_cut_by_its_rows(run, tmp_path):
-    texts = some_texts(300)
-    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=300)
-    assert run(path, "--shard_tokens=2000")[0] == 0
-    assert len(read_manifest(tmp_path / "data/docs")["shards"]) > 5
-    found = [ids.tolist() for ids in documents_of(tmp_path / "data/docs", "train")]
-    assert found == expected_documents(texts, "train")
+        assert (shard["row_groups"][0] * 30, min(shard["row_groups"][1] * 30, len(texts))) == (first, last)
+        chosen = [t.encode() for t in texts[first:last] if t and in_val(t.encode(), 0.3) == (shard["split"] == "val")]
+        assert (shard["documents"], shard["text_bytes"]) == (len(chosen), sum(map(len, chosen)))
+    decode, found = load_tokenizer().decode, documents_of(folder, "train") + documents_of(folder, "val")
+    assert {"a\ufffdb", "😀", "plain"} <= {decode(ids[1:]) for ids in found}
 
 
 def test_files_are_added_by_the_same_command_and_nothing_old_moves(run, tmp_path):
@@ -223,39 +166,33 @@ def test_files_are_added_by_the_same_command_and_nothing_old_moves(run, tmp_path
     options = ("--val_fraction=0.2", "--shard_tokens=2000")
     assert run(paths[0], *options)[0] == 0
     before = files_of(tmp_path / "data/docs")
-    code, said = run(*paths, *options)
+    code, printed = run(*paths, *options)
     after = files_of(tmp_path / "data/docs")
     assert code == 0 and all(after[name] == before[name] for name in before if name != "manifest.json")
-    assert len(after) > len(before) and "done already" in said
+    assert len(after) > len(before) and "done already" in printed
     assert run(*paths, *options, dataset="whole")[0] == 0
     assert files_of(tmp_path / "data/whole") == after
 
 
-def test_a_finished_dataset_is_said_to_be_and_not_touched(run, tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", some_texts(100))
-    run(path)
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "data/docs").rglob("*") if p.suffix != ".lock"}
-    for arguments in ((path,), ()):
-        code, said = run(*arguments)
-        assert code == 0 and "is finished; nothing to do" in said
-    assert all(p.stat().st_mtime_ns == before for p, before in times.items())
-    moved = path.rename(tmp_path / "moved.parquet")
-    assert "nothing to do" in run(moved)[1]
-    assert read_manifest(tmp_path / "data/docs")["shards"][0]["source"] == moved.as_posix()
-
-
-def test_files_are_known_by_their_content(run, tmp_path):
-    one = write_parquet(tmp_path / "one/000.parquet", some_texts(50, 1))
-    two = write_parquet(tmp_path / "two/000.parquet", some_texts(50, 2))
+def test_a_finished_dataset_is_not_touched_and_files_are_known_by_their_content(run, tmp_path):
+    one, two = (write_parquet(tmp_path / f"{n}/000.parquet", some_texts(50, n)) for n in (1, 2))
     copy = tmp_path / "copy.parquet"
     copy.write_bytes(one.read_bytes())
-    code, said = run(one, two, copy, two)
+    code, printed = run(one, two, copy, two)
     assert code == 0 and read_manifest(tmp_path / "data/docs")["documents"] == 100
-    assert f"{copy.as_posix()}: the same as {one.as_posix()}; taken once" in said
-    assert f"{two.as_posix()}: the same as {two.as_posix()}" in said
-    write_parquet(one, some_texts(50, 3))
-    with pytest.raises(PrepareError, match=r"one/000\.parquet: has changed"):
-        run(one)
+    assert f"{copy.as_posix()}: the same as {one.as_posix()}" in printed and "no document is in val" in printed
+    assert f"{two.as_posix()}: the same as {two.as_posix()}" in printed
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "data/docs").rglob("*") if p.suffix != ".lock"}
+    for arguments in ((one, two), ()):
+        code, printed = run(*arguments)
+        assert code == 0 and "nothing to do" in printed
+    assert all(p.stat().st_mtime_ns == before for p, before in times.items())
+    moved = one.rename(tmp_path / "moved.parquet")
+    assert "nothing to do" in run(moved)[1]
+    assert read_manifest(tmp_path / "data/docs")["shards"][0]["source"] == moved.as_posix()
+    write_parquet(two, some_texts(50, 3))
+    with pytest.raises(PrepareError, match=r"2/000\.parquet: has changed"):
+        run(two)
 
 
 def test_settings_of_a_dataset_cannot_change(run, tmp_path):
@@ -263,23 +200,35 @@ def test_settings_of_a_dataset_cannot_change(run, tmp_path):
     run(path, "--val_fraction=0.1")
     with pytest.raises(PrepareError) as error:
         run(path, "--val_fraction=0.2", "--shard_tokens=5000")
-    lines = str(error.value).splitlines()
-    assert len(lines) == 2 and "begun with 0.1, not 0.2" in lines[0] and "100000000, not 5000" in lines[1]
-    with pytest.raises(PrepareError, match=r"begun with 0\.1, not 0\.005"):
-        run(path)
-    assert "nothing to do" in run()[1]  # without inputs, what was not said again holds
-    with pytest.raises(PrepareError, match=r"begun with 0\.1, not 0\.3"):
-        run("--val_fraction=0.3")
+    first, second = str(error.value).splitlines()
+    assert "0.1, not 0.2" in first and "100000000, not 5000" in second
+    for arguments, value in (((path,), 0.005), (("--val_fraction=0.3",), 0.3)):
+        with pytest.raises(PrepareError, match=f"0.1, not {value}"):
+            run(*arguments)
+    assert "nothing to do" in run()[1]  # without inputs, settings that are not given stay as they were
 
 
-def minimal_prefix(texts, group, most):
-    """How many rows the fewest whole row groups have that reach `most` tokens."""
-    encode, total = load_tokenizer().reference.encode_ordinary, 0
-    for start in range(0, len(texts), group):
-        total += sum(1 + len(encode(text)) for text in texts[start : start + group])
-        if total >= most:
-            return min(start + group, len(texts)), total
-    return len(texts), total
+def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.md").write_text("x")
+    good, names = write_parquet(tmp_path / "good.parquet", ["x"]), ("none.parquet", "empty", "notes.md", "*.nothing")
+    with pytest.raises(SourceError) as error:
+        run(good, *(tmp_path / name for name in names))
+    for name, line in zip(names, str(error.value).splitlines(), strict=True):
+        assert line.startswith(f"{tmp_path}/{name}: ")
+    other = tmp_path / "other.parquet"
+    pq.write_table(pq.read_table(good).rename_columns(["content"]).append_column("score", [[1]]), other)
+    with pytest.raises(PrepareError, match=r"other\.parquet: no column 'text' in content, score; .*--text_column="):
+        run(good, other)
+    with pytest.raises(PrepareError, match="column 'score' holds int64, not text"):
+        run(other, "--text_column=score")
+    with pytest.raises(PrepareError, match="nothing is prepared here yet"):
+        run(dataset="unknown")
+    for task in ("0/4", "5/4", "x", "1/0", "3"):
+        with pytest.raises(ValueError, match="1/16 to 16/16"):
+            run(good, f"--task={task}")
+    assert not list(tmp_path.glob("data/**/*.bin"))
+    assert run(other, "--text_column=content")[0] == 0
 
 
 @pytest.mark.parametrize("most", [1, 700, 3000, 9000, 15_000, 10_000_000])
@@ -287,14 +236,16 @@ def test_max_tokens_takes_the_fewest_row_groups_in_order(run, tmp_path, most):
     texts = [*some_texts(100, 1), *some_texts(100, 2, words=5), *some_texts(100, 3)]
     for part in range(3):
         write_parquet(tmp_path / f"in/{part}.parquet", texts[100 * part : 100 * part + 100], row_group_size=10)
-    rows, tokens = minimal_prefix(texts, 10, most)
+    counts, rows = count_tokens(texts), 10
+    while rows < 300 and sum(counts[:rows]) + rows < most:
+        rows += 10
     found = []
     for workers in (1, 3):
-        assert run(tmp_path / "in", f"--max_tokens={most}", "--shard_tokens=2500", f"--workers={workers}",
-                   dataset=f"d{workers}")[0] == 0  # fmt: skip
+        options = (f"--max_tokens={most}", "--shard_tokens=2500", f"--workers={workers}")
+        assert run(tmp_path / "in", *options, dataset=f"d{workers}")[0] == 0
         found.append(files_of(tmp_path / f"data/d{workers}"))
     manifest = read_manifest(tmp_path / "data/d1")
-    assert (manifest["documents"], manifest["tokens"]) == (rows, tokens)
+    assert (manifest["documents"], manifest["tokens"]) == (rows, sum(counts[:rows]) + rows)
     assert found[0] == found[1]
 
 
@@ -308,32 +259,28 @@ def test_max_tokens_can_grow_and_ends_as_if_it_had_been_so_from_the_start(run, t
         run(path, "--max_tokens=500", "--shard_tokens=3000")
 
 
-def test_a_guess_that_was_wrong_is_taken_back():
-    """A unit that ran whole although the limit turned out to lie inside it runs again, with that limit."""
+def test_a_unit_that_was_started_early_is_done_again_if_the_limit_lies_in_it():
     plan = {"units": [{"bytes": 4670}, {"bytes": 4670}, {"bytes": 4670}]}  # 1000 tokens each are expected
-    owned = range(3)
-    assert next_units(plan, {}, owned, (), {}, 0) == [(0, 0), (1, 0), (2, 0)]
-    assert next_units(plan, {}, owned, (), {}, 2000) == [(0, 2000)]
-    assert next_units(plan, {}, owned, (), {}, 3100) == [(0, 3100), (1, 0)]
-    record = {"tokens": 2500, "complete": True, "limit": 3100}
-    assert next_units(plan, {0: record}, owned, (1,), {}, 3100) == []
+    first = {"tokens": 2500, "complete": True, "limit": 3100}
     whole = {"tokens": 2500, "complete": True, "limit": 0}
-    assert next_units(plan, {0: record, 1: whole}, owned, (), {}, 3100) == [(1, 600)]
     cut = {"tokens": 650, "complete": False, "limit": 600}
-    assert next_units(plan, {0: record, 1: cut, 2: whole}, owned, (), {}, 3100) == []
-    assert next_units(plan, {0: record, 1: cut, 2: whole}, owned, (), {}, 0) == [(1, 0)]
+    for records, running, most, expected in (
+        ({}, (), 0, [(0, 0), (1, 0), (2, 0)]),
+        ({}, (), 2000, [(0, 2000)]),
+        ({}, (), 3100, [(0, 3100), (1, 0)]),
+        ({0: first}, (1,), 3100, []),
+        ({0: first, 1: whole}, (), 3100, [(1, 600)]),
+        ({0: first, 1: cut, 2: whole}, (), 3100, []),
+        ({0: first, 1: cut, 2: whole}, (), 0, [(1, 0)]),
+    ):
+        assert next_units(plan, records, range(3), running, {}, most) == expected
 
 
-# ---- tasks -------------------------------------------------------------------------------------------------
-
-
-def test_tasks_and_a_merge_make_what_one_run_makes(run, tmp_path):
-    for name in "abc":
-        write_parquet(tmp_path / f"in/{name}.parquet", some_texts(80, ord(name)))
-    options = (tmp_path / "in", "--shard_tokens=1500", "--val_fraction=0.2")
+def test_tasks_and_a_merge_make_what_one_run_makes(run, inputs, tmp_path):
+    options = (inputs, "--shard_tokens=3000", "--val_fraction=0.2")
     for task in ("2/3", "1/3"):
-        code, said = run(*options, f"--task={task}")
-        assert code == 0 and "--merge" in said
+        code, printed = run(*options, f"--task={task}")
+        assert code == 0 and "--merge" in printed
     assert not (tmp_path / "data/docs/manifest.json").exists()
     with pytest.raises(PrepareError, match=r"units \[2, 5, .* are not done"):
         run("--merge")
@@ -343,255 +290,249 @@ def test_tasks_and_a_merge_make_what_one_run_makes(run, tmp_path):
     assert files_of(tmp_path / "data/docs") == files_of(tmp_path / "data/whole")
 
 
-@pytest.mark.parametrize("task", ["0/4", "5/4", "x", "1/0", "3"])
-def test_a_task_that_is_none_is_refused(run, task):
-    with pytest.raises(ValueError, match="1/16 to 16/16"):
-        run("a.parquet", f"--task={task}")
-
-
-# ---- sources -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_jsonl_gives_the_same_tokens_as_parquet(run, tmp_path, suffix):
-    texts = some_texts(300)
-    content = "".join(json.dumps({"id": 1, "text": text}) + "\n" * (1 + i % 2) for i, text in enumerate(texts)).encode()
-    path = tmp_path / f"a{suffix}"
-    if suffix.endswith("zst"):
-        with pa.CompressedOutputStream(str(path), "zstd") as file:
-            file.write(content)
-    else:
-        path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    assert run(path, "--shard_tokens=2000")[0] == 0
-    assert len(read_manifest(tmp_path / "data/docs")["shards"]) > 5 or suffix != ".jsonl"
-    found = [ids.tolist() for ids in documents_of(tmp_path / "data/docs", "train")]
-    assert found == expected_documents(texts, "train")
-
-
-@pytest.mark.parametrize("parts", [1, 2, 7, 40])
-def test_text_files_are_cut_into_whole_lines_and_lose_nothing(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr(sources, "TXT_BYTES", 100)
-    draw = random.Random(parts)
-    lines = ["".join(draw.choices("ab é\r", k=draw.randint(0, 30))) + "\n" for _ in range(500)]
-    content = ("".join(lines) + "no end of line").encode()
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    units = sources.cut_bytes(str(path), len(content), len(content) / parts)
-    assert len(units) == parts
-    rows = [
-        row for unit in units for batch in read_texts(str(path), unit, "text") for row in zip(*batch[:2], strict=True)
-    ]
-    assert b"".join(text for _, text in rows) == content
-    assert [position for position, _ in rows] == np.cumsum([0, *(len(text) for _, text in rows)]).tolist()[:-1]
-    assert max(len(text) for _, text in rows) <= 8 * 100 + 70 and len(rows) > 5
-
-
-def test_a_text_file_starts_without_its_byte_order_mark(run, tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello world")
-    assert run(tmp_path / "a.txt")[0] == 0
-    assert documents_of(tmp_path / "data/docs", "train")[0].tolist() == [50256, 15496, 995]
-
-
-def test_folders_and_globs_are_taken_in_the_order_of_their_names(tmp_path):
-    for name in ("b/1.parquet", "a/2.parquet", "a/10.parquet", "a/x.jsonl", "a/readme.md"):
-        write_parquet(tmp_path / name, ["x"])
-    names = [p.removeprefix(f"{tmp_path.as_posix()}/") for p in sources.find_files([str(tmp_path)])]
-    assert names == ["a/10.parquet", "a/2.parquet", "b/1.parquet"]
-    assert sources.find_files([f"{tmp_path}/**/2.*"]) == [f"{tmp_path.as_posix()}/a/2.parquet"]
-
-
-def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.md").write_text("x")
-    good = write_parquet(tmp_path / "good.parquet", ["x"])
-    with pytest.raises(SourceError) as error:
-        run(good, *(tmp_path / name for name in ("none.parquet", "empty", "notes.md", "*.nothing")))
-    lines = str(error.value).splitlines()
-    assert len(lines) == 4
-    for name, line in zip(("none.parquet", "empty", "notes.md", "*.nothing"), lines, strict=True):
-        assert line.startswith(f"{tmp_path}/{name}: ")
-    no_column = tmp_path / "other.parquet"
-    pq.write_table(pa.table({"content": ["x"], "score": [1]}), no_column)
-    with pytest.raises(PrepareError, match=r"other\.parquet: no column 'text' among content, score; .*--text_column="):
-        run(good, no_column)
-    with pytest.raises(PrepareError, match="column 'score' holds int64, not text"):
-        run(no_column, "--text_column=score")
-    assert run(no_column, "--text_column=content", dataset="other")[0] == 0
-    with pytest.raises(PrepareError, match="nothing is prepared here yet"):
-        run(dataset="unknown")
-    assert not list(tmp_path.glob("data/docs/*.bin"))
-
-
-# ---- the hub -----------------------------------------------------------------------------------------------
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """What huggingface_hub asks for: the repository, its folders, ranges of its files; some answers fail."""
-
-    protocol_version = "HTTP/1.1"
-    root, failures, asked = None, 0, 0
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, content, code=200, **headers):
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(code)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def entry(self, path):
-        size = path.stat().st_size if path.is_file() else 0
-        kind = "file" if path.is_file() else "directory"
-        return {"type": kind, "path": path.relative_to(self.root).as_posix(), "oid": "1" * 40, "size": size}
-
-    def do_POST(self):
-        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
-        self.answer([self.entry(self.root / name) for name in asked if (self.root / name).exists()])
-
-    def do_GET(self):
-        url = urlparse(self.path)
-        path, api = unquote(url.path), "/api/datasets/org/data"
-        if path in (api, f"{api}/revision/main"):
-            return self.answer({"id": "org/data", "sha": "a" * 40, "siblings": [], "tags": []})
-        if path.startswith(f"{api}/tree/main"):
-            folder = self.root / path.removeprefix(f"{api}/tree/main").strip("/")
-            deep = "recursive=true" in url.query.lower()
-            if folder.is_dir():
-                return self.answer([self.entry(p) for p in sorted(folder.rglob("*") if deep else folder.glob("*"))])
-        if path.startswith("/datasets/org/data/resolve/"):
-            return self.send_range(self.root / path.split("/", 6)[-1])
-        return self.answer({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
-
-    def send_range(self, path):
-        type(self).asked += 1
-        if self.asked <= self.failures:
-            return self.answer({"error": "busy"}, 503)
-        content = path.read_bytes()
-        first, last = self.headers.get("Range", f"bytes=0-{len(content) - 1}").removeprefix("bytes=").split("-")
-        part = content[int(first) : int(last or len(content)) + 1]
-        where = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
-        return self.answer(part, 206, Content_Range=where, ETag='"x"', X_Repo_Commit="a" * 40)
-
-    do_HEAD = do_GET
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """(folder, command): a server for the repository org/data, whose files lie in that folder; and what runs
-    prepare.py with it for Hugging Face's, in a process of its own, since the address is read at import."""
-    pytest.importorskip("huggingface_hub")
-    Hub.root, Hub.failures, Hub.asked = tmp_path / "hub", 0, 0
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    home = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-    def command(*arguments):
-        line = [sys.executable, "prepare.py", *map(str, arguments), f"--data_dir={tmp_path / 'data'}"]
-        root = Path(prepare.__file__).parent
-        return subprocess.run(line, cwd=root, env=os.environ | home, capture_output=True, text=True, timeout=120)
-
-    yield Hub.root, command
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("name", ["sample/10BT/*.parquet", "sample", "sample/10BT/000.parquet"])
-def test_hub_paths_give_the_bytes_of_local_files_in_spite_of_failures(run, tmp_path, hub, name):
-    folder, command = hub
-    for number in range(1 if "000" in name else 2):
-        write_parquet(folder / f"sample/10BT/{number:03d}.parquet", some_texts(120, number))
-    write_parquet(folder / "data/other.parquet", ["another"])
-    assert run(folder / "sample", "--shard_tokens=3000", dataset="local")[0] == 0
-    Hub.failures = 2
-    done = command(f"hf://datasets/org/data/{name}", "--shard_tokens=3000", "--dataset=remote")
-    assert done.returncode == 0 and Hub.asked > 4, done.stderr
-    local, remote = (files_of(tmp_path / "data" / name) for name in ("local", "remote"))
-    assert local.keys() == remote.keys() and len(local) > 3
-    assert {name for name in local if local[name] != remote[name]} == {"manifest.json"}
-    assert read_manifest(tmp_path / "data/remote")["sources"][0]["path"].startswith("hf://datasets/org/data/sample")
-
-
-def test_hub_paths_that_are_not_there_are_named(hub):
-    folder, command = hub
-    write_parquet(folder / "a.parquet", ["x"])
-    done = command("hf://datasets/org/data/none/*.parquet", "hf://datasets/org/none/a.parquet", "--dataset=docs")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "hf://datasets/org/data/none/*.parquet: no such file" in done.stderr
-    assert "hf://datasets/org/none/a.parquet: " in done.stderr
-
-
-def test_reading_goes_on_after_its_last_row_when_the_connection_breaks(tmp_path, monkeypatch):
-    """The hub's file breaks off in the middle of the second row group, twice."""
-    texts = some_texts(100)
-    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=25)
-    _, units = examine(path.as_posix(), "text", 10**9)
-    state, real, waits = {"opened": 0}, sources.parquet_batches, []
-
-    def breaking(file, name, unit, column, start):
-        state["opened"] += 1
-        for count, batch in enumerate(real(file, name, unit, column, start)):
-            if state["opened"] < 3 and count == 1:
-                raise ConnectionResetError("gone")
-            yield batch
-
-    monkeypatch.setattr(sources, "parquet_batches", breaking)
-    monkeypatch.setattr(sources, "open_file", lambda name: path.open("rb"))
-    monkeypatch.setattr(sources.time, "sleep", waits.append)
-    found = [value.decode() for _, values, _ in read_texts("hf://a.parquet", units[0], "text") for value in values]
-    assert found == texts and waits == [2, 2]
-
-
-# ---- looking at a dataset ----------------------------------------------------------------------------------
+# ---- a look at a dataset -----------------------------------------------------------------------------------
 
 
 def test_inspect_shows_counts_lengths_sources_and_texts(run, tmp_path):
     texts = [f"word{' word' * (i % 10)}" for i in range(200)]
     path = write_parquet(tmp_path / "a.parquet", ["FIRST document", *texts, "LAST document"])
     run(path, "--val_fraction=0.0")
-    code, said = run("--inspect")
+    code, printed = run("--inspect")
     assert code == 0
     for part in ("202", path.as_posix(), "first: FIRST document", "last: LAST document", "0 null, 0 empty"):
-        assert part in said, part
-
-
-def test_inspect_shows_a_dataset_of_one_long_document(run, tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "long " * 30_000}))
-    assert run(tmp_path / "a.jsonl")[0] == 0
-    code, said = run("--inspect")
-    assert code == 0 and "30,001, 30,001" in said and "last: long long" in said
+        assert part in printed, part
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "long " * 30_000}))  # one document, longer than is decoded
+    assert run(tmp_path / "a.jsonl", dataset="long")[0] == 0
+    code, printed = run("--inspect", dataset="long")
+    assert code == 0 and "30,001, 30,001" in printed and "last: long long" in printed
 
 
 def test_verify_compares_with_token_count(run, tmp_path):
     texts = some_texts(100)
-    encode = load_tokenizer().reference.encode_ordinary
-    counts = [len(encode(text)) for text in texts]
-    right = write_parquet(tmp_path / "right.parquet", texts, token_count=pa.array(counts))
+    counts = count_tokens(texts)
+    right = write_parquet(tmp_path / "right.parquet", texts, token_count=counts)
     assert run(right, "--shard_tokens=1500", "--max_tokens=4000")[0] == 0
-    code, said = run("--verify")
-    assert code == 0 and "are right" in said and "not compared" not in said
-    counts[3] += 1
-    wrong = write_parquet(tmp_path / "wrong.parquet", texts, token_count=pa.array(counts))
+    code, printed = run("--verify")
+    assert code == 0 and "are right" in printed and "token_count" not in printed
+    wrong = write_parquet(tmp_path / "wrong.parquet", texts, token_count=[counts[0] + 1, *counts[1:]])
     run(wrong, dataset="wrong")
-    code, said = run("--verify", dataset="wrong")
-    assert code == 1 and f"rows 0 to 100 is {sum(counts):,}, not {sum(counts) - 1:,}" in said
+    code, printed = run("--verify", dataset="wrong")
+    assert code == 1 and f"rows 0 to 100 is {sum(counts) + 1:,}, not {sum(counts):,}" in printed
     with pytest.raises(PrepareError, match="no finished dataset"):
         run("--verify", dataset="none")
 
 
 def test_the_quickstart_is_half_a_million_tokens_of_english_with_fineweb_s_columns(run, tmp_path):
-    code, said = run(dataset="")
+    code, printed = run(dataset="")
     folder = tmp_path / "data/quickstart"
     table, manifest = pq.read_table(folder / "quickstart.parquet"), read_manifest(folder)
     columns = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]
     assert code == 0 and table.column_names == columns and str(table.schema.field("token_count").type) == "int64"
     assert manifest["tokens"] == sum(table["token_count"].to_pylist()) + len(table)
     assert 400_000 < manifest["tokens"] < 800_000
-    val = TokenBlocks(folder, "val", 128).tokens
-    assert 0.03 < val / manifest["tokens"] < 0.07 and "next: python train.py config/quickstart.py" in said
-    code, said = run(dataset="")
-    assert code == 0 and "nothing to do" in said
+    val = Windows(folder, "val", 128).tokens
+    assert 0.03 < val / manifest["tokens"] < 0.07 and "next: python train.py config/quickstart.py" in printed
+    code, printed = run(dataset="")
+    assert code == 0 and "nothing to do" in printed
+
+
+# ---- kills -------------------------------------------------------------------------------------------------
+
+
+@POSIX
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_run_again_the_bytes_are_those_of_a_run_never_stopped(
+    start, run, inputs, tmp_path, kills
+):
+    options = (inputs, "--val_fraction=0.1", "--shard_tokens=3000")
+    assert run(*options, dataset="whole")[0] == 0
+    folder, draw, killed, tries = tmp_path / "data/docs", random.Random(kills), 0, 0
+    while killed < kills:
+        tries += 1
+        assert tries < 6 * kills, "it is done before it can be killed"
+        process = start(*options, f"--workers={1 + tries % 3}")
+        begun = len(list(folder.glob("*")))
+        if tries % 2:  # half of the kills come when there is new work to harm
+            wait_for(lambda: process.poll() is not None or len(list(folder.glob("*"))) > begun)  # noqa: B023
+        time.sleep(draw.uniform(0, 0.05 if tries % 2 else 1.5))
+        done = process.poll() is not None
+        killed += not done
+        process.kill()
+        process.wait()
+        wait_for(lambda: group_is_empty(process))  # noqa: B023
+        assert_nothing_is_half(folder)
+        if done or tries % 3 == 2:  # take half of the units away, so that the next kills find work
+            for path in list(folder.glob(".prepare/unit_*.json"))[::2]:
+                path.unlink()
+                for shard in folder.glob(f"*{path.stem.removeprefix('unit')}.bin"):
+                    shard.unlink()
+    assert run(*options)[0] == 0
+    assert files_of(folder) == files_of(tmp_path / "data/whole") and not list(folder.rglob("*.tmp"))
+
+
+@POSIX
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("harm", ["SIGINT", "SIGTERM", "a dead worker"])
+def test_a_signal_or_a_dead_worker_ends_all_processes_at_once_and_leaves_nothing_half(start, tmp_path, harm):
+    path = write_parquet(tmp_path / "a.parquet", some_texts(4000, words=2000), row_group_size=1000)
+    process, folder = start(path, "--workers=2"), tmp_path / "data/docs"
+    wait_for(lambda: list(folder.glob("*.tmp")) or process.poll() is not None)
+    begun = time.monotonic()
+    if harm == "a dead worker":
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        os.kill(int(workers[0]), signal.SIGKILL)
+    else:
+        (os.killpg if harm == "SIGINT" else os.kill)(process.pid, signal.Signals[harm])
+    printed = "".join(process.communicate(timeout=20))
+    wait_for(lambda: group_is_empty(process))
+    assert time.monotonic() - begun < 10 and "Traceback" not in printed
+    assert_nothing_is_half(folder)
+    if harm == "SIGINT":
+        assert process.returncode == 130 and "the same command continues" in printed
+    if harm == "a dead worker":
+        assert process.returncode == 2 and "died (exit code -9" in printed and "--workers" in printed
+    assert harm == "SIGTERM" or not list(folder.glob("*.tmp"))
+
+
+# ---- full disks and two writers ----------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_too_small_is_reported_before_any_work(run, inputs, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 10_000})
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(PrepareError, match=r"[\d,]+ bytes are needed and 10,000 are free; .*--max_tokens"):
+        run(inputs)
+    assert not list((tmp_path / "data").rglob("*.bin"))
+
+
+@POSIX
+def test_a_limit_on_file_size_is_named_with_file_and_bytes_and_leaves_the_rest_intact(start, run, inputs, tmp_path):
+    import resource
+
+    assert run(write_parquet(tmp_path / "small.parquet", ["a few words"]), "--shard_tokens=3000")[0] == 0
+    folder = tmp_path / "data/docs"
+    before = files_of(folder)
+    process = start(inputs, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)))
+    printed = "".join(process.communicate(timeout=60))
+    assert process.returncode == 2 and "could not be written" in printed and "Traceback" not in printed
+    assert "File too large" in printed and "bytes" in printed
+    assert not list(folder.rglob("*.tmp")) and before.items() <= files_of(folder).items()
+    assert_nothing_is_half(folder)
+
+
+@POSIX
+def test_a_disk_that_fills_up_all_the_same(run, tmp_path, small_disk):
+    """Prose comes first, by which the need is estimated, then digits, which need four times as much."""
+    disk, draw = small_disk("300k"), random.Random(0)
+    digits = ["".join(draw.choices("1234567890 +-*/", k=2000)) for _ in range(250)]
+    prose = ["some quite ordinary words about nothing much " * 20 for _ in range(300)]
+    path = write_parquet(tmp_path / "a.parquet", prose + digits, row_group_size=300)
+    options = (path, "--shard_tokens=3000", "--workers=1")
+    with pytest.raises(ShardError, match=r"\.bin: could not be written .*No space left on device.* bytes"):
+        run(*options, data_dir=disk)
+    assert_nothing_is_half(disk / "docs")
+    assert not list(disk.rglob("*.tmp")) and list(disk.rglob("train_*.bin"))
+    subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+    assert run(*options, data_dir=disk)[0] == run(*options)[0] == 0
+    assert files_of(tmp_path / "data/docs") == files_of(disk / "docs")
+
+
+@pytest.mark.parametrize(
+    ("held", "arguments", "free"),
+    [
+        ("all.lock", (), False),
+        ("all.lock", ("--task=1/2",), False),
+        ("task_1_of_2.lock", ("--merge",), False),
+        ("task_1_of_2.lock", ("--task=1/2",), False),
+        ("task_1_of_2.lock", ("--task=2/2",), True),
+    ],
+)
+def test_a_second_prepare_names_the_first_and_a_kill_frees_it(
+    run, inputs, tmp_path, monkeypatch, held, arguments, free
+):
+    monkeypatch.setattr(prepare, "PLANNING_SECONDS", 0.2)
+    lock = tmp_path / "data/docs/.prepare" / held
+    lock.parent.mkdir(parents=True)
+    code = f"import time\nfrom onecard import durable\nwith durable.owned({str(lock)!r}, ''): print(1, flush=True); time.sleep(99)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        if not free:
+            with pytest.raises(OwnedError, match=f"process {first.pid} on "):
+                run(inputs, *arguments)
+        else:
+            assert run(inputs, *arguments)[0] == 0
+        first.kill()
+    if "--merge" not in arguments:
+        assert run(inputs, *arguments)[0] == 0
+
+
+def test_all_tasks_may_begin_at_the_same_moment(start, run, inputs, tmp_path):
+    processes = [start(inputs, f"--task={task}/5", "--workers=1") for task in range(1, 6)]
+    for process in processes:
+        printed = process.communicate(timeout=120)
+        assert process.returncode == 0, printed
+    options = ("--shard_tokens=3000",)
+    assert run("--merge", *options)[0] == 0 and run(inputs, *options, dataset="whole")[0] == 0
+    assert files_of(tmp_path / "data/docs") == files_of(tmp_path / "data/whole")
+
+
+# ---- damage ------------------------------------------------------------------------------------------------
+
+
+def test_broken_files_are_named_the_others_are_prepared_and_once_repaired_they_are_added(run, inputs, tmp_path):
+    content = (inputs / "1.parquet").read_bytes()
+    harms = {"cut": content[: len(content) // 2], "cut in the footer": content[:-100], "empty": b""}
+    harms["not parquet"] = b"not parquet at all, but long enough"
+    for name, harmed in harms.items():
+        (inputs / f"{name}.parquet").write_bytes(harmed)
+    code, printed = run(inputs)
+    assert code == 1 and read_manifest(tmp_path / "data/docs")["documents"] == 750
+    for number, name in enumerate(harms):
+        path = inputs / f"{name}.parquet"
+        assert f"left out: {path.as_posix()}: cannot be read" in printed
+        write_parquet(path, some_texts(50, 10 + number))
+    assert run(inputs)[0] == 0
+    assert read_manifest(tmp_path / "data/docs")["documents"] == 950
+
+
+def test_a_flipped_bit_in_a_page_fails_its_unit_alone_until_it_is_repaired(run, tmp_path):
+    good = write_parquet(tmp_path / "good.parquet", some_texts(100, 1))
+    path = write_parquet(tmp_path / "bad.parquet", some_texts(600, 2), row_group_size=50, write_page_checksum=True)
+    group = pq.ParquetFile(path).metadata.row_group(6).column(0)
+    position = group.data_page_offset + group.total_compressed_size // 2
+    flip_bit(path, position)
+    for _ in range(2):  # the second run tries it again
+        code, printed = run(good, path, "--shard_tokens=3000")
+        manifest = read_manifest(tmp_path / "data/docs")
+        assert code == 1 and f"failed: {path.as_posix()}: cannot be read" in printed
+        assert 100 < manifest["documents"] < 700 and len(manifest["failed"]) == 1
+    flip_bit(path, position)
+    assert run(good, path, "--shard_tokens=3000")[0] == 0
+    assert read_manifest(tmp_path / "data/docs")["documents"] == 700
+
+
+def test_whatever_of_a_dataset_is_damaged_lost_or_cut_is_named_and_made_again(run, inputs, tmp_path):
+    options = (inputs, "--val_fraction=0.2", "--shard_tokens=3000")
+    run(*options)
+    folder = tmp_path / "data/docs"
+    before, path = files_of(folder), folder / "train_000004.bin"
+    for position in (10, 2000, len(before[path.name]) - 1):
+        flip_bit(path, position, bit=64)
+        code, printed = run("--verify")
+        assert code == 1 and f"{path}: " in printed and printed.count(".bin: ") == 1
+        path.write_bytes(before[path.name])
+    path.unlink()
+    (folder / "val_000003.bin").unlink()
+    (folder / "train_000002.bin").write_bytes(before["train_000002.bin"][:-2])
+    record = folder / ".prepare/unit_000006.json"
+    record.write_text(record.read_text()[:50])
+    code, printed = run(*options)
+    assert code == 0 and files_of(folder) == before
+    assert all(f"unit {number} is prepared again" in printed for number in (2, 3, 4, 6))
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ShardError, match=r"manifest\.json: "):
+        run(*options)
+    (folder / "manifest.json").unlink()
+    assert run(*options)[0] == 0 and files_of(folder) == before
+    assert run("--verify")[0] == 0

@@ -1,0 +1,248 @@
+"""sources.py: which files there are and their rows, damaged files, and the hub, which is a server of our own."""
+
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlparse
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from texts import files_of, some_texts, write_parquet
+
+import prepare
+from onecard import sources
+from onecard.shards import read_manifest
+from onecard.sources import DamagedError, cut_groups, examine, find_files, read_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows_of(path, shard_bytes=1e9):
+    """[(position, value)] of all units of a file, and the number of units."""
+    _, units = examine(path.as_posix(), "text", shard_bytes)
+    batches = [batch for unit in units for batch in read_texts(path.as_posix(), unit, "text")]
+    return [row for positions, values, _ in batches for row in zip(positions, values, strict=True)], len(units)
+
+
+def write(path, content):
+    """Writes a file with the compression that its name says."""
+    kind = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    with pa.CompressedOutputStream(str(path), kind) if kind else path.open("wb") as file:
+        file.write(content)
+
+
+def test_folders_and_globs_are_taken_in_the_order_of_their_names(tmp_path):
+    for name in ("b/1.parquet", "a/2.parquet", "a/10.parquet", "a/x.jsonl", "a/readme.md"):
+        write_parquet(tmp_path / name, ["x"])
+    names = [p.removeprefix(f"{tmp_path.as_posix()}/") for p in find_files([str(tmp_path)])]
+    assert names == ["a/10.parquet", "a/2.parquet", "b/1.parquet"]
+    assert find_files([f"{tmp_path}/**/2.*"]) == [f"{tmp_path.as_posix()}/a/2.parquet"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "dictionary of string", "dictionary of large_string"]
+)
+def test_every_kind_of_string_column_gives_the_same_texts(tmp_path, kind):
+    texts = [*some_texts(50), None, "", "last"]
+    column = pa.array(texts, getattr(pa, kind.removeprefix("dictionary of "))())
+    column = column.dictionary_encode() if "dictionary" in kind else column
+    rows, _ = rows_of(write_parquet(tmp_path / "a.parquet", column))
+    assert rows == list(enumerate(text if text is None else text.encode() for text in texts))
+
+
+def test_units_cover_every_row_once_and_are_about_a_shard_each():
+    draw = random.Random(0)
+    for _ in range(300):
+        groups = [(draw.randint(0, 50), draw.choice([0, 10, 100, 1000, 5000])) for _ in range(draw.randint(1, 40))]
+        shard, starts = draw.choice([100, 1000, 3000]), np.cumsum([0, *(rows for rows, _ in groups)])
+        units = cut_groups(groups, shard)
+        places = [0] + [row for unit in units for row in unit["rows"]] + [starts[-1]]
+        assert places[::2] == places[1::2]
+        for unit in units:
+            (first, last), (start, stop) = unit["row_groups"], unit["rows"]
+            assert starts[first] <= start <= stop <= starts[last]
+            assert unit["bytes"] <= 2 * shard or groups[first][0] < 50  # a row group is cut into its rows at most
+    sizes = [unit["bytes"] for unit in cut_groups([(1000, 3_300_000)] * 700, 467_000_000)]
+    assert sizes == [140 * 3_300_000] * 5
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_jsonl_gives_its_texts_in_order_whatever_the_compression_and_the_units(tmp_path, suffix):
+    texts = some_texts(300)
+    lines = [json.dumps({"id": 1, "text": text}) + "\n" * (1 + i % 2) for i, text in enumerate(texts)]
+    path = tmp_path / f"a{suffix}"
+    write(path, "".join(lines).encode())
+    rows, units = rows_of(path, 9000)
+    starts = np.cumsum([0, *map(len, lines)]).tolist()
+    assert rows == list(zip(starts, texts, strict=False))
+    assert units > 5 if suffix == ".jsonl" else units == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 40])
+def test_text_files_are_cut_into_whole_lines_and_lose_nothing(tmp_path, monkeypatch, parts):
+    monkeypatch.setattr(sources, "TXT_BYTES", 100)
+    draw, path = random.Random(parts), tmp_path / "a.txt"
+    lines = ["".join(draw.choices("ab é\r", k=draw.randint(0, 30))) + "\n" for _ in range(500)]
+    content = ("".join(lines) + "no end of line").encode()
+    write(path, content)
+    rows, units = rows_of(path, len(content) / parts)
+    assert units == parts and b"".join(text for _, text in rows) == content
+    assert [position for position, _ in rows] == np.cumsum([0, *(len(text) for _, text in rows)]).tolist()[:-1]
+    assert max(len(text) for _, text in rows) <= 8 * 100 + 70 and len(rows) > 5
+
+
+def test_a_text_file_starts_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfHello world")
+    assert rows_of(tmp_path / "a.txt") == ([(0, b"Hello world")], 1)
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1]", '{"text": 5}', '"text"', '{"a": ' + "[" * 100_000])
+def test_a_broken_or_deeply_nested_line_is_named_by_file_and_byte(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    with pytest.raises(DamagedError, match=r"a\.jsonl: .*line at byte 17"):
+        rows_of(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("suffix", ["txt.gz", "txt.zst", "parquet"])
+def test_a_file_cut_short_is_named(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        write_parquet(path, some_texts(100))
+    else:
+        write(path, np.random.default_rng(0).integers(32, 126, 100_000, dtype=np.uint8).tobytes())
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DamagedError, match=f"{path.as_posix()}: cannot be read"):
+        rows_of(path)
+
+
+def test_a_parquet_file_without_rows_has_none_and_a_column_named_twice_is_refused(tmp_path):
+    assert rows_of(write_parquet(tmp_path / "empty.parquet", [])) == ([], 1)
+    twice = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DamagedError, match=r"twice\.parquet: .*2 columns 'text'"):
+        rows_of(tmp_path / "twice.parquet")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What huggingface_hub asks for: the repository, its folders, ranges of its files. The first `failures` fail."""
+
+    protocol_version = "HTTP/1.1"
+    root, failures, asked = None, 0, 0
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content, code=200, **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def entry(self, path):
+        size, kind = (path.stat().st_size, "file") if path.is_file() else (0, "directory")
+        return {"type": kind, "path": path.relative_to(self.root).as_posix(), "oid": "1" * 40, "size": size}
+
+    def do_POST(self):
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())["paths"]
+        self.answer([self.entry(self.root / name) for name in asked if (self.root / name).exists()])
+
+    def do_GET(self):
+        url, api = urlparse(self.path), "/api/datasets/org/data"
+        path = unquote(url.path)
+        if path in (api, f"{api}/revision/main"):
+            return self.answer({"id": "org/data", "sha": "a" * 40, "siblings": [], "tags": []})
+        folder = self.root / path.removeprefix(f"{api}/tree/main").strip("/")
+        if path.startswith(f"{api}/tree/main") and folder.is_dir():
+            below = folder.rglob("*") if "recursive=true" in url.query.lower() else folder.glob("*")
+            return self.answer([self.entry(p) for p in sorted(below)])
+        if path.startswith("/datasets/org/data/resolve/"):
+            return self.answer_range((self.root / path.split("/", 6)[-1]).read_bytes())
+        return self.answer({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
+
+    def answer_range(self, content):
+        type(self).asked += 1
+        if self.asked <= self.failures:
+            return self.answer({"error": "busy"}, 503)
+        first, last = self.headers.get("Range", f"bytes=0-{len(content) - 1}").removeprefix("bytes=").split("-")
+        part = content[int(first) : int(last or len(content)) + 1]
+        where = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        return self.answer(part, 206, Content_Range=where, ETag='"x"', X_Repo_Commit="a" * 40)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(folder with the files of the repository org/data, a function that runs Python with this server as the hub).
+
+    Python is a process of its own: huggingface_hub reads the address when it is imported.
+    """
+    pytest.importorskip("huggingface_hub")
+    Hub.root, Hub.failures, Hub.asked = tmp_path / "hub", 0, 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        options = {"env": os.environ | home, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
+        yield Hub.root, lambda *arguments: subprocess.run([sys.executable, *map(str, arguments)], **options)
+        server.shutdown()
+
+
+def test_hub_paths_give_the_bytes_of_local_files_in_spite_of_failures(tmp_path, hub):
+    folder, python = hub
+    for number in range(2):
+        write_parquet(folder / f"sample/10BT/{number:03d}.parquet", some_texts(120, number))
+    options = ["--shard_tokens=3000", "--encoder=tiktoken", f"--data_dir={tmp_path / 'data'}"]
+    prepare.main([str(folder / "sample"), *options, "--dataset=local"])
+    Hub.failures = 2
+    done = python("prepare.py", "hf://datasets/org/data/sample/10BT/*.parquet", *options, "--dataset=remote")
+    assert done.returncode == 0 and Hub.asked > 4, done.stderr
+    local, remote = (files_of(tmp_path / "data" / name) for name in ("local", "remote"))
+    assert local.keys() == remote.keys() and len(local) > 3
+    assert {name for name in local if local[name] != remote[name]} == {"manifest.json"}
+    assert read_manifest(tmp_path / "data/remote")["sources"][0]["path"].startswith("hf://datasets/org/data/sample")
+
+
+def test_hub_files_are_found_by_glob_folder_and_name_and_what_is_not_there_is_named(hub):
+    folder, python = hub
+    for name in ("sample/10BT/000.parquet", "sample/10BT/001.parquet", "sample/readme.md", "data/other.parquet"):
+        write_parquet(folder / name, ["x"])
+    base = "hf://datasets/org/data/sample"
+    names = [f"{base}/10BT/*.parquet", base, f"{base}/10BT/001.parquet"]
+    done = python("-c", f"from onecard.sources import *; print(*(find_files([name]) for name in {names}), sep='\\n')")
+    both = [f"{base}/10BT/000.parquet", f"{base}/10BT/001.parquet"]
+    assert done.stdout.splitlines() == [str(both), str(both), str(both[1:])], done.stderr
+    missing = "hf://datasets/org/data/none/*.parquet", "hf://datasets/org/none/a.parquet"
+    done = python("prepare.py", *missing, "--dataset=docs")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"{missing[0]}: no such file" in done.stderr and f"{missing[1]}: " in done.stderr
+
+
+def test_reading_continues_after_its_last_row_when_the_connection_breaks(tmp_path, monkeypatch):
+    """The hub's file breaks off in the middle of the second row group, twice."""
+    texts = some_texts(100)
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=25)
+    _, units = examine(path.as_posix(), "text", 10**9)
+    opened, real, waits = [], sources.parquet_batches, []
+
+    def breaking(*arguments):
+        opened.append(arguments)
+        for count, batch in enumerate(real(*arguments)):
+            if len(opened) < 3 and count == 1:
+                raise ConnectionResetError("gone")
+            yield batch
+
+    monkeypatch.setattr(sources, "parquet_batches", breaking)
+    monkeypatch.setattr(sources, "open_file", lambda name: path.open("rb"))
+    monkeypatch.setattr(sources.time, "sleep", waits.append)
+    found = [value.decode() for _, values, _ in read_texts("hf://a.parquet", units[0], "text") for value in values]
+    assert found == texts and waits == [2, 2]

@@ -1,0 +1,162 @@
+"""units.py: its ids against tiktoken's, what it skips and refuses, kills, and a worker without the repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from texts import documents_of, expected_documents, files_of, some_texts, strings_of_bytes, write_parquet
+
+from onecard import durable
+from onecard.sources import DamagedError, examine
+from onecard.tokenizer import HARD_STRINGS, load_tokenizer
+from onecard.units import STATE, in_val, make_job, prepare_unit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def jobs_of(path, folder, shard_bytes=1e9, val_fraction=0.0):
+    """The jobs of all units of one file."""
+    (folder / STATE).mkdir(parents=True, exist_ok=True)
+    source, units = examine(path.as_posix(), "text", shard_bytes)
+    settings = {"text_column": "text", "val_fraction": val_fraction}
+    plan = {"settings": settings, "sources": [source], "units": [{"source": 0, **unit} for unit in units]}
+    return [make_job(plan, number, 0, folder) for number in range(len(units))]
+
+
+def prepare_file(path, folder, encoder="tiktoken", **options):
+    """The records of all units of one file."""
+    tokenizer = load_tokenizer(encoder)
+    return [prepare_unit(job, tokenizer, lambda *counts: None) for job in jobs_of(path, folder, **options)]
+
+
+@pytest.fixture(params=["tiktoken", "fastokens"])
+def encoder(request):
+    if request.param == "fastokens":
+        pytest.importorskip("fastokens")
+    return request.param
+
+
+@pytest.mark.parametrize("row_group_size", [20, 500])
+def test_every_document_has_tiktokens_ids_after_one_separator_and_a_large_row_group_is_cut(
+    tmp_path, encoder, row_group_size
+):
+    texts = [text for text in HARD_STRINGS if text] + some_texts(300)
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size)
+    assert len(prepare_file(path, tmp_path / "docs", encoder, shard_bytes=9000, val_fraction=0.2)) > 5
+    for split in ("train", "val"):
+        found = documents_of(tmp_path / "docs", split)
+        assert found == expected_documents(texts, split, 0.2) and found
+
+
+def test_val_is_the_fraction_of_documents_that_was_asked_for():
+    contents = [f"document {i}".encode() for i in range(100_000)]
+    for fraction in (0.0, 0.005, 0.3):
+        count = sum(in_val(content, fraction) for content in contents)
+        deviation = (len(contents) * fraction * (1 - fraction)) ** 0.5
+        assert abs(count - len(contents) * fraction) <= 4 * deviation
+
+
+def test_surrogates_written_as_bytes_are_replaced_and_counted(tmp_path):
+    column = strings_of_bytes([b"a \xed\xa0\x80 b", b"\xed\xa0\xbd\xed\xb8\x80"])
+    (record,) = prepare_file(write_parquet(tmp_path / "a.parquet", column), tmp_path / "docs")
+    found = [load_tokenizer().decode(ids[1:]) for ids in documents_of(tmp_path / "docs", "train")]
+    assert record["replaced"] == 1 and found == ["a \ufffd b", "😀"]
+
+
+def test_bytes_that_are_not_utf8_are_named_by_file_and_row(tmp_path):
+    contents = [text.encode() for text in some_texts(120)]
+    contents[77] = b"good \xff\xfe bad"
+    path = write_parquet(tmp_path / "a.parquet", strings_of_bytes(contents))
+    with pytest.raises(DamagedError, match=f"{path.as_posix()}: row 77 is not UTF-8"):
+        prepare_file(path, tmp_path / "docs")
+    assert [file.name for file in (tmp_path / "docs").rglob("*")] == [STATE]
+
+
+def test_a_million_spaces_and_letters_and_separators_in_texts_give_exact_ids(tmp_path, encoder):
+    texts = [" " * 1_000_000 + "end", "a" * 1_000_000, "<|endoftext|>" * 1000, "\n" * 300_000 + "x" * 10, "plain"]
+    prepare_file(write_parquet(tmp_path / "a.parquet", texts), tmp_path / "docs", encoder)
+    found, tokenizer = documents_of(tmp_path / "docs", "train"), load_tokenizer()
+    assert [tokenizer.decode_bytes(ids[1:]) for ids in found] == [text.encode() for text in texts]
+    assert found[0][1:] == [220] * 999_999 + tokenizer.encode(" end").tolist()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory in /proc")
+@pytest.mark.slow
+def test_a_document_of_100_mb_and_ten_million_letters_in_bounded_memory(tmp_path):
+    """Memory: a few copies of the text (page, column, bytes, str, pieces, ids), whatever else is in the file."""
+    path = write_parquet(tmp_path / "a.parquet", ["word " * 20_000_000, "b" * 10_000_000, "small"], row_group_size=1)
+    (job,) = jobs_of(path, tmp_path / "docs")
+    code = f"""if True:
+        from onecard import tokenizer, units
+        units.prepare_unit({job!r}, tokenizer.load_tokenizer(), lambda *counts: None)
+        print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # (ru_maxrss may be that of the parent)
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and int(done.stdout) < 1200 * 1024, done
+    found = [len(ids) for ids in documents_of(tmp_path / "docs", "train")]
+    letters = len(load_tokenizer().encode("b" * 10_000_000))
+    assert found == [1 + 20_000_001, 1 + letters, 1 + 1]  # "word", then 19,999,999 of " word", then " "
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_killed_before_each_rename_nothing_is_half_and_a_second_run_ends_with_the_same_bytes(tmp_path, number):
+    """number: of the rename: the two shards and the record. (A kill before the sync leaves the same files.)"""
+    path, folder = write_parquet(tmp_path / "a.parquet", some_texts(60)), tmp_path / "docs"
+    (whole,) = prepare_file(path, tmp_path / "whole", val_fraction=0.3)
+    (job,) = jobs_of(path, folder, val_fraction=0.3)
+    code = f"""if True:
+        import os
+        from onecard import tokenizer, units
+        rename, calls = os.replace, []
+        def deadly(*names):
+            calls.append(names)
+            return os.kill(os.getpid(), 9) if len(calls) == {number} else rename(*names)
+        os.replace = deadly
+        units.prepare_unit({job!r}, tokenizer.load_tokenizer(), print)
+    """
+    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert died.returncode == -9 and list(folder.rglob("*.tmp")), died.stderr
+    assert not list(folder.glob(f"{STATE}/*.json"))
+    for place in (folder, folder / STATE):
+        durable.remove_leftovers(place)
+    assert files_of(folder).items() <= files_of(tmp_path / "whole").items()
+    assert prepare_unit(job, load_tokenizer(), lambda *counts: None) == whole
+    assert files_of(folder) == files_of(tmp_path / "whole") and len(whole["shards"]) == 2
+    assert files_of(folder / STATE) == files_of(tmp_path / "whole" / STATE)
+
+
+def test_a_worker_process_needs_the_package_onecard_alone(tmp_path):
+    """It runs in an empty folder with a copy of the package and of the vocabulary, and makes the same bytes."""
+    for name in ("onecard", "data"):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__", "*.bin"))
+    (tmp_path / "empty").mkdir()
+    path = write_parquet(tmp_path / "a.parquet", some_texts(200))
+    (job,) = jobs_of(path, tmp_path / "docs", val_fraction=0.3)
+    code = """if True:
+        import json, multiprocessing, sys
+        import onecard.units
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        context.Process(target=onecard.units.work, args=(theirs, "tiktoken", 1), daemon=True).start()
+        theirs.close()
+        ours.send(json.loads(sys.argv[1]))
+        kind = "progress"
+        while kind == "progress":
+            kind, content = ours.recv()
+        files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
+        print(json.dumps([kind, content, files]))
+    """
+    command = [sys.executable, "-c", code, json.dumps(job)]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy")}
+    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    kind, record, files = json.loads(done.stdout)
+    assert files["onecard.units"].startswith(str(tmp_path / "copy")) and "torch" not in files
+    assert not [file for file in files.values() if file.startswith(f"{ROOT}{os.sep}")]
+    assert kind == "done" and [record] == prepare_file(path, tmp_path / "here", val_fraction=0.3)
+    assert files_of(tmp_path / "docs") == files_of(tmp_path / "here") and len(record["shards"]) == 2
