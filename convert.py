@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from configurator import key, load_config, run_script
-from model import GPT, GPT2_IDS, NORM_EPS, ROPE_THETA, GPTConfig, ModelError
+from model import GPT, GPT2_IDS, NORM_EPS, ROPE_THETA, GPTConfig
 from onecard import checkpoint, durable, metrics, pretrained
 from onecard.pretrained import ConvertError, need
-from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, TokenizerError, load_tokenizer
+from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, load_tokenizer
 
 TOLERANCE = 1e-4  # largest permitted difference between our logits and transformers'
 TEXT = Path(__file__).resolve().parent / "README.md"  # real text to compare ids and logits on
@@ -337,4 +337,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ConvertError, ModelError, TokenizerError, checkpoint.CheckpointError)
+    run_script(main)

@@ -290,4 +290,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ReportError, ModelError)
+    run_script(main)

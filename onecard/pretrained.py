@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
-from onecard import checkpoint
+from onecard import UserError, checkpoint
 from onecard.tokenizer import ENDOFTEXT, Tokenizer, load_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, downloaded by transformers
@@ -42,7 +42,7 @@ QWEN3_NAMES = {  # parts of our names -> of those in transformers' Qwen3; its GP
 }
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError):
     """Weights that cannot be read, written or verified: which file, why, what to do."""
 
 
