@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from configurator import key, load_config, read_values, run_script
-from model import ModelError
 from onecard import UserError, forecast, metrics, plan
 from onecard.diagnosis import PROBLEMS, Finding, Run, diagnose
 from onecard.page import write_page
