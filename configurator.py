@@ -7,7 +7,6 @@ arithmetic, or the name of a key. All mistakes are collected and raised as one C
 """
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -19,11 +18,11 @@ from collections.abc import Callable, Sequence
 from glob import glob
 from operator import add, floordiv, mod, mul, neg, pos, pow, sub, truediv
 from types import SimpleNamespace
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from onecard import UserError
 
-Config = TypeVar("Config")
+Config = TypeVar("Config", bound=Any)
 ALIASES = {  # names that other programs give to a key
     "learning_rate": "lr max_lr peak_lr",
     "gradient_accumulation_steps": "grad_accum grad_accum_steps accumulation_steps accumulate_grad_batches",
@@ -52,21 +51,14 @@ class ConfigError(UserError):
     """Mistakes in a config: one line for each, with its place, the reason and the remedy."""
 
 
-def key(default, help: str, *, choices=None, low=None, high=None, inputs: bool = False) -> Any:
-    """A field of a config dataclass; every one of its fields must be made by this function.
+def key(default, help: str, *, choices=(), low=None, high=None, inputs: bool = False) -> Any:
+    """A field of a config dataclass; all its fields must be made by this function. A key has the type of its default.
 
-    choices: tuple of permitted values. low, high: inclusive bounds. inputs=True: the field, a tuple[str, ...], takes
-    the command-line arguments without dashes that are not config files.
+    choices: the permitted texts. low, high: inclusive bounds. inputs=True: the field, a tuple of texts, takes the
+    command-line arguments without dashes that are not config files.
     """
-    rules = {"help": help, "choices": choices, "low": low, "high": high, "inputs": inputs}
+    rules = {"type": type(default), "help": help, "choices": choices, "low": low, "high": high, "inputs": inputs}
     return dataclasses.field(default=default, metadata=rules)
-
-
-def keys_of(ConfigClass) -> dict[str, SimpleNamespace]:
-    """Name of each key -> its type (tuple for tuple[str, ...]), default, help, choices, low, high, inputs."""
-    types = {name: get_origin(hint) or hint for name, hint in get_type_hints(ConfigClass).items()}
-    fields = dataclasses.fields(ConfigClass)
-    return {f.name: SimpleNamespace(type=types[f.name], default=f.default, **f.metadata) for f in fields}
 
 
 def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -76,48 +68,26 @@ def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) ->
     problems; ConfigClass may have a method problems() that returns those between its keys.
     """
     argv = sys.argv[1:] if argv is None else argv
-    keys = keys_of(ConfigClass)
+    fields = dataclasses.fields(ConfigClass)
+    keys = {field.name: SimpleNamespace(default=field.default, **field.metadata) for field in fields}
     if "--help" in argv or "-h" in argv:
         print(help_text(keys))
         raise SystemExit(0)
-    problems: dict[str, Sequence[str]] = {}  # message -> the keys that are refused
-    values, sources = read_argv(argv, keys, problems)
+    files = [argument for argument in argv if argument.endswith(".py") and not argument.startswith("-")]
+    values = {name: key.default for name, key in keys.items()}
+    sources: dict[str, str] = {}  # key -> the place where it is set
+    problems: list[str] = []
+    for path in files:
+        sources |= read_file(path, values, problems, keys)
+    sources |= read_options([argument for argument in argv if argument not in files], values, problems, keys)
     config = ConfigClass(**values)
     object.__setattr__(config, "_sources", sources)  # for describe(); not a field, so asdict() does not show it
     if hasattr(config, "problems"):
-        refused = {nearest(name, keys) for names in problems.values() for name in names}
-        for text in config.problems():
-            if refused.isdisjoint(re.findall(r"\w+", text)):  # a refused key still has its earlier value
-                problems[text] = ()
+        refused = set(keys).intersection(re.findall(r"\w+", "\n".join(problems)))  # these still have an earlier value
+        problems += [text for text in config.problems() if refused.isdisjoint(re.findall(r"\w+", text))]
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return config
-
-
-def read_argv(argv, keys, problems):
-    """The value of each key, and for the keys that argv sets the place where it is set."""
-    values, sources = {name: key.default for name, key in keys.items()}, {}
-    files = [argument for argument in argv if argument.endswith(".py") and not argument.startswith("-")]
-    for path in files:
-        with collect(problems):
-            for source, text, names, tree in parse_file(path):
-                with collect(problems, f"{source}: {text}: ", names):
-                    value = evaluate(tree, values)
-                    for name in names:
-                        values[name] = checked(value, find_key(name, keys))
-                        sources[name] = source
-    options = [argument for argument in argv if argument not in files]
-    inputs = [argument for argument in options if argument[:1] not in ("", "-") and argument not in BOOLS]
-    takes_inputs = [name for name, key in keys.items() if key.inputs]
-    if inputs and takes_inputs:
-        options = [argument for argument in options if argument not in inputs]
-        values[takes_inputs[0]], sources[takes_inputs[0]] = tuple(inputs), "command line"
-    for option in options:
-        name = option.removeprefix("--").partition("=")[0]
-        with collect(problems, f"command line: {shorten(option)}: ", [name]):
-            values[name] = read_option(option, keys)
-            sources[name] = "command line"
-    return values, sources
 
 
 def read_values(path: str, known: dict) -> dict:
@@ -126,25 +96,28 @@ def read_values(path: str, known: dict) -> dict:
     Raises ConfigError with the file and line of each statement that cannot be read.
     """
     values = dict(known)
-    problems: dict[str, Sequence[str]] = {}
-    for source, text, names, tree in parse_file(path):
-        with collect(problems, f"{source}: {text}: ", names):
-            values |= dict.fromkeys(names, evaluate(tree, values))
+    problems: list[str] = []
+    read_file(path, values, problems)
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return values
 
 
-@contextlib.contextmanager
-def collect(problems, place="", names=()):
-    """Keep a ConfigError of the block in problems, and continue after the block."""
-    try:
-        yield
-    except ConfigError as error:
-        problems[f"{place}{error}"] = names
+def read_file(path, values, problems, keys=None):
+    """Adds the values of a config file to `values`, checked if `keys` is given. Returns key -> file:line."""
+    sources = {}
+    for place, text, names, tree in parse_file(path, problems):
+        try:
+            value = evaluate(tree, values)
+            for name in names:
+                values[name] = checked(value, find_key(name, keys)) if keys else value
+                sources[name] = place
+        except ConfigError as error:
+            problems.append(f"{place}: {text}: {error}")
+    return sources
 
 
-def parse_file(path):
+def parse_file(path, problems):
     """Yields (file:line, text, assigned names, syntax tree of the value) for each statement of a config file.
 
     For a statement other than `key = value`, the tree is the whole statement, and evaluate() refuses it.
@@ -155,44 +128,58 @@ def parse_file(path):
         statements = ast.parse(data).body
     except OSError as error:
         others = {*glob(os.path.join(os.path.dirname(path), "*.py"))} - {path}
-        raise ConfigError(f"{path}: {error.strerror}; {did_you_mean(path, others, 'check the path')}") from None
+        problems.append(f"{path}: {error.strerror}; {did_you_mean(path, others, 'check the path')}")
+        return
     except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno or 1}: {error.msg}; write key = value lines in UTF-8") from None
+        problems.append(f"{path}:{error.lineno or 1}: {error.msg}; write key = value lines in UTF-8")
+        return
     lines = data.splitlines()
     for statement in statements:
+        names, tree = [], statement
         match statement:
             case ast.Pass() | ast.Expr(value=ast.Constant(value=str())):  # a text alone is a docstring
                 continue
             case ast.Assign(targets=targets) if all(isinstance(target, ast.Name) for target in targets):
-                tree = statement.value
-            case _:
-                tree = statement
-        names = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
-        assigned = [name.id for name in names if isinstance(name.ctx, ast.Store)]
+                names, tree = [target.id for target in targets], statement.value
         text = lines[statement.lineno - 1].decode("utf-8-sig", errors="replace").strip()
-        yield f"{path}:{statement.lineno}", shorten(text), assigned, tree
+        yield f"{path}:{statement.lineno}", shorten(text), names, tree
 
 
-def read_option(option, keys):
-    """The value of --key=value, or of --key alone for a bool. Text is taken as it is, a number may be arithmetic."""
-    if not option.startswith("--"):
-        raise ConfigError("not understood; write --key=value (a config file ends in .py)")
-    name, equals, text = option[2:].partition("=")
-    key = find_key(name, keys)
-    if key.type is tuple:
-        raise ConfigError("write these without dashes")
+def read_options(options, values, problems, keys):
+    """Adds the values of the command line to `values`. Returns key -> "command line"."""
+    sources = {}
+    inputs = [option for option in options if option[:1] not in ("", "-") and option not in BOOLS]
+    takes_inputs = [name for name, key in keys.items() if key.inputs]
+    if inputs and takes_inputs:
+        values[takes_inputs[0]], sources[takes_inputs[0]] = tuple(inputs), "command line"
+        options = [option for option in options if option not in inputs]
+    for option in options:
+        try:
+            if not option.startswith("--"):
+                raise ConfigError("not understood; write --key=value (a config file ends in .py)")
+            name, equals, text = option[2:].partition("=")
+            key = find_key(name, keys)
+            if key.type is tuple:
+                raise ConfigError("write these without dashes")
+            if not equals and key.type is not bool:
+                raise ConfigError(f"a value is needed; write --{name}=value")
+            values[name] = checked(value_of(text, key) if equals else True, key)
+            sources[name] = "command line"
+        except ConfigError as error:
+            problems.append(f"command line: {shorten(option)}: {error}")
+    return sources
+
+
+def value_of(text, key):
+    """The value of --key=text. Where a number is needed and text is none, it is text, which checked() refuses."""
     if key.type is bool:
-        return checked(BOOLS.get(text, text) if equals else True, key)
-    if not equals:
-        raise ConfigError(f"a value is needed; write --{name}=value")
+        return BOOLS.get(text, text)
     if key.type is str:
-        return checked(text, key)
+        return text
     try:
-        tree = ast.parse(f"({text})", mode="eval").body  # in parentheses, a comment is a syntax error
-    except (SyntaxError, ValueError):
-        return checked(text, key)  # raises: the text is not a number
-    has_names = any(isinstance(node, ast.Name) for node in ast.walk(tree))
-    return checked(text if has_names else evaluate(tree, {}), key)
+        return evaluate(ast.parse(f"({text})", mode="eval").body, {})  # in parentheses, a comment is a syntax error
+    except (SyntaxError, ValueError):  # a ConfigError is a ValueError
+        return text
 
 
 def evaluate(node: ast.AST, names: dict) -> Any:
@@ -207,26 +194,26 @@ def evaluate(node: ast.AST, names: dict) -> Any:
             value = names[name]
         case ast.Tuple(elts=items) | ast.List(elts=items):
             value = tuple(evaluate(item, names) for item in items)
+            if not all(isinstance(item, str) for item in value):
+                raise ConfigError("a list may hold texts only; write each in quotes")
         case ast.UnaryOp(op=op, operand=operand) if type(op) in OPERATORS:
-            value = calculate(OPERATORS[type(op)], evaluate(operand, names))
+            value = calculate(op, evaluate(operand, names))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            value = calculate(OPERATORS[type(op)], evaluate(left, names), evaluate(right, names))
+            value = calculate(op, evaluate(left, names), evaluate(right, names))
         case _:
             raise ConfigError("the config is parsed, not executed; write key = value with a literal or arithmetic")
     if isinstance(value, complex) or (isinstance(value, int | float) and not abs(value) <= sys.float_info.max):
         raise ConfigError("not a finite real number, or beyond 1.8e308; write the value itself")
-    if isinstance(value, tuple) and not all(isinstance(item, str) for item in value):
-        raise ConfigError("a list may hold texts only; write each in quotes")
     return value
 
 
-def calculate(function, *operands):
-    """function(*operands) for numbers, not for True and False; of two strings, only the sum."""
+def calculate(op, *operands):
+    """The result for numbers, not for True and False; of two strings, only the sum."""
     kinds = {type(operand) for operand in operands}
-    if not kinds <= {int, float} and (function is not add or kinds != {str}):
+    if not kinds <= {int, float} and not (kinds == {str} and isinstance(op, ast.Add)):
         raise ConfigError(f"no arithmetic on {shorten(' and '.join(map(repr, operands)))}; write the value itself")
     try:
-        return function(*operands)
+        return OPERATORS[type(op)](*operands)
     except ZeroDivisionError:
         raise ConfigError("division by zero; write another divisor") from None
     except OverflowError:
@@ -239,7 +226,7 @@ def checked(value, key):
         value = float(value)
     elif key.type is int and type(value) is float and value.is_integer() and abs(value) <= 2**53:
         value = int(value)
-    if key.choices is not None and value not in key.choices:
+    if key.choices and value not in key.choices:
         remedy = did_you_mean(str(value), key.choices, otherwise="write one of these")
         raise ConfigError(f"must be {', '.join(limits(key))}, not {shorten(repr(value))}; {remedy}")
     wrong_type = type(value) is not key.type
@@ -250,8 +237,7 @@ def checked(value, key):
 
 def limits(key):
     """The limits of a key in words, such as ["at least 0", "at most 1"]."""
-    choices = None if key.choices is None else " ".join(key.choices)
-    rules = {"one of": choices, "at least": key.low, "at most": key.high}
+    rules = {"one of": " ".join(key.choices) or None, "at least": key.low, "at most": key.high}
     return [f"{words} {limit}" for words, limit in rules.items() if limit is not None]
 
 
@@ -265,24 +251,15 @@ def find_key(name, keys):
 
 
 def did_you_mean(name, candidates, otherwise):
-    near = nearest(name, candidates)
-    return f"did you mean {near}?" if near else otherwise
-
-
-def nearest(name, candidates):
-    """The candidate that a name was probably meant to be, or None."""
-    if name in candidates:
-        return name
     plain = name.lower().replace("-", "_")
-    for key, aliases in ALIASES.items():
-        if key in candidates and plain in aliases.split():
-            return key
-    return next(iter(difflib.get_close_matches(plain, candidates, n=1)), None)
+    near = [key for key, aliases in ALIASES.items() if key in candidates and plain in aliases.split()]
+    near += difflib.get_close_matches(plain, candidates, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
-def shorten(text, limit=100):
+def shorten(text):
     text = text.replace("\n", "\\n").replace("\r", "\\r")  # a problem is one line
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def help_text(keys):
@@ -304,15 +281,15 @@ def sources_of(config) -> dict[str, str]:
 
 def describe(config) -> str:
     """A line for each key that a file or the command line has set, with its value and source."""
-    rows = [(name, shorten(repr(getattr(config, name))), source) for name, source in sources_of(config).items()]
-    width = max((len(name) for name, _, _ in rows), default=0)
+    sources = sources_of(config)
+    width = max(map(len, sources), default=0)
+    rows = [(name, shorten(repr(getattr(config, name))), source) for name, source in sources.items()]
     lines = [f"  {name:{width}}  {value:20}  {source}" for name, value, source in rows]
     return "\n".join([*lines, "  all other keys have their defaults (see --help)"])
 
 
 def run_script(main: Callable[[], Any], *user_errors) -> None:
     """Calls main(). A UserError is printed on stderr, exit code 2. Ctrl-C: 130. Closed stdout: 141."""
-    script = os.path.basename(sys.argv[0])
     try:
         try:
             main()
@@ -320,7 +297,7 @@ def run_script(main: Callable[[], Any], *user_errors) -> None:
             sys.stdout.flush()
     except (UserError, *user_errors) as error:
         for line in str(error).splitlines():
-            print(f"{script}: {line}", file=sys.stderr)
+            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from configurator import ConfigError, describe, evaluate, given, key, load_config, read_values
+from configurator import ConfigError, describe, evaluate, key, load_config, read_values, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
+INTEGER = "must be an integer, at least 1, at most 4096"
+FINITE = "not a finite real number, or beyond 1.8e308"
+CHOICES = "one of float16 bfloat16 float32 auto"
 
 
 @dataclass(frozen=True)
 class Config:
     out_dir: str = key("out", "folder of the run")
-    eval_only: bool = key(False, "evaluate and stop")
     dataset: str = key("quickstart", "folder in data/")
-    gradient_accumulation_steps: int = key(40, "micro batches in a step", low=1)
     batch_size: int = key(12, "sequences in a micro batch", low=1, high=4096)
     block_size: int = key(1024, "context in tokens", low=1)
     n_layer: int = key(12, "layers", low=1)
@@ -33,8 +34,6 @@ class Config:
     bias: bool = key(False, "biases")
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "steps", low=0)
-    warmup_iters: int = key(2000, "steps of warm-up", low=0)
-    weight_decay: float = key(0.1, "weight decay", low=0.0)
     dtype: str = key("auto", "number format", choices=("float16", "bfloat16", "float32", "auto"))
     compile: bool = key(True, "torch.compile")
     start: str = key("\n", "prompt")
@@ -84,29 +83,23 @@ def test_the_command_line_wins_over_files_and_later_files_over_earlier_ones_and_
     b = write("block_size = 2\nn_layer = 2\nmax_iters = batch_size * 5", "b.py")
     config = load_config(Config, ["--n_layer=3", a, b, "--dropout=0.5", "--dropout=0.25"])
     assert config == Config(batch_size=2, block_size=2, n_layer=3, seed=5, dropout=0.25, max_iters=10)
-    assert given(config) == {"batch_size", "block_size", "n_layer", "seed", "dropout", "max_iters"}
-    lines = {line.split()[0]: line.split(maxsplit=2)[1:] for line in describe(config).splitlines()}
-    assert lines["batch_size"] == ["2", "a.py:1"] and lines["block_size"] == ["2", "b.py:1"]
-    assert lines["n_layer"] == ["3", "command line"] and lines["seed"] == ["5", "a.py:5"]
+    places = dict(batch_size="a.py:1", block_size="b.py:1", seed="a.py:5", max_iters="b.py:3")
+    assert sources_of(config) == places | dict(n_layer="command line", dropout="command line")
     assert load_config(Config, [b, a]).max_iters == 60  # the default of batch_size, times 5
-    assert load_config(Config, []) == Config()
+    assert load_config(Config, []) == Config() and sources_of(load_config(Config, [])) == sources_of(Config()) == {}
     monkeypatch.setattr(sys, "argv", ["train.py", "--batch_size=3"])
     assert load_config(Config).batch_size == 3
     assert list(dataclasses.asdict(config)) == [field.name for field in dataclasses.fields(Config)]
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 2
 
 
-def test_describe_shows_every_key_once_and_those_that_were_set_in_aligned_lines():
+def test_describe_shows_the_keys_that_were_set_with_value_and_source_in_aligned_lines():
     text = describe(load_config(Config, [write("out_dir = 'runs/a b'\nlearning_rate = 1e-3"), "--seed=1337"]))
-    for field in dataclasses.fields(Config):
-        assert text.replace("=", " ").split().count(field.name) == 1
-    rows = text.split("  defaults: ")[0].splitlines()
-    assert [row.split()[0] for row in rows] == ["out_dir", "learning_rate", "seed"]
+    rows = text.splitlines()[:-1]
+    assert [row.split()[0] for row in rows] == ["out_dir", "learning_rate", "seed"] and "'runs/a b'" in text
     assert len({row.index(source) for row, source in zip(rows, ("x.py:1", "x.py:2", "command"), strict=True)}) == 1
-    assert "'runs/a b'" in text and all(len(line) <= 110 for line in text.splitlines())
-    assert describe(dataclasses.replace(Config(), seed=3)).startswith("  seed  3  ")  # made without load_config
-    assert describe(Config()).startswith("  defaults: out_dir='out', ") and given(Config()) == set()
+    assert len(describe(Config()).splitlines()) == 1
+    files = describe(load_config(FilesConfig, [f"part_{i}.parquet" for i in range(500)]))
+    assert len(files.splitlines()[0]) < 150
 
 
 def test_a_value_of_the_command_line_is_taken_in_the_type_of_its_key():
@@ -116,54 +109,43 @@ def test_a_value_of_the_command_line_is_taken_in_the_type_of_its_key():
         "--batch_size=1e3 --batch_size=1_000 --batch_size=1000.0 --batch_size=5*8*25 --batch_size=2**10-24": 1000,
         "--seed=-1": -1,
         "--learning_rate=3e3 --learning_rate=3000 --learning_rate=6e3/2": 3000.0,
+        "--dtype=float16": "float16",
     }
     for arguments, value in rows.items():
         for argument in arguments.split():
             got = getattr(load_config(Config, [argument]), argument[2:].partition("=")[0])
             assert got == value and type(got) is type(value), argument
-    assert load_config(Config, ["--batch_size= 8 "]).batch_size == 8
     for text in ("42", "a=b", "", "--x", "'q'", "FILE:prompt.txt", "x.py", "# no comment", "two\nlines"):
         assert load_config(Config, ["--start=" + text]).start == text
-    assert load_config(Config, ["--dtype=float16"]).dtype == "float16"
 
 
 def test_values_of_a_config_file_in_the_form_of_nanogpt_are_taken_in_the_type_of_their_keys():
     text = """\ufeff'''a
 docstring'''
 pass
-eval_only = bias = True # override by flag
+bias = compile = False # override by flag
 out_dir='out-' + dataset
 dataset = ('a'
   'b')
 start = 'ü€'
 
-# numbers
-gradient_accumulation_steps = 5 * 8 // 4
 batch_size = 2; batch_size = batch_size + 1
 block_size = batch_size * 1_000
 n_layer = n_head = n_head + 1
 n_embd = n_layer * 64
 dropout = -0.5 + +1
-learning_rate = 6e-4 * (n_layer / 13) ** 0.5
+learning_rate = 1
 max_iters = 1e3
-warmup_iters = max_iters // 10
-weight_decay = 1
-# compile = False
+# seed = 1
 """
     expected = Config(
-        eval_only=True, bias=True, out_dir="out-quickstart", dataset="ab", start="ü€", gradient_accumulation_steps=10,
-        batch_size=3, block_size=3000, n_layer=13, n_head=13, n_embd=832, dropout=0.5, max_iters=1000, warmup_iters=100,
-        weight_decay=1.0,
+        bias=False, compile=False, out_dir="out-quickstart", dataset="ab", start="ü€", batch_size=3, block_size=3000,
+        n_layer=13, n_head=13, n_embd=832, dropout=0.5, learning_rate=1.0, max_iters=1000,
     )  # fmt: skip
     for newline in ("\n", "\r\n", "\r"):
         got = load_config(Config, [write(text.replace("\n", newline))])
         assert repr(got) == repr(expected)  # repr tells 1.0 from 1
-        assert given(got) == set(dataclasses.asdict(got)) - {"dtype", "compile", "seed"}
-
-
-INTEGER = "must be an integer, at least 1, at most 4096"
-FINITE = "not a finite real number, or beyond 1.8e308"
-CHOICES = "one of float16 bfloat16 float32 auto"
+        assert set(sources_of(got)) == set(dataclasses.asdict(got)) - {"dtype", "seed"}
 
 
 @pytest.mark.parametrize(
@@ -171,14 +153,12 @@ CHOICES = "one of float16 bfloat16 float32 auto"
     [
         ("--batch_size=1.5 | --batch_size=abc | --batch_size=True | --batch_size= | --batch_size=block_size", INTEGER),
         ("--batch_size=8#4 | --batch_size='8' | --batch_size=8;9 | --batch_size=int(8) | --batch_size=1\0", INTEGER),
-        ("--batch_size=" + "9" * 5000 + " | --batch_size=" + "-" * 100_000 + "1 | --batch_size=0", INTEGER),
+        ("--batch_size=" + "9" * 5000 + " | --batch_size=0 | --batch_size=1/0 | --batch_size=8,9", INTEGER),
+        ("--batch_size=(lambda: 8)()", INTEGER + ", not '(lambda: 8)()'"),
         ("--batch_size=4097", INTEGER + ", not 4097"),
-        ("--batch_size=8,9", "a list may hold texts only"),
-        ("--batch_size=(lambda: 8)()", "parsed, not executed; write"),
-        ("--batch_size=1/0", "division by zero"),
         ("--seed=1e16", "must be an integer"),  # a float beyond 2**53 may not be the number that was written
-        ("--learning_rate=inf | --learning_rate=nan | --learning_rate=2**53+1", "must be a number, at least 0.0"),
-        ("--learning_rate=1e999", FINITE),
+        ("--learning_rate=inf | --learning_rate=nan | --learning_rate=1e999", "must be a number, at least 0.0"),
+        ("--learning_rate=2**53+1", "must be a number, at least 0.0"),  # not exact as a float
         ("--bias=1 | --bias=yes | --bias=TRUE | --bias=", "must be True or False"),
         ("--dtype=bf16", CHOICES + ", not 'bf16'; did you mean bfloat16?"),
         ("--dtype=int3", CHOICES + ", not 'int3'; write one of these"),
@@ -208,22 +188,17 @@ def test_a_wrong_value_of_the_command_line_is_refused_in_one_line_with_key_value
         ("dtype = 'flaot16'", CHOICES + ", not 'flaot16'; did you mean float16?"),
         ("dropout = 1.5", "at most 1.0"),
         ("learning_rate = 1e999 | learning_rate = 1e308 * 10 | learning_rate = 1 / (1e308 * 10)", FINITE),
-        ("learning_rate = (-8) ** 0.5 | learning_rate = 10.0 ** 400 | max_iters = 10 ** 10 ** 10", FINITE),
-        ("max_iters = 2 ** (2 ** 1023) | max_iters = 2 ** 1024 | max_iters = 0x1" + "0" * 10_000, FINITE),
+        ("learning_rate = (-8) ** 0.5 | learning_rate = 10.0 ** 400", FINITE),
+        ("max_iters = 2 ** 1024 | max_iters = 0x1" + "0" * 10_000, FINITE),
         ("learning_rate = 0 ** -1 | learning_rate = 1 // 0 | learning_rate = 1 % 0", "division by zero"),
         ("max_iters = True + 1 | max_iters = -bias | start = 'a%d' % 9", "no arithmetic on "),
         ("start = 'a' * 9 | start = 'a' + 9", "no arithmetic on 'a' and 9"),
-        ("max_iters = " + "1+" * 1400 + "1", "too deeply nested"),
     ],
 )
 def test_a_wrong_value_of_a_config_file_is_refused_in_one_line_with_file_line_and_remedy(lines, reason):
     for text in lines.split(" | "):
         line = problem(write("seed = 1\n" + text))
         assert line.startswith("x.py:2: " + text[:20]) and reason in line
-
-
-def test_a_text_cannot_be_doubled_until_memory_is_full():
-    assert "longer than 1,000,000" in problems(write("start = 'aaaaaaaa'\n" + "start = start + start\n" * 60))[0]
 
 
 def by_python(text, names):
@@ -239,19 +214,18 @@ def test_arithmetic_gives_what_python_gives_and_is_refused_where_that_is_not_fin
     names, operators = {"x": 12, "y": 0.25}, ["+", "-", "*", "/", "//", "%", "**"]
     numbers = ["0", "1", "2", "7", "1_000", "0.5", "1e3", "2.5e-3", "0x1f", "1e300", "x", "y"]
     numbers += [f"({sign}{number})" for sign in "+-" for number in numbers]
-    texts = [" ".join(parts) for parts in itertools.product(numbers, operators, numbers)]
-    texts += [" ".join(parts) for parts in itertools.product("07x", operators, "2y", operators, "3y")]
-    texts += [f"{a} {b} ({c} {d} {e})" for a, b, c, d, e in itertools.product("07x", operators, "2y", operators, "3y")]
-    refused = 0
-    for text in texts:
-        truth = by_python(text, names)
+    parts = [*itertools.product(numbers, operators, numbers)]
+    parts += itertools.product("07x", operators, "2y", operators, "3y")
+    parts += itertools.product("07x", operators, ["(2", "(y"], operators, ["3)", "y)"])
+    results = []
+    for text in map(" ".join, parts):
         try:
-            value = evaluate(ast.parse(text, mode="eval").body, names)
+            results.append(evaluate(ast.parse(text, mode="eval").body, names))
         except ConfigError:
-            value = None
-            refused += 1
-        assert value == truth and type(value) is type(truth), text
-    assert len(texts) > 9_000 and 500 < refused < 2_000
+            results.append(None)
+        expected = by_python(text, names)
+        assert results[-1] == expected and type(results[-1]) is type(expected), text
+    assert len(results) > 9_000 and 500 < results.count(None) < 2_000
 
 
 def test_read_values_reads_a_file_of_another_program_whatever_its_keys_are():
@@ -260,8 +234,8 @@ def test_read_values_reads_a_file_of_another_program_whatever_its_keys_are():
     values = dict(scale=3, lr=1e-3, steps=10.5, device="mps", lr_decay_iters=30)
     assert read_values(path, known) == values and known == {"scale": 3, "lr": 1e-3}
     with pytest.raises(ConfigError) as error:
-        read_values(write("a = 1\nimport os\nb = c\nd = " + "1+" * 1400 + "1"), {})
-    assert [line[:8] for line in str(error.value).split("\n")] == ["x.py:2: ", "x.py:3: ", "x.py:4: "]
+        read_values(write("a = 1\nimport os\nb = c\nd = 1"), {})
+    assert [line[:8] for line in str(error.value).split("\n")] == ["x.py:2: ", "x.py:3: "]
     with pytest.raises(ConfigError, match=r"^x\.py:1: invalid syntax"):
         read_values(write("a = = 2"), {})
     with pytest.raises(ConfigError, match=r"^missing\.py: No such file"):
@@ -274,54 +248,38 @@ while True: pass | with open('x'): pass | seed = 1 if bias else 2 | print('x') |
 start = dataset.upper() | start = dataset.__class__ | start = dataset[0] | start = [x for x in 'ab']
 start = f'{dataset}' | seed += 1 | seed: int = 1 | batch_size: 8 | seed, n_layer = 1, 2 | start.x = 1 | start[0] = 1
 start = lambda: 0 | start = {'a': 1} | start = [*dataset] | bias = not compile | bias = n_layer > 3
-bias = wandb_log or compile | bias = (seed := 3) | seed = 1 << 3 | seed = ~1 | 5 | ... | del seed | global seed
-assert bias | raise ValueError | async def f(): pass
+bias = wandb_log or compile | bias = (seed := 3) | seed = 1 << 3 | seed = ~1 | bias | ... | del seed | global seed
+assert bias | raise ValueError | async def f(): pass | OPEN | seed = OPEN | __import__('os').system('touch marker')
+import os; os.system('touch marker') | start = [OPEN for _ in (1,)] | start = (lambda: OPEN)() | seed: OPEN = 1
+start = f"{OPEN}" | def f(x=OPEN): pass | class A(OPEN): pass | @OPEN;def f(): pass | start = 'a' + exec("OPEN")
+start = ().__class__.__base__.__subclasses__() | if OPEN: pass
 """
 
 
-def test_code_is_refused_with_file_line_and_what_to_write_instead():
+def test_code_in_a_config_file_is_never_run_and_is_refused_with_file_line_and_what_to_write_instead():
     for code in table(CODE):
+        code = code.replace("OPEN", "open('marker', 'w')").replace(";def", "\ndef")
         line = problem(write("\nseed = 1\n" + code))
-        assert line.startswith(f"x.py:3: {code}: the config is parsed, not executed; write key = value")
-
-
-MARKERS = """
-OPEN | seed = OPEN | import os; os.system('touch marker') | __import__('os').system('touch marker') | start = f"{OPEN}"
-start = [OPEN for _ in (1,)] | start = (lambda: OPEN)() | seed: OPEN = 1 | def f(x=OPEN): pass | if OPEN: pass
-start = 'a' + exec("OPEN") | start = ().__class__.__base__.__subclasses__() | class A(OPEN): pass | @OPEN;def f(): pass
-"""
-
-
-@pytest.mark.parametrize("code", table(MARKERS))
-def test_a_config_file_with_code_in_it_runs_none_of_it(code):
-    code = code.replace("OPEN", "open('marker', 'w')").replace(";def", "\ndef")
-    problems(write(code))
-    problems(f"--seed={code}")
-    with pytest.raises(ConfigError):
-        read_values(write(code), {})
-    assert not Path("marker").exists()
+        place = f"x.py:{3 + code.count(chr(10))}: {code.splitlines()[-1]}: "
+        assert line.startswith(place + "the config is parsed, not executed; write key = value")
+        assert "must be an integer" in problem(f"--seed={code}")
+        with pytest.raises(ConfigError, match="parsed, not executed"):
+            read_values("x.py", {})
+        assert not Path("marker").exists()
 
 
 @pytest.mark.parametrize(
-    ("data", "start", "reason"),
+    ("data", "reason"),
     [
-        (b"seed = 1\nseed = = 2", "x.py:2: ", "invalid syntax"),
-        (b"seed = 1\n  bias = True", "x.py:2: ", "unexpected indent"),
-        (b"seed = 1\nstart = 'abc", "x.py:2: ", "unterminated"),
-        (b"seed = " + b"9" * 5000, "x.py:1: ", "write key = value"),
-        (b"seed = 1\nstart = '\xff'", "x.py:2: ", "UTF-8"),
-        ("seed = 1".encode("utf-16"), "x.py: ", "UTF-8"),
-        (b"seed = 1\n\0", "x.py: ", "not UTF-8 text"),
-        (b"#" * 1_000_001, "x.py: ", "1,000,000 bytes"),
-        (b"seed = " + b"-" * 100_000 + b"1", "x.py: ", "too deeply nested"),
-        (b"seed = " + b"(" * 100_000, "x.py:1: ", "too many nested parentheses"),
-        (b"seed = " + b"1+" * 90_000 + b"1", "x.py: ", "too deeply nested"),
-        (b"start = dataset" + b".a" * 90_000, "x.py: ", "too deeply nested"),
+        (b"seed = = 2", "invalid syntax"),
+        (b"  bias = True", "unexpected indent"),
+        (b"start = 'abc", "unterminated"),
+        (b"start = '\xff'", "UTF-8"),
     ],
 )
-def test_a_file_that_cannot_be_parsed_is_one_line_with_file_and_remedy(data, start, reason):
-    line = problem(write(data))
-    assert line.startswith(start) and reason in line and "; " in line
+def test_a_file_that_cannot_be_parsed_is_one_line_with_file_and_remedy(data, reason):
+    line = problem(write(b"seed = 1\n" + data))
+    assert line.startswith("x.py:2: ") and reason in line and "; write key = value" in line
 
 
 def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_nearest_one_that_is_there():
@@ -332,16 +290,11 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_nearest_one
     assert "check the path" in problem("nowhere/x.py")
     os.mkdir("folder.py")
     assert problem("folder.py").startswith("folder.py: Is a directory; check the path")
-    os.chmod(write("seed = 1", "secret.py"), 0)
-    if not os.access("secret.py", os.R_OK):  # root may read it
-        assert problem("secret.py").startswith("secret.py: Permission denied")
 
 
 MEANT = """
 learning_rate: lr learning_rte learningRate | batch_size: batch-size BATCH_SIZE micro_batch_size | n_head: n_heads
-gradient_accumulation_steps: grad_accum_steps accumulation_steps | n_layer: n_layers num_layers | out_dir: output_dir
-n_embd: hidden_size d_model | block_size: context_length seq_len ctx_len | max_iters: steps max_steps
-weight_decay: wd | warmup_iters: warmup_steps
+n_embd: hidden_size d_model | block_size: context_length seq_len | max_iters: steps | out_dir: output_dir
 """
 
 
@@ -354,8 +307,8 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_right_key():
                 assert problem(write(f"\n{wrong} = 1")) == f"x.py:2: {wrong} = 1: {reason}"
     assert problem("--lr=1", ConfigClass=FilesConfig).endswith("unknown key lr; --help lists the keys")
     assert problem("--num_workers=1", ConfigClass=FilesConfig).endswith("did you mean workers?")
-    assert problem("--no-compile").endswith("write compile=False")
-    assert problem("--no_compile").endswith("write compile=False")
+    for option in ("--no-compile", "--no_compile"):
+        assert problem(option).endswith("write compile=False")
 
 
 def test_an_argument_that_is_not_a_key_is_answered_with_how_a_key_is_written():
@@ -385,17 +338,20 @@ def test_a_check_between_keys_is_not_made_on_a_key_that_was_refused():
 
 
 def test_a_problem_stays_one_line_whatever_is_in_it():
-    for argv in (["--seed=a\nb\r\nc"], ["--a\nb=1"], [write("seed = '''a\nb'''")]):
-        assert len(problems(*argv)) == 1
-    assert all(len(line) < 400 for line in problems("--seed=" + "x" * 10_000, "--" + "y" * 10_000))
+    for argument in (
+        "--seed=a\nb\r\nc",
+        "--a\nb=1",
+        write("seed = '''a\nb'''"),
+        "--seed=" + "x" * 10_000,
+        "--" + "y" * 10_000,
+    ):
+        assert len(problem(argument)) < 400
 
 
 def test_arguments_without_dashes_go_to_the_field_for_inputs():
     config = load_config(FilesConfig, ["b.parquet", "--workers=2", "a.parquet", write("workers = 1")])
     assert config.files == ("b.parquet", "a.parquet") and config.workers == 2
     assert "('b.parquet', 'a.parquet')  command line" in describe(config)
-    text = describe(load_config(FilesConfig, [f"part_{i}.parquet" for i in range(500)]))
-    assert len(text.splitlines()[0]) < 150
     for text in ("files = ['a', 'b']", "files = ('a', 'b')", "files = 'a', 'b'"):
         assert load_config(FilesConfig, [write(text)]).files == ("a", "b")
         assert load_config(FilesConfig, [write(text), "c"]).files == ("c",)
@@ -425,8 +381,9 @@ import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from dataclasses import dataclass
 from configurator import key, load_config, run_script
+from onecard import UserError
 
-class DiskError(ValueError): pass
+class DiskError(UserError): pass
 
 @dataclass(frozen=True)
 class Config:
@@ -442,7 +399,7 @@ def main():
     if config.do == "pipe": raise BrokenPipeError(32, "a worker is gone")
     print("line\\n" * config.lines)
 
-run_script(main, DiskError)
+run_script(main)
 """
 
 
