@@ -1,8 +1,7 @@
 """configurator.py: which values are taken, which are refused, and what the messages name."""
 
-from __future__ import annotations  # the types of the fields are strings then, as in prepare.py
-
 import ast
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -17,6 +16,7 @@ from configurator import ConfigError, describe, evaluate, key, load_config, read
 
 ROOT = Path(__file__).resolve().parent.parent
 INTEGER = "must be an integer, at least 1, at most 4096"
+NUMBER = "must be a number, at least 0.0, not "
 FINITE = "not a finite real number, or beyond 1.8e308"
 CHOICES = "one of float16 bfloat16 float32 auto"
 
@@ -40,9 +40,8 @@ class Config:
     seed: int = key(1337, "seed")
 
     def problems(self):
-        if self.n_embd % self.n_head:
-            return [f"n_embd={self.n_embd}: not a multiple of n_head={self.n_head}; write n_embd={self.n_head * 64}"]
-        return []
+        remainder = self.n_embd % self.n_head
+        return [f"n_embd={self.n_embd}: not a multiple of n_head={self.n_head}"] if remainder else []
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,6 @@ out_dir='out-' + dataset
 dataset = ('a'
   'b')
 start = 'ü€'
-
 batch_size = 2; batch_size = batch_size + 1
 block_size = batch_size * 1_000
 n_layer = n_head = n_head + 1
@@ -149,65 +147,45 @@ max_iters = 1e3
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("values", "reason"),
     [
         ("--batch_size=1.5 | --batch_size=abc | --batch_size=True | --batch_size= | --batch_size=block_size", INTEGER),
         ("--batch_size=8#4 | --batch_size='8' | --batch_size=8;9 | --batch_size=int(8) | --batch_size=1\0", INTEGER),
         ("--batch_size=" + "9" * 5000 + " | --batch_size=0 | --batch_size=1/0 | --batch_size=8,9", INTEGER),
-        ("--batch_size=(lambda: 8)()", INTEGER + ", not '(lambda: 8)()'"),
-        ("--batch_size=4097", INTEGER + ", not 4097"),
-        ("--seed=1e16", "must be an integer"),  # a float beyond 2**53 may not be the number that was written
-        ("--learning_rate=inf | --learning_rate=nan | --learning_rate=1e999", "must be a number, at least 0.0"),
-        ("--learning_rate=2**53+1", "must be a number, at least 0.0"),  # not exact as a float
-        ("--bias=1 | --bias=yes | --bias=TRUE | --bias=", "must be True or False"),
-        ("--dtype=bf16", CHOICES + ", not 'bf16'; did you mean bfloat16?"),
-        ("--dtype=int3", CHOICES + ", not 'int3'; write one of these"),
-        ("--batch_size", "write --batch_size=value"),
-        ("--start", "write --start=value"),
-    ],
-)
-def test_a_wrong_value_of_the_command_line_is_refused_in_one_line_with_key_value_and_remedy(arguments, reason):
-    for argument in arguments.split(" | "):
-        line = problem(argument)
-        assert line.startswith("command line: " + argument[:20].split("\0")[0]) and reason in line
-
-
-@pytest.mark.parametrize(
-    ("lines", "reason"),
-    [
-        ("bias = 1", "must be True or False, not 1"),
+        ("--batch_size=4097 | batch_size = 4097", INTEGER + ", not 4097"),
         ("batch_size = 1.5 | batch_size = 3 / 2", INTEGER + ", not 1.5"),
         ("batch_size = True", INTEGER + ", not True"),
-        ("learning_rate = False", "must be a number, at least 0.0, not False"),
-        ("learning_rate = '0.1'", "must be a number, at least 0.0, not '0.1'"),
+        ("--seed=1e16", "must be an integer"),  # a float beyond 2**53 may not be the number that was written
+        ("--learning_rate=inf | --learning_rate=nan | --learning_rate=1e999", NUMBER),
+        ("--learning_rate=2**53+1", NUMBER),  # not exact as a float
+        ("learning_rate = False | learning_rate = '0.1' | learning_rate = -1", NUMBER),
+        ("dropout = 1.5", "at most 1.0"),
+        ("--bias=1 | --bias=yes | --bias=TRUE | --bias= | bias = 1", "must be True or False, not "),
         ("start = 42 | start = None | start = ['a']", "must be text in quotes, not "),
-        ("start = ('a', 1)", "a list may hold texts only"),
-        ("start = b'a' | learning_rate = 1j", "write key = value"),
+        ("--dtype=bf16 | dtype = 'bf16'", CHOICES + ", not 'bf16'; did you mean bfloat16?"),
+        ("--dtype=int3", CHOICES + ", not 'int3'; write one of these"),
+        ("--start", "write --start=value"),
         ("bias = true", "did you mean True?"),
         ("n_layer = n_leyer", "did you mean n_layer?"),
-        ("dtype = 'flaot16'", CHOICES + ", not 'flaot16'; did you mean float16?"),
-        ("dropout = 1.5", "at most 1.0"),
         ("learning_rate = 1e999 | learning_rate = 1e308 * 10 | learning_rate = 1 / (1e308 * 10)", FINITE),
-        ("learning_rate = (-8) ** 0.5 | learning_rate = 10.0 ** 400", FINITE),
-        ("max_iters = 2 ** 1024 | max_iters = 0x1" + "0" * 10_000, FINITE),
+        ("learning_rate = (-8) ** 0.5 | learning_rate = 10.0 ** 400 | max_iters = 2 ** 1024", FINITE),
         ("learning_rate = 0 ** -1 | learning_rate = 1 // 0 | learning_rate = 1 % 0", "division by zero"),
-        ("max_iters = True + 1 | max_iters = -bias | start = 'a%d' % 9", "no arithmetic on "),
-        ("start = 'a' * 9 | start = 'a' + 9", "no arithmetic on 'a' and 9"),
+        ("max_iters = True + 1 | max_iters = -bias | start = 'a%d' % 9 | start = 'a' * 9", "no arithmetic on "),
     ],
 )
-def test_a_wrong_value_of_a_config_file_is_refused_in_one_line_with_file_line_and_remedy(lines, reason):
-    for text in lines.split(" | "):
-        line = problem(write("seed = 1\n" + text))
-        assert line.startswith("x.py:2: " + text[:20]) and reason in line
+def test_a_wrong_value_is_refused_in_one_line_with_place_key_value_and_remedy(values, reason):
+    for text in values.split(" | "):
+        option = text.startswith("--")
+        line = problem(text if option else write("seed = 1\n" + text))
+        assert line.startswith(("command line: " if option else "x.py:2: ") + text[:20].split("\0")[0])
+        assert reason in line
 
 
 def by_python(text, names):
     """The value that Python gives, or None if it is not a finite real number."""
-    try:
+    with contextlib.suppress(ZeroDivisionError, OverflowError):
         value = eval(text, {}, names)
-    except (ZeroDivisionError, OverflowError):
-        return None
-    return None if isinstance(value, complex) or not abs(value) <= sys.float_info.max else value
+        return None if isinstance(value, complex) or not abs(value) <= sys.float_info.max else value
 
 
 def test_arithmetic_gives_what_python_gives_and_is_refused_where_that_is_not_finite():
@@ -217,15 +195,13 @@ def test_arithmetic_gives_what_python_gives_and_is_refused_where_that_is_not_fin
     parts = [*itertools.product(numbers, operators, numbers)]
     parts += itertools.product("07x", operators, "2y", operators, "3y")
     parts += itertools.product("07x", operators, ["(2", "(y"], operators, ["3)", "y)"])
-    results = []
-    for text in map(" ".join, parts):
-        try:
-            results.append(evaluate(ast.parse(text, mode="eval").body, names))
-        except ConfigError:
-            results.append(None)
-        expected = by_python(text, names)
-        assert results[-1] == expected and type(results[-1]) is type(expected), text
-    assert len(results) > 9_000 and 500 < results.count(None) < 2_000
+    expected = {text: by_python(text, names) for text in map(" ".join, parts)}
+    assert len(expected) > 9_000 and 500 < list(expected.values()).count(None) < 2_000
+    for text, value in expected.items():
+        result = None
+        with contextlib.suppress(ConfigError):
+            result = evaluate(ast.parse(text, mode="eval").body, names)
+        assert result == value and type(result) is type(value), text
 
 
 def test_read_values_reads_a_file_of_another_program_whatever_its_keys_are():
@@ -233,26 +209,22 @@ def test_read_values_reads_a_file_of_another_program_whatever_its_keys_are():
     known = {"scale": 3, "lr": 1e-3}
     values = dict(scale=3, lr=1e-3, steps=10.5, device="mps", lr_decay_iters=30)
     assert read_values(path, known) == values and known == {"scale": 3, "lr": 1e-3}
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=r"^x\.py:2: .*\nx\.py:3: [^\n]*$"):
         read_values(write("a = 1\nimport os\nb = c\nd = 1"), {})
-    assert [line[:8] for line in str(error.value).split("\n")] == ["x.py:2: ", "x.py:3: "]
-    with pytest.raises(ConfigError, match=r"^x\.py:1: invalid syntax"):
-        read_values(write("a = = 2"), {})
-    with pytest.raises(ConfigError, match=r"^missing\.py: No such file"):
-        read_values("missing.py", {})
+    for path, reason in ((write("a = = 2"), "x.py:1: invalid syntax"), ("missing.py", "missing.py: No such file")):
+        with pytest.raises(ConfigError, match="^" + reason):
+            read_values(path, {})
 
 
 CODE = """
-import time | from os import path | def f(): pass | class A: pass | if bias: seed = 2 | for seed in (1, 2): pass
-while True: pass | with open('x'): pass | seed = 1 if bias else 2 | print('x') | seed = int('3')
-start = dataset.upper() | start = dataset.__class__ | start = dataset[0] | start = [x for x in 'ab']
-start = f'{dataset}' | seed += 1 | seed: int = 1 | batch_size: 8 | seed, n_layer = 1, 2 | start.x = 1 | start[0] = 1
-start = lambda: 0 | start = {'a': 1} | start = [*dataset] | bias = not compile | bias = n_layer > 3
-bias = wandb_log or compile | bias = (seed := 3) | seed = 1 << 3 | seed = ~1 | bias | ... | del seed | global seed
-assert bias | raise ValueError | async def f(): pass | OPEN | seed = OPEN | __import__('os').system('touch marker')
-import os; os.system('touch marker') | start = [OPEN for _ in (1,)] | start = (lambda: OPEN)() | seed: OPEN = 1
-start = f"{OPEN}" | def f(x=OPEN): pass | class A(OPEN): pass | @OPEN;def f(): pass | start = 'a' + exec("OPEN")
-start = ().__class__.__base__.__subclasses__() | if OPEN: pass
+import time | from os import path | for seed in (1, 2): pass | while True: pass | with open('x'): pass
+seed = 1 if bias else 2 | start = dataset.upper() | start = dataset[0] | start = {'a': 1} | start = [*dataset]
+seed += 1 | seed: int = 1 | batch_size: 8 | seed, n_layer = 1, 2 | start.x = 1 | start[0] = 1 | bias = not compile
+bias = n_layer > 3 | bias = bias or compile | bias = (seed := 3) | seed = 1 << 3 | seed = ~1 | bias | ... | del seed
+global seed | assert bias | raise ValueError | async def f(): pass | OPEN | seed = OPEN | start = f"{OPEN}"
+import os; os.system('touch marker') | __import__('os').system('touch marker') | start = (lambda: OPEN)()
+start = [OPEN for _ in (1,)] | seed: OPEN = 1 | def f(x=OPEN): pass | class A(OPEN): pass | @OPEN;def f(): pass
+start = b'a' | seed = 1j | if OPEN: pass | start = 'a' + exec("OPEN") | start = ().__class__.__base__.__subclasses__()
 """
 
 
@@ -268,28 +240,16 @@ def test_code_in_a_config_file_is_never_run_and_is_refused_with_file_line_and_wh
         assert not Path("marker").exists()
 
 
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (b"seed = = 2", "invalid syntax"),
-        (b"  bias = True", "unexpected indent"),
-        (b"start = 'abc", "unterminated"),
-        (b"start = '\xff'", "UTF-8"),
-    ],
-)
-def test_a_file_that_cannot_be_parsed_is_one_line_with_file_and_remedy(data, reason):
-    line = problem(write(b"seed = 1\n" + data))
-    assert line.startswith("x.py:2: ") and reason in line and "; write key = value" in line
-
-
-def test_a_file_that_cannot_be_read_is_named_with_the_reason_and_the_nearest_one_that_is_there():
-    os.mkdir("config")
+def test_a_file_that_cannot_be_parsed_or_read_is_one_line_with_its_place_the_reason_and_the_remedy():
+    for data in (b"seed = = 2", b"  bias = True", b"start = 'abc", b"start = '\xff'"):
+        line = problem(write(b"seed = 1\n" + data))
+        assert line.startswith("x.py:2: ") and "; write key = value lines in UTF-8" in line
+    os.makedirs("config/folder.py")
     write("", "config/quickstart.py")
     line = problem("config/quickstrat.py")
     assert line.startswith("config/quickstrat.py: No such file") and "did you mean config/quickstart.py?" in line
     assert "check the path" in problem("nowhere/x.py")
-    os.mkdir("folder.py")
-    assert problem("folder.py").startswith("folder.py: Is a directory; check the path")
+    assert problem("config/folder.py").startswith("config/folder.py: Is a directory; ")
 
 
 MEANT = """
@@ -307,8 +267,8 @@ def test_an_unknown_key_is_refused_with_its_place_and_the_right_key():
                 assert problem(write(f"\n{wrong} = 1")) == f"x.py:2: {wrong} = 1: {reason}"
     assert problem("--lr=1", ConfigClass=FilesConfig).endswith("unknown key lr; --help lists the keys")
     assert problem("--num_workers=1", ConfigClass=FilesConfig).endswith("did you mean workers?")
-    for option in ("--no-compile", "--no_compile"):
-        assert problem(option).endswith("write compile=False")
+    assert problem("--no-compile").endswith("write compile=False")
+    assert problem("--no_compile").endswith("write compile=False")
 
 
 def test_an_argument_that_is_not_a_key_is_answered_with_how_a_key_is_written():
@@ -318,15 +278,14 @@ def test_an_argument_that_is_not_a_key_is_answered_with_how_a_key_is_written():
     first, second = problems("--batch_size", "8")
     assert "write --batch_size=value" in first and "8: not understood; write --key=value" in second
     assert "--key=value" in problem("--compile", "false")
-    assert "--key=value" in problem("--verify", "False", ConfigClass=FilesConfig)
+    assert "--key=value" in problem("--verify", "False", ConfigClass=FilesConfig)  # False is not an input file
 
 
 def test_all_problems_are_shown_at_once_one_a_line_in_their_order():
     path = write("import time\nlr = 1\nn_layer = 1.5\ndtype = 'bf16'\n")
     lines = problems(path, "missing.py", "--bias=1", "stray", "--n_head=7")
-    starts = ["x.py:1: ", "x.py:2: ", "x.py:3: ", "x.py:4: ", "missing.py: "] + ["command line: "] * 2 + ["n_embd="]
-    assert len(lines) == len(starts)
-    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+    places = ["x.py:1", "x.py:2", "x.py:3", "x.py:4", "missing.py", "command line", "command line", "n_embd=768"]
+    assert [line.split(": ")[0] for line in lines] == places
 
 
 def test_a_check_between_keys_is_not_made_on_a_key_that_was_refused():
@@ -338,27 +297,21 @@ def test_a_check_between_keys_is_not_made_on_a_key_that_was_refused():
 
 
 def test_a_problem_stays_one_line_whatever_is_in_it():
-    for argument in (
-        "--seed=a\nb\r\nc",
-        "--a\nb=1",
-        write("seed = '''a\nb'''"),
-        "--seed=" + "x" * 10_000,
-        "--" + "y" * 10_000,
-    ):
+    file = write("seed = '''a\nb'''")
+    for argument in (file, "--seed=a\nb\r\nc", "--a\nb=1", "--seed=" + "x" * 10_000, "--" + "y" * 10_000):
         assert len(problem(argument)) < 400
 
 
 def test_arguments_without_dashes_go_to_the_field_for_inputs():
     config = load_config(FilesConfig, ["b.parquet", "--workers=2", "a.parquet", write("workers = 1")])
     assert config.files == ("b.parquet", "a.parquet") and config.workers == 2
-    assert "('b.parquet', 'a.parquet')  command line" in describe(config)
     for text in ("files = ['a', 'b']", "files = ('a', 'b')", "files = 'a', 'b'"):
         assert load_config(FilesConfig, [write(text)]).files == ("a", "b")
         assert load_config(FilesConfig, [write(text), "c"]).files == ("c",)
     assert "must be a list of texts, not 'a'" in problem(write("files = 'a'"), ConfigClass=FilesConfig)
     assert "a list may hold texts only" in problem(write("files = ('a', 1)"), ConfigClass=FilesConfig)
-    assert "write these without dashes" in problem("--files=a", ConfigClass=FilesConfig)
-    assert "write these without dashes" in problem("--files", ConfigClass=FilesConfig)
+    for option in ("--files=a", "--files"):
+        assert "write these without dashes" in problem(option, ConfigClass=FilesConfig)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--nonsense", "8", "--help", "missing.py"]])
@@ -372,7 +325,8 @@ def test_help_lists_every_key_with_type_default_limits_and_help(argv, capsys, mo
     assert files_help.startswith(" [files ...] [--key=value ...]\n") and "\n  files " in files_help
     words = " ".join(text.split())
     for field in dataclasses.fields(Config):
-        assert f"--{field.name} {field.metadata['help']} ({field.type}, default {field.default!r}" in words
+        facts = f"{type(field.default).__name__}, default {field.default!r}"
+        assert f"--{field.name} {field.metadata['help']} ({facts}" in words
     assert CHOICES + ")" in words and "at least 1, at most 4096" in words
 
 
@@ -383,20 +337,14 @@ from dataclasses import dataclass
 from configurator import key, load_config, run_script
 from onecard import UserError
 
-class DiskError(UserError): pass
-
 @dataclass(frozen=True)
 class Config:
-    do: str = key("print", "what to do")
+    do: str = key("", "statement to run")
     lines: int = key(1, "how many")
 
 def main():
     config = load_config(Config)
-    if config.do == "disk": raise DiskError("a.bin: 3 bytes are missing; run prepare.py")
-    if config.do == "bug": raise KeyError("x")
-    if config.do == "exit": raise SystemExit(7)
-    if config.do == "interrupt": os.kill(os.getpid(), signal.SIGINT)
-    if config.do == "pipe": raise BrokenPipeError(32, "a worker is gone")
+    exec(config.do)
     print("line\\n" * config.lines)
 
 run_script(main)
@@ -413,17 +361,18 @@ def test_a_mistake_of_the_user_ends_a_script_with_2_and_one_line_for_each_proble
     code, out, err = run("--lines=x", "--doo=1")
     assert code == 2 and out == ""
     assert [line.split(": ")[:2] for line in err.splitlines()] == [["script.py", "command line"]] * 2
-    assert run("--do=disk") == (2, "", "script.py: a.bin: 3 bytes are missing; run prepare.py\n")
+    assert run("--do=raise UserError('a.bin: bytes are missing')") == (2, "", "script.py: a.bin: bytes are missing\n")
 
 
 def test_ctrl_c_ends_a_script_with_130_and_without_traceback_but_bugs_and_exits_are_passed_on():
-    code, _, err = run("--do=interrupt")
+    code, _, err = run("--do=os.kill(os.getpid(), signal.SIGINT)")
     assert code == 130 and "Traceback" not in err
-    assert "KeyError" in run("--do=bug")[2] and "BrokenPipeError" in run("--do=pipe")[2]
-    assert run("--do=exit")[0] == 7 and run()[0] == 0
+    for bug in ("KeyError", "BrokenPipeError"):  # this pipe is not stdout
+        code, _, err = run(f"--do=raise {bug}")
+        assert code == 1 and "Traceback" in err and bug in err
+    assert run("--do=raise SystemExit(7)")[0] == 7 and run()[0] == 0
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_closed_stdout_ends_a_script_with_141_and_no_message(lines):
     reader, writer = os.pipe()
