@@ -1,10 +1,11 @@
-"""The new recipe with 124M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
+"""A faster recipe with 124M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
 
-1.84B tokens. Modelled, not measured on a card: 10 hours (56.1k tokens/s of the GPT-2 run on an RTX 4070, less the tenth
-that a step may cost more). The public speed runs reach a val loss of 3.28 with Muon and a network much like this one in
-1.70B tokens (modded-nanogpt, track 3); GPT-2 with AdamW needed 10B. learning_rate: theirs, Muon at 0.02, is 3.6e-3 in
-the units of match_rms_adamw at width 768.
     python train.py config/124m_4070_fast.py
+
+It trains on 1.84B tokens. 10 hours are modelled, not measured on a card: 56.1k tokens/s of the GPT-2 run on an RTX
+4070, less a tenth for slower steps. The public speed runs (modded-nanogpt, track 3) reach a val loss of 3.28 with Muon
+and a similar network in 1.70B tokens; GPT-2 with AdamW needed 10B. learning_rate: theirs, Muon at 0.02, is 3.6e-3 in
+the units of match_rms_adamw at width 768.
 """
 
 out_dir = "out/124m_4070_fast"
@@ -12,7 +13,7 @@ dataset = "fineweb"
 
 arch = "qwen3"
 n_layer = 12
-n_head = 12  # of 64
+n_head = 12  # head size 64
 n_embd = 768
 block_size = 1024
 
@@ -20,7 +21,7 @@ tokens_per_step = 2**19  # 524,288
 batch_size = 8
 max_iters = 3500  # 1.84B tokens
 
-optimizer = "muon"  # for the matrices in the blocks, AdamW for the rest
+optimizer = "muon"  # for the matrices in the blocks; AdamW for the rest
 learning_rate = 3.6e-3
 lr_schedule = "linear"
 min_lr = 0.0
@@ -33,4 +34,4 @@ eval_interval = 250
 eval_tokens = 2**22
 log_interval = 10
 
-dtype = "bfloat16"  # as fast as float16 on this card, and needs no GradScaler
+dtype = "bfloat16"  # as fast as float16 on this card, without a GradScaler

@@ -1,11 +1,14 @@
-"""The new recipe with 40.6M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
+"""A faster recipe with 40.6M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
 
-2.62B tokens, a quarter of what config/fineweb_4070.py takes, with the aim of its loss, 3.60: whether it gets there has
-not been measured. Modelled, not measured on a card: 6 hours (134.1k tokens/s of the GPT-2 run on an RTX 4070, less the
-tenth that a step may cost more). learning_rate: the best one of bench/sweep.py for a tiny network on a CPU
-(bench/RESULTS.md), and near that of the public speed runs (Muon at 0.02 is 3.6e-3 in the units of match_rms_adamw at
-width 768); bench/sweep.py on your card tells more.
     python train.py config/fineweb_4070_fast.py
+
+It trains on 2.62B tokens, a quarter of config/fineweb_4070.py, and aims at the same loss, 3.60. Whether it reaches that
+has not been measured. 6 hours are modelled, not measured on a card: 134.1k tokens/s of the GPT-2 run on an RTX 4070,
+less a tenth for slower steps.
+
+learning_rate is the best one for a tiny network on a CPU (bench/RESULTS.md), and close to that of the public speed runs
+(Muon at 0.02 is 3.6e-3 in the units of match_rms_adamw at width 768). To search on your card:
+    python bench/speedrun.py --dataset=fineweb --only=sweep
 """
 
 out_dir = "out/fineweb_4070_fast"
@@ -13,15 +16,15 @@ dataset = "fineweb"
 
 arch = "qwen3"
 n_layer = 12
-n_head = 6  # of 64
+n_head = 6  # head size 64
 n_embd = 384  # 40.56M parameters
 block_size = 1024
 
-tokens_per_step = 2**18  # 262,144: such a network gains little from more
+tokens_per_step = 2**18  # 262,144; a network of this size gains little from more
 batch_size = 16
 max_iters = 10000  # 2.62B tokens
 
-optimizer = "muon"  # for the matrices in the blocks, AdamW for the rest
+optimizer = "muon"  # for the matrices in the blocks; AdamW for the rest
 learning_rate = 4e-3
 lr_schedule = "linear"
 min_lr = 0.0
@@ -34,4 +37,4 @@ eval_interval = 500
 eval_tokens = 2**22
 log_interval = 20
 
-dtype = "bfloat16"  # as fast as float16 on this card, and needs no GradScaler
+dtype = "bfloat16"  # as fast as float16 on this card, without a GradScaler

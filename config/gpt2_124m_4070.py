@@ -1,8 +1,9 @@
 """GPT-2's network of 124M parameters for one RTX 4070 (12 GB): 6.29B tokens of FineWeb.
 
-9.35 s a step were measured on an RTX 4070 by nanoGPT with the same network and batch: 31 hours. Expect a val loss of
-3.37 +- 0.08 (the law of Hoffmann et al. 2022, fitted to llm.c's run of 10.26B tokens, which ended at 3.27).
     python train.py config/gpt2_124m_4070.py
+
+nanoGPT took 9.35 s a step with the same network and batch on an RTX 4070, which makes 31 hours. Expect a val loss of
+3.37 +- 0.08: the law of Hoffmann et al. 2022, shifted to meet llm.c's run (10.26B tokens, val loss 3.27).
 """
 
 out_dir = "out/gpt2_124m_4070"
