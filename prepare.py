@@ -38,7 +38,7 @@ from onecard.tokenizer import TokenizerError, check_parity, load_tokenizer
 from onecard.units import STATE, decode, encode_texts, make_job, unit_record, work
 
 BYTES_PER_TOKEN = 4.67  # of FineWeb; a file's footer gives bytes of text, shard_tokens and max_tokens are tokens
-PLANNING_SECONDS = 5.0  # for which a task waits while other tasks plan
+PLANNING_SECONDS = 5.0  # that a task waits for other tasks, which own the whole dataset only while they plan
 INSPECT_TOKENS = 50_000_000  # read by --inspect
 
 
@@ -269,9 +269,7 @@ def prepare(config: PrepareConfig, folder: Path) -> int:
     with contextlib.ExitStack() as locks:
         if config.task:
             locks.enter_context(durable.owned(own, f"task {config.task} of {folder}"))
-            with durable.owned(
-                whole, str(folder), patience=PLANNING_SECONDS
-            ):  # other tasks own it only while they plan
+            with durable.owned(whole, str(folder), patience=PLANNING_SECONDS):
                 plan = make_plan(found, config, folder)
         else:
             for path in (whole, *state.glob("task_*.lock")):

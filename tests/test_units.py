@@ -1,4 +1,4 @@
-"""units.py: its ids against tiktoken's, what it skips and refuses, kills, and a worker without the repository."""
+"""units.py: its ids against tiktoken's, what it refuses, and a worker without the repository."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from texts import documents_of, expected_documents, files_of, some_texts, strings_of_bytes, write_parquet
 
-from onecard import durable
 from onecard.sources import DamagedError, examine
 from onecard.tokenizer import HARD_STRINGS, load_tokenizer
 from onecard.units import STATE, in_val, make_job, prepare_unit
@@ -87,34 +86,6 @@ def test_a_document_of_100_mb_and_ten_million_letters_in_bounded_memory(tmp_path
     found = [len(ids) for ids in documents_of(tmp_path / "docs", "train")]
     letters = len(load_tokenizer().encode("b" * 10_000_000))
     assert found == [1 + 20_000_001, 1 + letters, 1 + 1]  # "word", then 19,999,999 of " word", then " "
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_killed_before_each_rename_nothing_is_half_and_a_second_run_ends_with_the_same_bytes(tmp_path, number):
-    """number: of the rename: the two shards and the record. (A kill before the sync leaves the same files.)"""
-    path, folder = write_parquet(tmp_path / "a.parquet", some_texts(60)), tmp_path / "docs"
-    (whole,) = prepare_file(path, tmp_path / "whole", val_fraction=0.3)
-    (job,) = jobs_of(path, folder, val_fraction=0.3)
-    code = f"""if True:
-        import os
-        from onecard import tokenizer, units
-        rename, calls = os.replace, []
-        def deadly(*names):
-            calls.append(names)
-            return os.kill(os.getpid(), 9) if len(calls) == {number} else rename(*names)
-        os.replace = deadly
-        units.prepare_unit({job!r}, tokenizer.load_tokenizer(), print)
-    """
-    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert died.returncode == -9 and list(folder.rglob("*.tmp")), died.stderr
-    assert not list(folder.glob(f"{STATE}/*.json"))
-    for place in (folder, folder / STATE):
-        durable.remove_leftovers(place)
-    assert files_of(folder).items() <= files_of(tmp_path / "whole").items()
-    assert prepare_unit(job, load_tokenizer(), lambda *counts: None) == whole
-    assert files_of(folder) == files_of(tmp_path / "whole") and len(whole["shards"]) == 2
-    assert files_of(folder / STATE) == files_of(tmp_path / "whole" / STATE)
 
 
 def test_a_worker_process_needs_the_package_onecard_alone(tmp_path):
