@@ -130,8 +130,9 @@ def parse_file(path, problems):
         others = {*glob(os.path.join(os.path.dirname(path), "*.py"))} - {path}
         problems.append(f"{path}: {error.strerror}; {did_you_mean(path, others, 'check the path')}")
         return
-    except SyntaxError as error:
-        problems.append(f"{path}:{error.lineno or 1}: {error.msg}; write key = value lines in UTF-8")
+    except (SyntaxError, ValueError) as error:  # ValueError: a zero byte
+        line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
+        problems.append(f"{path}:{line}: {reason}; write key = value lines in UTF-8")
         return
     lines = data.splitlines()
     for statement in statements:
