@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
-from onecard import durable
+from onecard import UserError, durable
 from onecard.quickstart import write_quickstart
 from onecard.shards import ShardError, check_shard, layout, open_tokens, read_manifest, write_json, write_manifest
 from onecard.sources import DamagedError, SourceError, examine, find_files, read_texts, token_count
@@ -70,7 +70,7 @@ class PrepareConfig:
         return found
 
 
-class PrepareError(ValueError):
+class PrepareError(UserError):
     """A user's mistake: which file or key, why, and what to do."""
 
 
@@ -504,4 +504,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, PrepareError, SourceError, ShardError, TokenizerError, durable.OwnedError)
+    run_script(main)

@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onecard import UserError
 from onecard.durable import sha256_of
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
@@ -29,7 +30,7 @@ TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after
 HUB_TRIES = 5  # in addition to those of huggingface_hub
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """An input that cannot be used: which, why, and what to do."""
 
 
