@@ -5,8 +5,9 @@
     torchrun --nproc_per_node=2 train.py config/fineweb_4070.py
 
 A step is one optimizer step on gradient_accumulation_steps x batch_size x block_size tokens. Which tokens are in it
-depends on the seed and the step alone: not on evaluation, the micro batch or the number of processes. So a run that
-was stopped, killed or moved, and then resumed, gives the same weights as one that never stopped.
+depends on the seed and the step alone: not on evaluation, the micro batch or the number of processes. Dropout depends
+on seed, step and process. So a run that was stopped or killed and then resumed equals one that never stopped; on a CPU
+with as many processes, bit for bit. In out_dir: ckpt.pt (latest), ckpt_previous.pt, ckpt_best.pt, metrics.jsonl.
 """
 
 import contextlib
@@ -31,7 +32,7 @@ from onecard.shards import ShardError, Windows
 from onecard.tokenizer import load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # default tokens per split in an evaluation, as in llm.c and modded-nanogpt
-BAD_STEPS = 5  # this many steps in a row without finite gradients end the run
+BAD_STEPS = 5  # this many bad steps in a row (see watch) end the run
 SPIKE = 6.0  # a loss this many standard deviations above its running mean is recorded as an event
 
 
@@ -54,11 +55,11 @@ class TrainConfig:
     # evaluation, log, checkpoints
     eval_interval: int = key(2000, "steps between evaluations", low=1)
     eval_tokens: int = key(0, f"tokens per split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
-    eval_iters: int = key(0, "nanoGPT's key for it: eval_iters x batch_size x block_size tokens", low=0)
+    eval_iters: int = key(0, "nanoGPT's key for eval_tokens: eval_iters x batch_size x block_size", low=0)
     eval_only: bool = key(False, "evaluate once and exit")
     log_interval: int = key(10, "steps between log lines", low=1)
-    always_save_checkpoint: bool = key(True, "save after every evaluation; False: only if val loss is the best so far")
-    keep_every: int = key(0, "keep the checkpoint of every N steps for good; 0: only latest, previous, best", low=0)
+    always_save_checkpoint: bool = key(True, "save after every evaluation; False: only the best, and at the end")
+    keep_every: int = key(0, "keep the checkpoint of every N steps for good; 0: only latest, previous and best", low=0)
     sample_interval: int = key(0, "generate three samples every N steps; 0: never", low=0)
     wandb_log: bool = key(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = key("onecard", "wandb project")
@@ -83,7 +84,7 @@ class TrainConfig:
     optimizer: str = key("adamw", "muon: for matrices in blocks, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0)
-    max_hours: float = key(0.0, "save and stop before this many hours have passed; 0: no limit", low=0.0)
+    max_hours: float = key(0.0, "save and stop before this process has run for N hours; 0: no limit", low=0.0)
     weight_decay: float = key(1e-1, "for tensors of two or more dimensions", low=0.0)
     beta1: float = key(0.9, "AdamW's decay rate of the mean", low=0.0, high=1.0)
     beta2: float = key(0.95, "AdamW's decay rate of the square", low=0.0, high=1.0)
@@ -155,12 +156,13 @@ class TrainConfig:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of the step that follows `step` steps: linear warm-up, then the schedule, then min_lr.
+    """The learning rate of a step, counted from 0: linear warm-up, then the schedule, then min_lr.
 
     lr_schedule "wsd" (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395) stays at the peak and decays linearly
     over the last decay_iters steps.
     """
-    peak, end = config.learning_rate, config.lr_decay_iters or config.max_iters
+    peak = config.learning_rate
+    end = config.lr_decay_iters or config.max_iters
     if not config.decay_lr:
         return peak
     if step < config.warmup_iters:
@@ -178,7 +180,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def learning_rates(config: TrainConfig) -> list[float]:
-    """The learning rate of every step."""
     return [learning_rate(step, config) for step in range(config.max_iters)]
 
 
@@ -221,37 +222,36 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     runtime = start_runtime(config)
     if config.from_pretrained:
         open_data(config)  # a mistake there shows before any weights are downloaded
-    config, model, saved, began_from = load_weights(config, runtime.print0)
+    config, model, saved, began_from = starting_point(config, runtime.print0)
     train_windows, val_windows = open_data(config)
     data = checkpoint.data_identity(train_windows, val_windows)
     progress = Progress(began_from=began_from)
     if saved:
-        old = checkpoint.check_same_run(saved, config, data, runtime.print0)
+        old = checkpoint.saved_config(saved, TrainConfig)
+        checkpoint.check_same_run(saved, old, config, data, runtime.print0)  # network, seed, tokens per step, data
         progress = Progress.restore(saved)
         before, after = learning_rate(progress.step, old), learning_rate(progress.step, config)
         if not math.isclose(before, after, rel_tol=0.01):
             effect = ": the loss will rise at first" if after > before else ""
             runtime.print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e}{effect}")
     runtime.require_same(step=progress.step, **data)
-    facts = runtime.plan_facts(config.out_dir)
-    found = show_plan(config, facts, (train_windows, val_windows), began_from, runtime.print0)
+    windows, facts = (train_windows, val_windows), runtime.plan_facts(config.out_dir)
+    planned = show_plan(config, facts, windows, began_from, runtime.print0)
     if runtime.rank == 0 and not config.eval_only:
-        checkpoint.check_room(config.out_dir, found["disk_need"], resumed=not checkpoint.is_new(config))
+        checkpoint.check_room(config.out_dir, planned["disk_need"], resumed=not checkpoint.is_new(config))
 
     torch.manual_seed(config.seed)
     model = model or GPT(GPTConfig(**config.model_args()))
     model.activation_checkpointing = config.activation_checkpointing
-    if saved:
-        model.load_state_dict(saved["model"])
     model.to(runtime.device)
     optimizers = optim.configure_optimizers(model, config, runtime.device.type)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if saved:
+        model.load_state_dict(saved["model"])
         optim.load_state_dicts(optimizers, saved)
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
     runtime.print0(f"device  {runtime.world_size} x {runtime.device_name}, {runtime.dtype_name}")
-
     batch_size, micro_steps = choose_batch_size(model, config, runtime, progress.found)
     run = Run(
         config=config,
@@ -269,7 +269,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     )
     if runtime.rank == 0 and not config.eval_only:
         start: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
-        start |= dict(parameters=model.num_params(positions=False), planned_memory=found["memory"])
+        start |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
         new = checkpoint.is_new(config)
         if new:
             checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
@@ -277,7 +277,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     return run
 
 
-def load_weights(config, print0):
+def starting_point(config, print0):
     """What the run starts from: (config, pretrained model or None, checkpoint or None, source of pretrained weights).
 
     config takes over the network of pretrained weights, also where a run that began with them is resumed.
@@ -293,7 +293,6 @@ def load_weights(config, print0):
 
 
 def open_data(config):
-    """The train and val split as Windows."""
     folder = Path(config.data_dir) / config.dataset
     splits = ("train", "val")
     return [Windows(folder, split, config.block_size, config.seed, config.vocab_size) for split in splits]
@@ -304,7 +303,7 @@ def show_plan(config, facts, windows, began_from, print0):
     config = replace(config, init_from=began_from or config.init_from)  # also where the run is resumed
     facts |= {f"{split.split}_tokens": split.tokens for split in windows}
     facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
-    found = plan.plan(config, learning_rates(config), trace=config.plan_only or None, **facts)
+    found = plan.plan(config, learning_rates(config), trace=True if config.plan_only else None, **facts)
     print0("\n".join(plan.lines(found, config)))
     return found
 
@@ -313,7 +312,7 @@ def plan_only(config: TrainConfig) -> None:
     """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
     dtype = getattr(torch, config.dtype, torch.bfloat16)  # auto: bfloat16, which every card in the table has
     facts = dict(device=config.gpu, dtype=dtype) if config.gpu else start_runtime(config).plan_facts(config.out_dir)
-    config, _, _, began_from = load_weights(config, print)
+    config, _, _, began_from = starting_point(config, print)
     try:
         windows = open_data(config)
     except ShardError as error:
@@ -333,13 +332,14 @@ def sequence_losses(run, windows):
     chosen = np.arange(n) * len(windows) // n
     losses = torch.zeros(n, device=runtime.device)
     first_of_rank = runtime.rank * batch_size
-    rounds = range(first_of_rank, n + first_of_rank, runtime.world_size * batch_size)  # as many in every process
-    hidden = True if runtime.rank else None  # None: shown on a terminal only
-    for first in tqdm(rounds, desc=f"evaluating {windows.split}", delay=5, leave=False, disable=hidden):
+    rounds = range(first_of_rank, n + first_of_rank, runtime.world_size * batch_size)  # the same number on every rank
+    for first in tqdm(
+        rounds, desc=f"evaluating {windows.split}", delay=5, leave=False, disable=runtime.rank > 0 or None
+    ):
         if reason := runtime.max_over_processes(run.stop.reason(run.save_seconds)):
             raise Stopped(reason)
         batch = np.arange(first, min(first + batch_size, n))
-        padded = np.resize(batch if len(batch) else 0, batch_size)  # always the same shape: compiled once
+        padded = np.resize(batch if len(batch) else 0, batch_size)  # repeats windows: one shape, compiled once
         tokens = torch.from_numpy(windows.rows(chosen[padded])).to(runtime.device).to(torch.int64)  # (B, T + 1)
         with runtime.autocast():
             loss = run.compiled(tokens[:, :-1], tokens[:, 1:], reduction="none")  # (B, T)
@@ -396,16 +396,17 @@ def save(run: Run, names: list[str]) -> None:
 
 
 def train(config: TrainConfig, stop: Stop) -> int:
-    """Runs until max_iters -> 0, or until a reason to stop -> that reason, see runtime.Stop."""
+    """Runs until max_iters -> 0, or until a signal or max_hours -> the reason, see runtime.Stop.
+
+    At the first SIGINT, SIGTERM or SIGHUP the step is finished and saved; a second one ends the process at once.
+    """
     run = setup(config, stop)
     config, runtime, progress = run.config, run.runtime, run.progress
     model, compiled, optimizers, scaler = run.model, run.compiled, run.optimizers, run.scaler
     if config.eval_only:
         with contextlib.suppress(Stopped):
             evaluate(run)
-        return stop.reason()
-    if progress.step >= config.max_iters:
-        runtime.print0(f"nothing to do: the run is at step {progress.step} of max_iters={config.max_iters}")
+        return runtime.max_over_processes(stop.reason())
     batches = Batches(run.train_windows, run.batch_size, runtime, progress.sequences)
     stop_reason, times = 0, metrics.StepTimes()
     while not stop_reason:
@@ -419,7 +420,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
                 save_now = done or is_best or config.always_save_checkpoint
             if config.lr_schedule == "wsd" and config.decay_lr and step == decay_start(config):
                 names.append(checkpoint.BEFORE_DECAY)
-            if step and (save_now or names):
+            if (save_now or names) and step > 0:  # at step 0 there is nothing to save
                 save(run, names)
         except Stopped as stopped:
             stop_reason = stopped.args[0]
@@ -435,7 +436,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
         loss_sum = torch.zeros((), device=runtime.device)
         for micro_step in range(run.micro_steps):
             inputs, targets = batches.next()  # (B, T) each
-            is_last = micro_step == run.micro_steps - 1  # only then processes exchange gradients
+            is_last = micro_step == run.micro_steps - 1  # only then processes exchange gradients (DDP)
             with contextlib.nullcontext() if is_last or runtime.world_size == 1 else compiled.no_sync():
                 with runtime.autocast():
                     micro_loss = compiled(inputs, targets) / run.micro_steps
@@ -451,10 +452,10 @@ def train(config: TrainConfig, stop: Stop) -> int:
             dist.all_reduce(reason, dist.ReduceOp.MAX)  # all processes stop after the same step
         loss, grad_norm, reason = torch.stack((loss_sum, norm, reason)).tolist()  # the one wait for the device
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
-        if finite:  # with float16, skipped steps are how the scaler finds its scale
-            for optimizer in optimizers:  # all or none: the scaler alone might skip one and step the other
+        if finite:  # else the step is skipped, for all optimizers: the scaler alone might skip one and step the other
+            for optimizer in optimizers:
                 scaler.step(optimizer)
-        scaler.update()
+        scaler.update()  # with float16: halves the scale after gradients that are not finite
         model.zero_grad(set_to_none=True)
         progress.step += 1
         progress.sequences += config.step_sequences
@@ -490,7 +491,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
         save(run, [])
         runtime.print0(f"stopped at step {progress.step}; continue with --init_from=resume --out_dir={config.out_dir}")
     else:
-        runtime.print0(f"done: {checkpoint.LATEST}, {checkpoint.BEST} and metrics.jsonl are in {config.out_dir}")
+        runtime.print0(f"done: step {progress.step} of {config.max_iters}; {config.out_dir} has {checkpoint.LATEST}")
     if run.writer:
         run.writer.close(artifact=Path(config.out_dir) / checkpoint.LATEST if config.wandb_artifact else None)
     return stop_reason
@@ -499,7 +500,8 @@ def train(config: TrainConfig, stop: Stop) -> int:
 def watch(run: Run, loss: float, finite: bool) -> None:
     """Records a skipped step or a spike of the loss. Raises SystemExit(3) after BAD_STEPS bad steps in a row.
 
-    With float16 a skipped step is bad only if the scale is below 1: above it, skips are how the scaler finds its scale.
+    A step is skipped if its loss or a gradient is not finite. With float16 it is bad only if the scale has fallen below
+    1: above that, skips are how the scaler finds its scale.
     """
     progress = run.progress
     sequences = [progress.sequences - run.config.step_sequences, progress.sequences - 1]  # first and last of the step
@@ -511,7 +513,8 @@ def watch(run: Run, loss: float, finite: bool) -> None:
         return
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     progress.skipped_steps += 1
-    progress.bad_steps += scale is None or scale < 1
+    if scale is None or scale < 1:
+        progress.bad_steps += 1
     run.record("event", event="skipped", sequences=sequences, scale=scale)
     if progress.bad_steps >= BAD_STEPS:
         newest = checkpoint.newest(run.config.out_dir)

@@ -309,13 +309,18 @@ def identity(config, data):
     }
 
 
-def check_same_run(saved: dict, config, data: dict, print0):
-    """Raises ConfigError unless `config` and `data` make the run of the checkpoint `saved` -> its config.
+def saved_config(saved: dict, ConfigClass):
+    """The config in a checkpoint, without the keys of other versions."""
+    known = ConfigClass.__dataclass_fields__
+    return ConfigClass(**{name: value for name, value in saved["config"].items() if name in known})
 
-    Other changes take effect and are listed. With a new val split the best val loss starts over.
+
+def check_same_run(saved: dict, old, config, data: dict, print0) -> None:
+    """Raises ConfigError unless `config` and `data` make the run of the checkpoint `saved`, whose config is `old`.
+
+    Network, seed, tokens per step, optimizer and data must be the same. Other changes take effect and are listed. With
+    a new val split the best val loss starts over.
     """
-    known = type(config).__dataclass_fields__
-    old = type(config)(**{name: value for name, value in saved["config"].items() if name in known})
     now, then = identity(config, data), identity(old, saved["data"])
     differ = [name for name in now if now[name] != then[name] and not (config.allow_new_data and name in data)]
     if differ:
@@ -333,4 +338,3 @@ def check_same_run(saved: dict, config, data: dict, print0):
         print0(f"resumed with other data: {data['train_tokens']:,} tokens, before {saved['data']['train_tokens']:,}")
         if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
             saved["best_val_loss"] = math.inf
-    return old
