@@ -119,7 +119,6 @@ class TrainConfig:
         return self.eval_tokens or self.eval_iters * batch_size * self.block_size or EVAL_TOKENS
 
     def model_args(self) -> dict:
-        """The keys of model.GPTConfig."""
         return {name: getattr(self, name) for name in GPTConfig.__dataclass_fields__}
 
     def problems(self) -> list[str]:
@@ -333,9 +332,7 @@ def sequence_losses(run, windows):
     losses = torch.zeros(n, device=runtime.device)
     first_of_rank = runtime.rank * batch_size
     rounds = range(first_of_rank, n + first_of_rank, runtime.world_size * batch_size)  # the same number on every rank
-    for first in tqdm(
-        rounds, desc=f"evaluating {windows.split}", delay=5, leave=False, disable=runtime.rank > 0 or None
-    ):
+    for first in tqdm(rounds, desc=f"eval {windows.split}", delay=5, leave=False, disable=runtime.rank > 0 or None):
         if reason := runtime.max_over_processes(run.stop.reason(run.save_seconds)):
             raise Stopped(reason)
         batch = np.arange(first, min(first + batch_size, n))
