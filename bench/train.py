@@ -1,18 +1,19 @@
-"""How fast a training step is, what it needs, and how that compares with the usual loop; on whatever device there is.
+"""How fast is a step of training, how much memory does it need, and is the predicted memory right?
 
-    python bench/train.py              # ours against the baseline, interleaved, under ten minutes
-    python bench/train.py --scaling    # ms a step as T, B, C, L and V grow, against flops_per_token
+    python bench/train.py                        # ours and the usual loop; --setting=small --turns=3 is a part of it
+    python bench/train.py --against=FOLDER       # ours and train.py in FOLDER, a checkout of another commit
+    python bench/train.py --scaling              # ms per step as T, B, C, L and V grow; or --memory, see below
+    python bench/train.py --gpu --out=out/gpu    # all that needs a card, into a folder; again for what is left
 
-The baseline is the same network as transformers' GPT2LMHeadModel with full logits in the usual loop: forward, loss,
-backward, clip, AdamW. Every measurement is a process of its own, so that peaks of memory are its own too; the variants
-take turns, and median and spread (smallest to largest) over the turns are printed.
+Ours is train.py as a user runs it, with two evaluations and a checkpoint in its peak memory. The usual loop has the
+same network as transformers' GPT2LMHeadModel, and all logits. Each measurement is a process of its own; the variants
+take turns. Printed are median (smallest to largest) over the turns; ratios are taken within a turn.
 """
 
 import argparse
 import json
 import os
-import platform
-import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,218 +21,257 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import torch
+from common import M40, ROOT, SMALL, header, in_a_process, interleaved, machine, ratios, row, spread, train_py
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import train
+from model import GPTConfig
+from onecard import plan, pretrained
+from onecard.memory import trace_memory
+from onecard.runtime import Batches, start_runtime
+from onecard.shards import ShardWriter, Windows
 
-import train  # noqa: E402
-from configurator import load_config  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from onecard.runtime import Batches  # noqa: E402
-from onecard.shards import ShardWriter  # noqa: E402
-
-SMALL = dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=8, gradient_accumulation_steps=1)
+GiB = 2**30
+WARM_UP = 3  # steps at the start that are not counted
 LOGITS = dict(n_layer=2, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=1)
-M40 = dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2)
-M124 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=16, gradient_accumulation_steps=2)
-SETTINGS = {  # name: (network and batch, timed steps, turns, [variants: the first is what the others are divided by])
-    "cpu": {
-        "4 layers, 256 wide, T 256, B 8": (SMALL, 5, 5, ["baseline float32", "ours float32", "ours bfloat16"]),
-        "peak at 16 x 1024 x 50304": (LOGITS, 1, 1, ["baseline float32", "ours float32", "ours bfloat16"]),
-    },
-    "cuda": {
-        "40.56M, 16 x 1024": (M40, 10, 2, ["baseline float16 compile", "ours float16 compile", "ours float16"]),
-        "124M, 16 x 1024": (M124, 10, 2, ["baseline float16 compile", "ours float16 compile"]),
-    },
+ON_CPU, ON_CARD = ["float32", "bfloat16"], ["float16 compile", "float16"]
+SETTINGS = {  # name: network and batch, steps that are counted, turns, kinds; the usual loop is of the first kind
+    "cpu": {"small": (SMALL, 5, 5, ON_CPU), "logits": (LOGITS, 1, 1, ON_CPU)},
+    "cuda": {"40M": (M40, 10, 2, ON_CARD), "124M": (M40 | dict(n_head=12, n_embd=768), 10, 2, ON_CARD[:1])},
 }
 
+# ---- one measurement
 
-def make_data(folder):
+
+def write_data(folder):
+    """Random tokens: neither speed nor memory depends on what they are."""
     rng = np.random.default_rng(0)
+    (folder / "random").mkdir()
     for split in ("train", "val"):
-        with ShardWriter(folder / f"bench_{split}_000000.bin") as shard:
-            shard.write(rng.integers(0, 50257, 500_000).astype(np.uint16))
+        with ShardWriter(folder / "random" / f"bench_{split}_000000.bin") as shard:
+            shard.write(rng.integers(0, 500, 500_000).astype(np.uint16))
 
 
-def config_of(network, dtype, compiled, folder):
-    keys = dict(network, dtype=dtype, compile=compiled, data_dir=folder, dataset="data", out_dir=folder, eval_only=True)
-    keys |= dict(learning_rate=1e-4, min_lr=0, warmup_iters=0, max_iters=1000)
-    return load_config(train.TrainConfig, [f"--{k}={v}" for k, v in keys.items()])
+def short_run(keys, steps, folder):
+    """The keys of a run of so many steps, with an evaluation on one micro batch at its start and its end."""
+    fixed = dict(data_dir=str(folder), dataset="random", max_iters=steps, eval_interval=steps, log_interval=1)
+    fixed |= dict(learning_rate=1e-4, min_lr=0.0, warmup_iters=0, eval_tokens=keys["batch_size"] * keys["block_size"])
+    return fixed | keys
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def run_train_py(checkout, keys, steps, folder):
+    """Runs train.py of a checkout: seconds per step, peak memory in bytes, and MFU where it is known."""
+    lines, done = train_py(short_run(keys, WARM_UP + steps, folder), checkout)
+    counted = [line for line in lines if line["kind"] == "train"][WARM_UP:]
+    seconds = statistics.median(line["ms_per_step"] for line in counted) / 1000
+    on_card = GiB * counted[-1].get("peak_memory_gib", 0)
+    return dict(seconds=seconds, peak=on_card or done.peak_bytes, mfu=counted[-1].get("mfu", 0))
 
 
-def hugging_face(config, runtime):
-    """The baseline: -> (model whose call gives the loss, AdamW)."""
+def peak_of_card():
+    return dict(peak=torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else {}
+
+
+def run_usual_loop(keys, steps, folder):
+    """The same numbers of the usual loop. Runs in a process of its own."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(0)
-    sizes = dict(n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer, n_head=config.n_head)
+    config = train.TrainConfig(**short_run(keys, steps, folder))
+    runtime = start_runtime(config)
+    batches = Batches(Windows(Path(folder) / "random", "train", config.block_size), config.batch_size, runtime)
+    sizes = dict(vocab_size=config.vocab_size, **pretrained.hf_network(GPTConfig(**config.model_args())))
     drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=config.vocab_size, **sizes, **drop)).to(runtime.device)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
-
-
-def usual_loop(model, optimizer, scaler, batches, config, runtime, micro_steps):
-    for _ in range(micro_steps):
-        inputs, targets = batches.next()
-        with runtime.autocast():
-            logits = model(inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) / micro_steps
-        scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def measure(variant, network, steps, folder):
-    """In a process of its own: -> tokens/s, parts of a step in ms, peak memory in bytes."""
-    who, dtype, *rest = variant.split()
-    run = train.start_run(config_of(network, dtype, who == "ours" and "compile" in rest, folder))
-    config, runtime = run.config, run.runtime
-    batches = Batches(run.train_blocks, run.batch_size, runtime)
-    if who == "ours":
-        step = lambda: train.train_step(run, batches)  # noqa: E731
-    else:
-        run.model = run.compiled = run.optimizers = None
-        model, optimizer = hugging_face(config, runtime)
-        model = torch.compile(model) if "compile" in rest else model
-        step = lambda: usual_loop(model, optimizer, run.scaler, batches, config, runtime, run.micro_steps)  # noqa: E731
-    for _ in range(1 if steps == 1 else 3):
-        step()
-    synchronize(runtime.device)
-    if runtime.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **drop)).to(runtime.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
+    model = torch.compile(model) if config.compile else model
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    seconds = []
+    for _ in range(WARM_UP + steps):
         began = time.perf_counter()
-        step()
-        synchronize(runtime.device)
-        times.append(time.perf_counter() - began)
-    seconds = statistics.median(times)
-    result = dict(tokens_per_s=config.step_tokens / seconds, ms=1000 * seconds)
-    if runtime.peak_flops:
-        result["mfu"] = result["tokens_per_s"] * run.model.flops_per_token() / runtime.peak_flops if run.model else 0
-    cuda = runtime.device.type == "cuda"
-    result["peak"] = (
-        torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    if who == "ours":
-        result |= parts(run, batches, steps)
-    return result
+        for _ in range(config.gradient_accumulation_steps):
+            inputs, targets = batches.next()  # (B, T) each
+            with runtime.autocast():
+                logits = model(inputs).logits  # (B, T, V)
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            scaler.scale(loss / config.gradient_accumulation_steps).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return dict(seconds=statistics.median(seconds[WARM_UP:]), mfu=0, **peak_of_card())
 
 
-def parts(run, batches, steps):
-    """ms of one micro batch's data wait, forward and backward, and of the optimizer, each with synchronisation."""
-    device, seconds = run.runtime.device, dict(data=[], forward=[], backward=[], optimizer=[])
-    for _ in range(steps):
-        marks = [time.perf_counter()]
-
-        def mark(marks=marks):
-            synchronize(device)
-            marks.append(time.perf_counter())
-
-        inputs, targets = batches.next()
-        mark()
-        with run.runtime.autocast():
-            loss = run.compiled(inputs, targets)
-        mark()
-        run.scaler.scale(loss).backward()
-        mark()
-        run.scaler.unscale_(run.optimizers[-1])
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.scaler.step(run.optimizers[-1])
-        run.scaler.update()
-        run.optimizers[-1].zero_grad(set_to_none=True)
-        mark()
-        for name, a, b in zip(seconds, marks, marks[1:], strict=False):
-            seconds[name].append(b - a)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+# ---- speed
 
 
-def in_a_process(variant, network, steps, folder):
-    command = [sys.executable, __file__, "--measure", json.dumps([variant, network, steps, str(folder)])]
-    environment = dict(os.environ)
-    if variant.startswith("baseline"):
-        environment["THP_MEM_ALLOC_ENABLE"] = "0"  # torch's default: our huge pages are part of what is compared
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{variant}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def compare(folder, device, options):
+    """A table for each setting. Ratios are to the usual loop, or with --against to the same kind there."""
+    for name, (network, steps, turns, kinds) in SETTINGS[device].items():
+        if options.setting not in (None, name):
+            continue
+        bases = [("other", kind) for kind in kinds] if options.against else [("usual", kinds[0])]
 
+        def measure(variant, network=network, steps=steps):
+            who, kind = variant
+            keys = network | dict(dtype=kind.split()[0], compile=kind.endswith("compile"))
+            if who == "usual":  # without our huge pages, which are part of what is compared
+                no_huge_pages = {"THP_MEM_ALLOC_ENABLE": "0"}
+                return in_a_process(__file__, keys, steps, str(folder), environment=no_huge_pages)
+            return run_train_py(options.against if who == "other" else ROOT, keys, steps, folder)
 
-def spread(values, digits=0):
-    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
-
-
-def compare(folder, device):
-    for name, (network, steps, turns, variants) in SETTINGS[device].items():
-        print(f"\n{name}: {turns} turns of {steps} steps\n")
-        print("| variant | tokens/s | over the first | ms a step | data, forward, backward, optimizer | GiB | MFU |")
-        print("|---|---|---|---|---|---|---|")
-        results = {variant: [] for variant in variants}
-        for _ in range(turns):
-            for variant in variants:
-                results[variant].append(in_a_process(variant, network, steps, folder))
-        for variant, rows in results.items():
-            ratios = [r["tokens_per_s"] / b["tokens_per_s"] for r, b in zip(rows, results[variants[0]], strict=True)]
-            split = ", ".join(f"{rows[0][k]:.1f}" for k in ("data", "forward", "backward", "optimizer") if k in rows[0])
-            cells = [
-                variant,
-                spread([r["tokens_per_s"] for r in rows]),
-                spread(ratios, 2),
-                spread([r["ms"] for r in rows]),
-            ]
-            cells += [split, f"{max(r['peak'] for r in rows) / 2**30:.2f}"]
-            print(
-                "| " + " | ".join([*cells, f"{rows[0]['mfu']:.1%}" if rows[0].get("mfu") else "-"]) + " |", flush=True
-            )
+        turns = options.turns or turns
+        results = interleaved([*bases, *(("ours", kind) for kind in kinds)], turns, measure)
+        print(f"\n{name}: {network}; {turns} turns of {steps} steps")
+        header("variant", "tokens/s", "ratio", "ms per step", "peak GiB", "MFU")
+        for (who, kind), measured in results.items():
+            base = results.get(("other", kind), results[bases[0]])
+            seconds, base_seconds = ([result["seconds"] for result in each] for each in (measured, base))
+            tokens = train.TrainConfig(**network).step_tokens
+            speed, ms = spread([tokens / s for s in seconds]), spread([1000 * s for s in seconds])
+            peak, mfu = max(result["peak"] for result in measured) / GiB, measured[-1]["mfu"]
+            ratio = spread(ratios(base_seconds, seconds), 2)
+            row(f"{who} {kind}", speed, ratio, ms, f"{peak:.2f}", f"{mfu:.1%}" if mfu else "-")
 
 
 def scaling(folder, device):
-    """ms a step at five points of each dimension, and nanoseconds a GFLOP of flops_per_token: level where it holds."""
-    base = dict(SMALL, n_layer=2, block_size=128, batch_size=4) if device == "cpu" else dict(M40, n_layer=4)
-    dtype = "float32" if device == "cpu" else "float16"
-    points = dict(block_size=2, batch_size=2, n_embd=2, n_layer=2)
-    print("\n| grown | value | ms a step | GFLOP a step | ms a GFLOP |\n|---|---|---|---|---|")
-    for name in [*points, "vocab_size"]:
-        for power in range(5):
-            first = 50304 if name == "vocab_size" else base[name] // 2 or 1
-            value = first * (power + 1) if name == "vocab_size" else first * 2**power
-            network = {**base, name: value}
-            row = in_a_process(f"ours {dtype}", network, 3, folder)
-            tokens = network["batch_size"] * network["block_size"] * network["gradient_accumulation_steps"]
-            with torch.device("meta"):
-                config = config_of(network, dtype, False, folder)
-                gflop = tokens * GPT(GPTConfig(**config.model_args())).flops_per_token() / 1e9
-            print(f"| {name} | {value} | {row['ms']:.0f} | {gflop:.1f} | {row['ms'] / gflop:.2f} |", flush=True)
+    """ms per step at five values of each size, and ms per GFLOP by flops_per_token: level where that counts right."""
+    base = M40 | dict(n_layer=4, dtype="float16")
+    if device == "cpu":
+        base = SMALL | dict(n_layer=2, block_size=128, batch_size=4, dtype="float32")
+    header("size", "value", "ms per step", "GFLOP per step", "ms per GFLOP")
+    for name in ("block_size", "batch_size", "n_embd", "n_layer", "vocab_size"):
+        for i in range(5):
+            value = 50304 * (i + 1) if name == "vocab_size" else max(1, base[name] // 2) * 2**i
+            keys = base | {name: value, "compile": False}
+            ms = 1000 * run_train_py(ROOT, keys, 3, folder)["seconds"]
+            config = train.TrainConfig(**keys)
+            gflop = config.step_tokens * plan.network(config).flops_per_token() / 1e9
+            row(name, value, f"{ms:.0f}", f"{gflop:.1f}", f"{ms / gflop:.2f}")
+
+
+# ---- memory: predicted and measured
+
+MEDIUM = dict(n_layer=6, n_head=6, n_embd=384, block_size=512, batch_size=8, gradient_accumulation_steps=1)
+LARGE = dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch_size=4, gradient_accumulation_steps=1)
+SMALLEST = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, batch_size=1, vocab_size=512)
+QWEN3, RECOMPUTE = dict(arch="qwen3", optimizer="muon"), dict(activation_checkpointing=True)
+BF16, FP32 = dict(dtype="bfloat16", compile=False), dict(dtype="float32", compile=False)
+MEMORY_SETTINGS = {
+    "gpt2 16M, 8 x 256, bf16": SMALL | BF16,
+    "gpt2 16M, 8 x 256, bf16, vocabulary of 512": SMALL | BF16 | dict(vocab_size=512),
+    "gpt2 16M, 8 x 256, fp32, two micro batches": SMALL | FP32 | dict(gradient_accumulation_steps=2),
+    "gpt2 30M, 8 x 512, bf16": MEDIUM | BF16,
+    "gpt2 30M, 8 x 512, bf16, dropout": MEDIUM | BF16 | dict(dropout=0.1),
+    "gpt2 30M, 8 x 512, fp32, activation checkpointing": MEDIUM | FP32 | RECOMPUTE,
+    "gpt2 124M, 4 x 256, bf16": LARGE | BF16,
+    "qwen3 16M, 8 x 256, bf16": SMALL | BF16 | QWEN3,
+    "qwen3 30M, 8 x 512, fp32": MEDIUM | FP32 | QWEN3,
+    "qwen3 30M, 8 x 512, bf16, activation checkpointing": MEDIUM | BF16 | QWEN3 | RECOMPUTE,
+}
+# glibc keeps freed memory for later. With these it returns blocks of 64 KiB and more to the system as soon as they are
+# freed, and takes smaller ones from a single heap. So resident memory is memory in use.
+RETURN_FREED = dict(MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+
+
+def peak_of_run(keys, folder):
+    """Runs train.py for two steps, two evaluations and a checkpoint. Runs in a process of its own."""
+    trace_memory(train.TrainConfig(**SMALLEST), "cpu")  # train.py does so for a large network: loads modules
+    with tempfile.TemporaryDirectory() as out_dir:
+        keys = short_run(keys, 2, folder) | dict(out_dir=out_dir)
+        train.main([f"--{name}={value}" for name, value in keys.items()])
+    return peak_of_card()
+
+
+def memory(folder, device):
+    """Predicted: all tensors of an eager step (onecard/memory.py). Measured: what a real run needs above an idle one.
+
+    On a CPU both are the peak of resident memory; the idle run is the smallest network with the same keys. So Python,
+    torch and their threads are not in the difference. In it are the tensors and what no prediction has: workspaces
+    inside kernels, and oneDNN's packed matrices. Freed memory is not in it (RETURN_FREED). The last column is the same
+    difference with glibc's defaults, as a user runs it. On a card both columns are the peak of torch's allocator.
+    """
+    header("network, micro batch", "predicted GiB", "measured GiB", "error", "with glibc's defaults, GiB")
+    idle: dict = {}
+    for name, keys in MEMORY_SETTINGS.items():
+        predicted = sum(trace_memory(train.TrainConfig(**keys), device, getattr(torch, keys["dtype"])).values())
+        peaks = []
+        for environment in (RETURN_FREED, {}):
+            kind = (len(environment), keys["dtype"], keys.get("arch"))
+            if device == "cpu" and kind not in idle:
+                smallest = keys | SMALLEST
+                idle[kind] = in_a_process(__file__, smallest, str(folder), environment=environment)["peak"]
+            real = in_a_process(__file__, keys, str(folder), environment=environment)["peak"]
+            peaks.append(real - idle.get(kind, 0))
+        error = f"{predicted / peaks[0] - 1:+.1%}"
+        row(name, f"{predicted / GiB:.3f}", f"{peaks[0] / GiB:.3f}", error, f"{peaks[1] / GiB:.3f}")
+
+
+# ---- everything that a card can show
+
+
+def gpu(options):
+    """Runs the GPU tests and the benches; each that has ended has a file in --out and is not run again."""
+    out, end = Path(options.out), time.monotonic() + 60 * options.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    commands = {
+        "tests": ["-m", "pytest", "-m", "gpu", "-q"],
+        "train": ["bench/train.py"],
+        "memory": ["bench/train.py", "--memory"],
+        "sample": ["bench/sample.py", "--tokens=500"],
+        "scaling": ["bench/train.py", "--scaling"],
+        "speedrun": ["bench/speedrun.py", f"--results={out.resolve()}/speedrun.jsonl", *options.speedrun],
+    }
+    for name, command in commands.items():
+        part, left = out / f"{name}.part", end - time.monotonic()
+        if (out / f"{name}.txt").exists() or left < 30:
+            continue
+        with open(part, "w") as file:
+            command = [sys.executable, *command]
+            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        try:
+            print(f"{name}: exit {process.wait(left)}", flush=True)
+            os.replace(part, out / f"{name}.txt")
+        except subprocess.TimeoutExpired:
+            print(f"{name}: not finished; what it printed is in {part}", flush=True)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--against", metavar="FOLDER", help="compare with train.py of this checkout")
+    parser.add_argument("--setting", help="small or logits on a CPU, 40M or 124M on a card; all if not given")
+    parser.add_argument("--turns", type=int, help="measurements of each variant")
+    for name in ("scaling", "memory", "gpu"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--out", default="out/gpu", help="with --gpu: folder for what the commands print")
+    parser.add_argument("--minutes", type=float, default=9.0, help="with --gpu: stop after this time")
+    parser.add_argument("speedrun", nargs="*", help="with --gpu, after --: options of bench/speedrun.py")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*json.loads(options.measure)[:3], Path(json.loads(options.measure)[3]))))
+        arguments = json.loads(options.measure)
+        print(json.dumps(run_usual_loop(*arguments) if len(arguments) == 3 else peak_of_run(*arguments)))
         return
+    print(machine("torch", "transformers"), flush=True)
+    if options.gpu:
+        return gpu(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}, commit {commit or 'unknown'}")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "data").mkdir()
-        make_data(Path(folder) / "data")
-        (scaling if options.scaling else compare)(Path(folder), device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(folder)
+        if options.scaling:
+            scaling(folder, device)
+        elif options.memory:
+            memory(folder, device)
+        else:
+            compare(folder, device, options)
 
 
 if __name__ == "__main__":
