@@ -2,7 +2,7 @@
 
     python report.py out/run                             (writes out/run/report.html; --watch=60 repeats it)
     python report.py out/a out/b                         (compares them, by groups of the same val windows)
-    python report.py train.log --run_config=config/x.py  (nanoGPT's printed log; a CSV, also wandb's export)
+    python report.py train.log --run_config=config/fineweb_4070.py  (nanoGPT's printed log; a CSV, also wandb's export)
 
 Reads metrics.jsonl, or what another program printed. onecard/diagnosis.py makes the sentences, onecard/page.py the
 page. The report is silent where the data cannot support a claim.
