@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from common import M40, SMALL, commit, header, machine, row, spread, train_py
 
-from train import TrainConfig
-
 GPT2 = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", min_lr_share=0.1, beta2=0.95)
 QWEN3, MUON, LINEAR = dict(arch="qwen3"), dict(optimizer="muon"), dict(lr_schedule="linear", min_lr_share=0.0)
 RECIPES = {  # name: (keys, where the search for its learning rate begins); each is the one above with one more change
@@ -91,7 +89,9 @@ def ladder(options, rates):
 
 def race(options, rates):
     """Prints D0 / D1 and T0 / T1, means over the seeds of the new recipe, unless one of them does not cross L0."""
-    step_tokens = TrainConfig(**SIZES[options.size]).step_tokens
+    step_tokens = math.prod(
+        SIZES[options.size][key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")
+    )
     old = each_seed(options, OLD, rates[OLD], options.steps)
     target = statistics.mean(r["val_loss"] for r in old)
     print(f"\n{OLD}, D0 = {options.steps * step_tokens:,} tokens: L0 = {spread_of(old, 'val_loss')}")

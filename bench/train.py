@@ -196,7 +196,7 @@ def memory(folder, device):
     difference with glibc's defaults, as a user runs it. On a card both columns are the peak of torch's allocator.
     """
     header("network, micro batch", "predicted GiB", "measured GiB", "error", "with glibc's defaults, GiB")
-    idle: dict = {}
+    idle = {}
     for name, keys in MEMORY_SETTINGS.items():
         predicted = sum(trace_memory(train.TrainConfig(**keys), device, getattr(torch, keys["dtype"])).values())
         peaks = []
