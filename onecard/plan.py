@@ -192,7 +192,7 @@ def plan(
         found["utilisation"] = utilisation(config.n_embd, found["peak"])
         found["hours"] = flops / (found["peak"] * found["utilisation"] * world_size) / 3600
     found["loss"], found["no_loss"] = expected_loss(config, rates, found["epochs"])
-    found["warnings"] = list(warnings(config, found, rates))
+    found["warnings"] = list(warnings(config, found))
     return found
 
 
@@ -222,7 +222,7 @@ def hours_left(config, step: int, seconds_per_step: float, eval_seconds: float =
 # ---- warnings: a line for each choice that costs something, with what to change
 
 
-def warnings(config, found, rates):
+def warnings(config, found):
     yield from memory_and_disk_warnings(config, found)
     yield from data_warnings(found)
     if advice := size_advice(found):
