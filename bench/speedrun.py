@@ -89,9 +89,8 @@ def ladder(options, rates):
 
 def race(options, rates):
     """Prints D0 / D1 and T0 / T1, means over the seeds of the new recipe, unless one of them does not cross L0."""
-    step_tokens = math.prod(
-        SIZES[options.size][key] for key in ("batch_size", "gradient_accumulation_steps", "block_size")
-    )
+    size = SIZES[options.size]
+    step_tokens = size["batch_size"] * size["gradient_accumulation_steps"] * size["block_size"]
     old = each_seed(options, OLD, rates[OLD], options.steps)
     target = statistics.mean(r["val_loss"] for r in old)
     print(f"\n{OLD}, D0 = {options.steps * step_tokens:,} tokens: L0 = {spread_of(old, 'val_loss')}")
