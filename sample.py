@@ -1,13 +1,13 @@
-"""Writes text with a trained model, as it is made; or measures the loss of a text.
+"""Generates text with a trained model and prints it as it is made; or measures the loss of a text.
 
     python sample.py --out_dir=out/quickstart
     python sample.py --out_dir=out/fineweb_4070 --start="The card" --num_samples=3 --temperature=0.7
     python sample.py --out_dir=out/fineweb_4070 --start=FILE:prompt.txt          # --start=- reads standard input
-    python sample.py --out_dir=out/fineweb_4070 --prompts=prompts.txt --json     # one a line, in batches
+    python sample.py --out_dir=out/fineweb_4070 --prompts=prompts.txt --json     # one prompt per line, in batches
     python sample.py --out_dir=out/fineweb_4070 --score=text.txt
 
-Every text begins as a document of the training data does, with <|endoftext|>, and ends where the model ends it. Text is
-on standard output, everything else on standard error.
+Every text begins with <|endoftext|>, as every training document does, and ends where the model generates that token.
+Standard output gets only the text, everything else goes to standard error.
 """
 
 import codecs
@@ -15,14 +15,16 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onecard import checkpoint
 from configurator import ConfigError, key, load_config, run_script
-from onecard.generation import GenerationError, score, stream
-from onecard.runtime import DeviceError, pick_device, pick_dtype
-from onecard.tokenizer import TokenizerError, load_tokenizer
+from model import GPT
+from onecard import checkpoint
+from onecard.generation import score, stream
+from onecard.runtime import pick_device, pick_dtype
+from onecard.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,39 +32,38 @@ class SampleConfig:
     # files
     out_dir: str = key("out", "folder that train.py wrote")
     checkpoint: str = key("latest", "which of its checkpoints", choices=("latest", "best"))
-    # what is continued
-    start: str = key("", "beginning of the text; FILE:name reads it from a file, - from standard input; empty: none")
-    prompts: str = key("", "file with a beginning on each line, - for standard input; each is continued")
-    num_samples: int = key(0, "texts for each beginning; 0: three of start, one of each line of prompts", low=0)
-    batch_size: int = key(8, "texts made at a time: together faster, each alone slower", low=1)
-    # how
-    max_new_tokens: int = key(200, "longest text, in tokens", low=1)
-    temperature: float = key(0.8, "below 1 bolder towards the likely, above 1 wilder; 0: always the likeliest", low=0.0)
-    top_k: int = key(200, "draw among so many likeliest tokens only; 0: among all", low=0)
-    top_p: float = key(1.0, "draw among the fewest tokens that have this probability together", low=0.0, high=1.0)
-    min_p: float = key(0.0, "draw among tokens at least so likely, as a share of the likeliest", low=0.0, high=1.0)
-    stop: str = key("", "a text ends before this, if it comes up ($'\\n' in a shell is the end of a line)")
-    seed: int = key(1337, "text i is drawn with seed + i, whatever batch_size is", low=0)
-    json: bool = key(False, "a line of JSON for each text: prompt, text, tokens, end, seed")
+    # prompts
+    start: str = key("", "prompt; FILE:name reads it from a file, - from standard input; empty: no prompt")
+    prompts: str = key("", "file with one prompt per line, - for standard input")
+    num_samples: int = key(0, "texts per prompt; 0: three for start, one for each line of prompts", low=0)
+    batch_size: int = key(8, "texts generated at a time; more: faster in total, each text slower", low=1)
+    # sampling
+    max_new_tokens: int = key(200, "maximum length of a text, in tokens, without the prompt", low=1)
+    temperature: float = key(0.8, "below 1: more likely tokens; above 1: more varied; 0: always the likeliest", low=0.0)
+    top_k: int = key(200, "sample among the k likeliest tokens only; 0: among all", low=0)
+    top_p: float = key(1.0, "sample among the fewest tokens with this total probability", low=0.0, high=1.0)
+    min_p: float = key(0.0, "sample among tokens at least this fraction as likely as the likeliest", low=0.0, high=1.0)
+    stop: str = key("", "a text ends before this string ($'\\n' in a shell is a line end)")
+    seed: int = key(1337, "text i is sampled with seed + i, whatever batch_size is", low=0)
+    json: bool = key(False, "print a line of JSON for each text: prompt, text, tokens, end, seed")
     # the loss of a text
-    score: str = key("", "file of which the loss is measured, - for standard input; then no text is made")
-    stride: int = key(0, "its windows are so many tokens apart; 0: block_size; fewer: more context, more work", low=0)
+    score: str = key("", "file to measure the loss of, - for standard input; no text is generated")
+    stride: int = key(0, "tokens between the windows of score; 0: block_size; fewer: more context, slower", low=0)
     # system
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = key(
-        "auto", "of weights and products; auto: float32 for score", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = key("auto", "auto: float32 for score", choices=("auto", "float32", "bfloat16", "float16"))
 
-    def problems(self):
+    def problems(self) -> list[str]:
         given = [f"{name}={getattr(self, name)!r}" for name in ("start", "prompts", "score") if getattr(self, name)]
         return [f"{' and '.join(given)} exclude each other: give one of them"] if len(given) > 1 else []
 
 
-# ---- what is given: files, standard input, a checkpoint
+def log(text):
+    print(text, file=sys.stderr, flush=True)
 
 
-def read_text(name, source):
-    """The text in the file `source`, or on standard input for "-", as it is. `name`: the key that named it."""
+def read_text(name: str, source: str) -> str:
+    """The text of the file `source`, or of standard input for "-". Raises ConfigError, which names the key `name`."""
     where = "standard input" if source == "-" else source
     try:
         text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
@@ -71,20 +72,17 @@ def read_text(name, source):
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: {where} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
     if not text:
-        raise ConfigError(f"{name}: {where} is empty; there has to be text in it")
+        raise ConfigError(f"{name}: {where} is empty; give a file with text")
     return text
 
 
-def read_prompts(config):
-    """-> the beginnings to continue, as texts."""
+def read_prompts(config: SampleConfig) -> list[str]:
     if config.prompts:
-        lines = [line.removesuffix("\r") for line in read_text("prompts", config.prompts).split("\n")]
-        lines = lines if lines[-1] else lines[:-1]  # behind the last end of a line is no line
+        lines = read_text("prompts", config.prompts).removesuffix("\n").split("\n")
+        lines = [line.removesuffix("\r") for line in lines]
         if "" in lines:
-            line = lines.index("") + 1
-            raise ConfigError(
-                f"prompts: line {line} of {config.prompts} is empty; write a beginning there, or take it out"
-            )
+            where = f"line {lines.index('') + 1} of {config.prompts}"
+            raise ConfigError(f"prompts: {where} is empty; write a prompt there, or delete the line")
         return lines
     if config.start == "-" or config.start.startswith("FILE:"):
         return [read_text("start", config.start.removeprefix("FILE:"))]
@@ -95,42 +93,37 @@ def read_prompts(config):
     return [config.start]
 
 
-def load(config, tokenizer):
-    """-> the model on its device, its weights in the dtype that is multiplied in: cast once, not for each token."""
+def load(config: SampleConfig, tokenizer: Tokenizer) -> GPT:
+    """The model on its device. Its weights are cast once to the dtype that is computed in, not for every token."""
     device = pick_device(config.device)
     dtype = "float32" if config.score and config.dtype == "auto" else config.dtype
     path = Path(config.out_dir) / (checkpoint.LATEST if config.checkpoint == "latest" else checkpoint.BEST)
     model, saved = checkpoint.load_model(path)
     if model.config.vocab_size < tokenizer.n_vocab:
         raise ConfigError(
-            f"{path} has vocab_size={model.config.vocab_size}, less than the {tokenizer.n_vocab} ids of GPT-2's "
-            "tokenizer: it was trained on other tokens, which cannot be written as text"
+            f"{path}: vocab_size={model.config.vocab_size} is less than GPT-2's {tokenizer.n_vocab} ids, so the model "
+            "was trained with another tokenizer; give the --out_dir of a model that was trained with GPT-2's"
         )
-    say(f"step {saved['iter_num']:,}, best val loss {saved['best_val_loss']:.4f}")
+    log(f"step {saved['iter_num']:,}, best val loss {saved['best_val_loss']:.4f}")
     return model.to(device, pick_dtype(dtype, device))
 
 
-def say(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-# ---- texts
-
-
 class Text:
-    """A text that grows by a token at a time, in whole characters; half a one at its very end is never shown.
+    """A text that grows by one token at a time and is shown in whole characters."""
 
-    end: why it ended (endoftext, stop, max_new_tokens), "" while it has not.
-    """
-
-    def __init__(self, prompt, seed, stop, tokenizer):
-        self.prompt, self.seed, self.stop, self.tokenizer = prompt, seed, stop, tokenizer
-        self.text, self.tokens, self.end = "", 0, ""
+    def __init__(self, prompt: str, seed: int, config: SampleConfig, tokenizer: Tokenizer):
+        self.prompt, self.seed, self.tokenizer = prompt, seed, tokenizer
+        self.stop, self.max_tokens = config.stop, config.max_new_tokens
+        self.text, self.tokens = "", 0
+        self.end = ""  # why it ended: endoftext, stop or max_new_tokens
         self.shown = 0  # characters of prompt and text
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of half a character
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an incomplete character
 
-    def add(self, id):
+    def add(self, id: int) -> None:
+        """Appends one token. Sets `end` if it is the last one."""
         self.tokens += 1
+        if self.tokens == self.max_tokens:
+            self.end = "max_new_tokens"
         if id == self.tokenizer.eot:
             self.end = "endoftext"
             return
@@ -140,97 +133,83 @@ class Text:
         if found >= 0:
             self.text, self.end = self.text[:found], "stop"
 
-    def ready(self):
-        """What can be shown and was not: all, but for an end that may be the beginning of `stop`."""
-        begun = (n for n in range(min(len(self.stop), len(self.text)), 0, -1) if self.text.endswith(self.stop[:n]))
-        held = 0 if self.end else next(begun, 0)
+    def take_new(self) -> str:
+        """The characters that were not shown yet, except an end that may be the beginning of `stop`."""
         whole = self.prompt + self.text
-        begin, self.shown = self.shown, len(whole) - held
+        begin, self.shown = self.shown, len(whole) - (0 if self.end else self.partial_stop())
         return whole[begin : self.shown]
 
-    def line(self):
-        names = ("prompt", "text", "tokens", "end", "seed")
-        return json.dumps({name: getattr(self, name) for name in names})
+    def partial_stop(self) -> int:
+        """The length of the longest end of the text that is a beginning of `stop`."""
+        for n in range(min(len(self.stop), len(self.text)), 0, -1):
+            if self.text.endswith(self.stop[:n]):
+                return n
+        return 0
+
+    def json_line(self) -> str:
+        return json.dumps({name: getattr(self, name) for name in ("prompt", "text", "tokens", "end", "seed")})
 
 
-def show(texts, turn, as_json):
-    """Prints what has been made of texts[turn], and if it has ended of the next ones -> whose turn it is then."""
-    while turn < len(texts):
-        text = texts[turn]
-        if not as_json:
-            print(text.ready(), end="", flush=True)
-        if not text.end:
-            break
-        print(text.line() if as_json else "\n---------------", flush=True)
-        turn += 1
-    return turn
-
-
-def write_texts(model, tokenizer, prompts, config):
-    """Continues each prompt, batch_size texts at a time.
-
-    A prompt that is too long for the network is no mistake: it is read as any long text is, and that is said.
-    """
+def write_texts(model: GPT, tokenizer: Tokenizer, prompts: list[str], config: SampleConfig) -> None:
+    """Generates and prints the texts, batch_size at a time, in the order of the prompts."""
     n = config.num_samples or (1 if config.prompts else 3)
     prompts = [prompt for prompt in prompts for _ in range(n)]
     rows = [[tokenizer.eot, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     longest, block_size = max(map(len, rows)), model.config.block_size
     if longest > block_size:
-        reads = f"of a longer text the model reads the last {block_size // 2} to {block_size} (generation.window_start)"
-        say(f"a prompt has {longest:,} tokens, more than block_size={block_size}: {reads}")
-    texts = [Text(prompt, config.seed + i, config.stop, tokenizer) for i, prompt in enumerate(prompts)]
+        log(
+            f"a prompt has {longest:,} tokens, more than block_size={block_size}: of a longer text the model reads "
+            f"the last {block_size // 2} to {block_size}"
+        )
+    texts = [Text(prompt, config.seed + i, config, tokenizer) for i, prompt in enumerate(prompts)]
     began = time.perf_counter()
     for i in range(0, len(texts), config.batch_size):
         batch = slice(i, i + config.batch_size)
-        write_batch(model, rows[batch], texts[batch], tokenizer.eot, config)
+        write_batch(model, rows[batch], texts[batch], config)
     seconds, tokens = time.perf_counter() - began, sum(text.tokens for text in texts)
-    say(f"texts {len(texts)}, tokens {tokens:,}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
+    log(f"texts {len(texts)}, tokens {tokens:,}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
 
 
-def write_batch(model, rows, texts, eot, config):
-    """Makes these texts together; the first that has not ended is shown as it grows, the others behind it."""
-    options = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    options |= dict(seeds=[text.seed for text in texts], stop_id=eot, ended=set())
-    turn = 0
-    for ids in stream(model, rows, config.max_new_tokens, **options):
-        for i, id in enumerate(ids):
-            if id is not None:
+def write_batch(model, rows, texts, config):
+    """Generates these texts together and prints them in order. The first that has not ended is printed as it grows."""
+    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    seeds, ended = [text.seed for text in texts], set()
+    steps = stream(model, rows, config.max_new_tokens, seeds=seeds, ended=ended, **sampling)
+    for text in texts:
+        while not text.end:
+            if not config.json:
+                print(text.take_new(), end="", flush=True)
+            for i, id in next(steps).items():
                 texts[i].add(id)
                 if texts[i].end:
-                    options["ended"].add(i)
-        turn = show(texts, turn, config.json)
-    for text in texts:
-        text.end = text.end or "max_new_tokens"
-    show(texts, turn, config.json)
+                    ended.add(i)
+        print(text.json_line() if config.json else text.take_new() + "\n---------------", flush=True)
 
 
-# ---- the loss of a text
-
-
-def write_score(model, tokenizer, text, config):
-    """Prints loss in nats a token, perplexity, and bits per byte of UTF-8, which compares across vocabularies."""
+def write_score(model: GPT, tokenizer: Tokenizer, text: str, config: SampleConfig) -> None:
+    """Prints the loss in nats per token, the perplexity, and bits per byte of UTF-8, comparable across vocabularies."""
     losses = score(model, tokenizer.encode(text).astype("int64"), tokenizer.eot, config.stride, config.batch_size)
-    size, loss = len(text.encode()), losses.mean().item()
-    bits = losses.sum().item() / math.log(2) / size
-    found = dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=bits, tokens=len(losses), bytes=size)
+    loss, size = losses.mean().item(), len(text.encode())
+    perplexity, bits = math.exp(min(loss, 700)), losses.sum().item() / math.log(2) / size
     if config.json:
-        print(json.dumps(dict(file=config.score, **found)))
+        numbers = dict(loss=loss, perplexity=perplexity, bits_per_byte=bits, tokens=len(losses), bytes=size)
+        print(json.dumps(dict(file=config.score, **numbers)))
     else:
-        print(f"loss {loss:.4f}, perplexity {found['perplexity']:,.2f}, bits per byte {bits:.4f}")
+        print(f"loss {loss:.4f}, perplexity {perplexity:,.2f}, bits per byte {bits:.4f}")
         print(f"over {len(losses):,} tokens, {size:,} bytes")
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(SampleConfig, argv)
     tokenizer = load_tokenizer()
-    given = read_text("score", config.score) if config.score else read_prompts(config)
-    model = load(config, tokenizer)
     if config.score:
-        write_score(model, tokenizer, given, config)
-        return
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
-    write_texts(model, tokenizer, given, config)
+        text = read_text("score", config.score)
+        write_score(load(config, tokenizer), tokenizer, text, config)
+    else:
+        prompts = read_prompts(config)
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
+        write_texts(load(config, tokenizer), tokenizer, prompts, config)
 
 
 if __name__ == "__main__":
-    run_script(main, DeviceError, TokenizerError, GenerationError, checkpoint.CheckpointError)
+    run_script(main)

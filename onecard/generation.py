@@ -1,104 +1,87 @@
-"""Text from a network, one token after the other, and the loss of a text that is given.
+"""Generates text with a network, token by token, and measures the loss of a given text.
 
-    for ids in stream(model, [prompt], max_new_tokens=100, temperature=0.8, seeds=[1]): ...
-    texts = generate(model, [prompt, another], max_new_tokens=100, stop_id=50256)
+    for new_ids in stream(model, [prompt], max_new_tokens=100, temperature=0.8, seeds=[1]): ...
+    rows = generate(model, [prompt, another], max_new_tokens=100, stop_id=50256)
     loss = score(model, ids, prefix_id=50256).mean()
 
-The one thing to know: what the network reads of a long sequence is a function of the sequence's length alone (see
-`window_start`), so that a text is the same with and without the cache, alone and in a batch.
+The one thing to know: what the network reads of a long sequence depends on its length alone (see `window_start`), so
+a text is the same alone and in a batch. Letters in shapes are those of model.py.
 """
 
 import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-IGNORE = -100  # the target that model.forward does not count
+from model import GPT, IGNORE, Cache
+from onecard import UserError
+from onecard.tokenizer import Tokenizer
 
 
-class GenerationError(ValueError):
-    """Text that cannot be made or scored: why, what to do."""
+class GenerationError(UserError):
+    """Text cannot be generated or scored: why, and what to do."""
 
 
-# ---- from logits to a token. (B, V) in, (B, V) out, in float64; each step as transformers' *LogitsWarper has it, in
-# ---- the same order: temperature, top-k, top-p, min-p. Whatever the steps, the likeliest token stays.
+def logits_to_probs(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
+    """Logits (B, V) -> probabilities (B, V) in float64, for a temperature above 0. Removed ids get 0.
 
-
-def scale(logits, temperature):
-    """logits / temperature, less the largest: softmax is the same, and no temperature is so small as to overflow."""
-    return (logits - logits.amax(-1, keepdim=True)) / temperature
-
-
-def keep_top_k(logits, k):
-    """Only what is at least as likely as the k-th likeliest stays (more than k tokens, if there are ties)."""
-    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
-    return logits.masked_fill(logits < kth, -math.inf)
-
-
-def keep_top_p(logits, p):
-    """Only the fewest likeliest tokens whose probabilities add up to p or more stay (Holtzman et al. 2020), and those
-    that are as likely as the last of them: transformers drops some of these, as its sort happens to place them."""
-    share = logits.softmax(-1)
-    for k in (min(2048, share.shape[-1]), share.shape[-1]):  # they are few, mostly: to sort all takes long
-        descending = share.topk(k).values
-        if descending.sum(-1).min() >= p:
-            break
-    kept = (descending.cumsum(-1) - descending < p).sum(-1, keepdim=True)  # those before whom p is not reached
-    return logits.masked_fill(share < descending.gather(1, (kept - 1).clamp(min=0)), -math.inf)
-
-
-def keep_min_p(logits, share):
-    """Only what is at least `share` times as likely as the likeliest stays (Nguyen et al. 2024, arXiv 2407.01082)."""
-    p = logits.softmax(-1)
-    return logits.masked_fill(p < share * p.amax(-1, keepdim=True), -math.inf)
-
-
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """logits (B, V) -> probabilities (B, V) in float64; temperature > 0; top_k=0, top_p=1, min_p=0 keep all."""
-    logits = scale((logits.cpu() if logits.device.type == "mps" else logits).double(), temperature)  # mps: no float64
+    The filters run in transformers' order: the k likeliest ids (and ties), then `keep_top_p`, then `min_p`.
+    """
+    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # mps has no float64
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows exp
     if top_k:
-        logits = keep_top_k(logits, top_k)
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
         logits = keep_top_p(logits, top_p)
-    if min_p:
-        logits = keep_min_p(logits, min_p)
+    if min_p:  # ids at least min_p times as likely as the likeliest (Nguyen et al. 2024, arXiv 2407.01082)
+        probs = logits.softmax(-1)
+        logits = logits.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), -math.inf)
     return logits.softmax(-1)
 
 
-def draw(p, uniform):
-    """p (B, V), uniform (B,) in [0, 1) -> ids (B,): where the cumulative sum, in the order of ids, passes the draw.
+def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Keeps the fewest likeliest ids whose probabilities sum to p or more (Holtzman et al. 2020), and their ties."""
+    probs, V = logits.softmax(-1), logits.shape[-1]
+    descending = probs.topk(min(2048, V)).values  # mostly enough, and much faster than sorting all
+    if descending.sum(-1).min() < p:
+        descending = probs.topk(V).values
+    likelier = descending.cumsum(-1) - descending  # the summed probability of all likelier ids
+    kept = (likelier < p).sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    return logits.masked_fill(probs < descending.gather(1, kept - 1), -math.inf)
 
-    In that order rounding errors of the logits hardly move any bound; sorted by likelihood they would swap neighbours.
-    """
-    sums = p.cumsum(-1)  # (B, V)
-    reach = uniform[:, None] * (1 - 2**-50) * sums[:, -1:]  # below the last sum: an id of probability 0 is never drawn
-    return torch.searchsorted(sums, reach, right=True)[:, 0]
+
+def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """probs (B, V), uniform (B,) in [0, 1) -> ids (B,): the first whose cumulative probability exceeds the number."""
+    sums = probs.cumsum(-1)  # in the order of ids: if sorted by likelihood, a rounding error could swap neighbours
+    bound = uniform[:, None] * (1 - 2**-50) * sums[:, -1:]  # below the last sum, so no id of probability 0 is drawn
+    return torch.searchsorted(sums, bound, right=True)[:, 0]
 
 
-def choose(logits, generators, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """logits (B, V) -> list of B ids: the likeliest at temperature 0, else by one uniform draw from each generator."""
+def next_ids(logits: torch.Tensor, generators: list[torch.Generator], temperature: float = 1.0, **filters) -> list[int]:
+    """Logits (B, V) -> B ids: the likeliest at temperature 0, else sampled with one number from each generator."""
+    finite = logits.sum().isfinite()  # looked at last, so that a step waits for the device once
     if temperature == 0:
-        ids = logits.argmax(-1)
+        ids = logits.argmax(-1).tolist()
     else:
-        p = probabilities(logits, temperature, top_k, top_p, min_p)
+        probs = logits_to_probs(logits, temperature, **filters)
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        ids = draw(p, uniform.to(p.device))
-    finite = logits.sum(-1).isfinite().to(ids.device)
-    ids = ids.where(finite, -1).tolist()  # the one wait for the device in a step
-    if -1 in ids:
+        ids = sample(probs, uniform.to(probs.device)).tolist()
+    if not finite:
         raise GenerationError("the logits are not finite: too large for this dtype (try float32), or a broken network")
     return ids
 
 
-# ---- token after token
+def window_start(length: int, block_size: int) -> int:
+    """How many ids at the beginning of a sequence of `length` ids the network does not read.
 
-
-def window_start(length, block_size):
-    """How many ids at the beginning of a sequence of `length` ids the network no longer reads.
-
-    It reads all of up to block_size ids. A window that would outgrow that is cut to its last block_size // 2 ids, whose
-    positions then begin at 0 again, and grows anew. nanoGPT drops one id for every new one: then each position changes
-    at each step, and all has to be computed again for each token; here it is once in about block_size / 2 tokens.
+    A window grows to block_size ids, is cut to its last block_size // 2 ids, and grows again. A cut gives all ids new
+    positions, so all are computed again: here once in about block_size / 2 tokens, in nanoGPT at every token.
     """
     if length <= block_size:
         return 0
@@ -106,126 +89,117 @@ def window_start(length, block_size):
     return math.ceil((length - block_size) / period) * period
 
 
-def left_padded(rows, device):
-    """[[id]] -> idx (B, T) of int64, and the number of columns (B,) that pad each on the left, None if none does."""
-    longest = max(map(len, rows))
-    idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    pads = [longest - len(row) for row in rows]
-    return idx, torch.tensor(pads, device=device) if any(pads) else None
+@dataclass
+class DecodeState:
+    """What the network has read: row r of the cache holds sequence rows[r], after pads[r] columns of padding."""
+
+    cache: Cache
+    rows: list[int]
+    pads: torch.Tensor | None  # (B,), or None if no row is padded
 
 
-class Reader:
-    """Reads sequences that grow by a token at a time: into a cache, and anew where that is full, or half of it idle."""
+def prefill(model, sequences, alive, new_tokens):
+    """Reads the whole windows of the sequences `alive`. Returns a DecodeState and the input of the head (B, C)."""
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    windows = [sequences[i][window_start(len(sequences[i]), block_size) :] for i in alive]
+    longest = max(map(len, windows))
+    padding = [longest - len(window) for window in windows]
+    idx = torch.tensor([[0] * n + window for n, window in zip(padding, windows, strict=True)], device=device)  # (B, T)
+    pads = torch.tensor(padding, device=device) if any(padding) else None
+    cache = model.new_cache(len(alive), min(block_size, longest + new_tokens))
+    return DecodeState(cache, alive, pads), model.hidden(idx, cache, pads)[:, -1]
 
-    def __init__(self, model, use_cache):
-        self.model, self.use_cache = model, use_cache
-        self.cache, self.pads, self.rows, self.room = None, None, [], 0  # rows: the numbers of the sequences in it
 
-    def read(self, sequences, alive, to_come):
-        """-> what the head reads behind the last id of each of the sequences `alive`, (B, C)."""
-        embedding, block_size = self.model.transformer.wte.weight, self.model.config.block_size
-        if self.cache is None or self.cache.filled == self.room or 2 * len(alive) <= len(self.rows):
-            self.rows, self.cache = alive, None  # the memory of the old one is free before the new one takes its own
-            windows = [sequences[i][window_start(len(sequences[i]), block_size) :] for i in alive]
-            idx, self.pads = left_padded(windows, embedding.device)
-            self.room = min(block_size, idx.shape[1] + to_come)
-            self.cache = self.model.new_cache(len(alive), self.room) if self.use_cache else None
-        else:
-            idx = torch.tensor([sequences[i][-1:] for i in self.rows], device=embedding.device)
-        last = self.model.hidden(idx, self.cache, self.pads)[:, -1]
-        return last if alive == self.rows else last[[self.rows.index(i) for i in alive]]
+def decode_one_token(model, sequences, alive, state):
+    """Reads the last id of each sequence in the state. Returns the input of the head for those `alive` (B, C)."""
+    idx = torch.tensor([sequences[i][-1:] for i in state.rows], device=model.lm_head.weight.device)  # (B, 1)
+    x = model.hidden(idx, state.cache, state.pads)[:, -1]
+    return x if alive == state.rows else x[[state.rows.index(i) for i in alive]]
 
 
 @torch.no_grad()
-def stream(model, prompts, max_new_tokens, seeds=None, stop_id=None, use_cache=True, ended=None, **sampling):
-    """Yields, a step at a time, the new id of each sequence: [int, or None for one that has ended].
+def stream(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seeds: Sequence[int] | None = None,
+    stop_id: int | None = None,
+    ended: set[int] | None = None,
+    use_cache: bool = True,
+    **sampling,
+) -> Iterator[dict[int, int]]:
+    """Yields the new ids of each step, {number of the prompt: id}, without those of sequences that have ended.
 
-    prompts: lists of ids, of any lengths from 1 on. A sequence ends behind stop_id, behind max_new_tokens, or when the
-    caller has put its number into the set `ended`. sampling: temperature, top_k, top_p, min_p (see `choose`). seeds: an
-    int for each sequence, which together with its prompt decides its text, whatever else is in the batch (but for ties
-    in low precision); None: another text each time.
+    A sequence ends after stop_id, or when the caller adds its number to `ended`. The seed of a sequence and its prompt
+    (at least one id) decide its text, whatever else is in the batch, except for ties in low precision; seeds=None:
+    another text each time. use_cache=False: read the whole window at each step. sampling: see `logits_to_probs`.
     """
     if not all(map(len, prompts)):
         raise GenerationError("a prompt without any token cannot be continued; begin it with <|endoftext|>")
-    sequences, ended = [list(prompt) for prompt in prompts], set() if ended is None else ended
-    generators = [torch.Generator() for _ in prompts]
-    for i, generator in enumerate(generators):
-        generator.manual_seed(seeds[i]) if seeds is not None else generator.seed()
-    reader = Reader(model, use_cache)
+    sequences = [list(prompt) for prompt in prompts]
+    ended = set() if ended is None else ended
+    seeds = [secrets.randbits(63) for _ in prompts] if seeds is None else seeds
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    state = None
     for step in range(max_new_tokens):
         alive = [i for i in range(len(sequences)) if i not in ended]
         if not alive:
             return
-        logits = model.head(reader.read(sequences, alive, max_new_tokens - step))
-        new = dict(zip(alive, choose(logits, [generators[i] for i in alive], **sampling), strict=True))
-        for i, id in new.items():
+        if state is None or state.cache.filled == state.cache.keys.shape[3] or 2 * len(alive) <= len(state.rows):
+            state = None  # full, or half of it idle: free the cache before the next one is allocated
+            state, x = prefill(model, sequences, alive, max_new_tokens - step if use_cache else 0)
+        else:
+            x = decode_one_token(model, sequences, alive, state)
+        ids = next_ids(model.head(x), [generators[i] for i in alive], **sampling)
+        for i, id in zip(alive, ids, strict=True):
             sequences[i].append(id)
-        ended |= {i for i, id in new.items() if id == stop_id}
-        yield [new.get(i) for i in range(len(sequences))]
+            if id == stop_id:
+                ended.add(i)
+        yield dict(zip(alive, ids, strict=True))
 
 
-def generate(model, prompts, max_new_tokens, **options):
-    """As `stream`, all at once -> [[id]]: each prompt and what was made behind it."""
+def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options) -> list[list[int]]:
+    """Like `stream`, but returns the ids at the end: each prompt, followed by its new ids."""
     sequences = [list(prompt) for prompt in prompts]
-    for ids in stream(model, prompts, max_new_tokens, **options):
-        for sequence, id in zip(sequences, ids, strict=True):
-            if id is not None:
-                sequence.append(id)
+    for new_ids in stream(model, prompts, max_new_tokens, **options):
+        for i, id in new_ids.items():
+            sequences[i].append(id)
     return sequences
 
 
-def sample_texts(model, tokenizer, n=3, max_new_tokens=100, temperature=0.8, top_k=200, seed=1337):
-    """-> n texts that begin as documents do: what a run shows of itself. The same seeds each time, so that one sees the
-    same beginning grow better. Training notices nothing: no shared random generator is used, and its mode is restored.
-    """
-    training = model.training
+def sample_texts(model: GPT, tokenizer: Tokenizer, n: int = 3, max_new_tokens: int = 100) -> list[str]:
+    """n texts from the beginning of a document, with the same seeds every time; no effect on a training run."""
+    training, prompts, seeds = model.training, [[tokenizer.eot]] * n, range(1337, 1337 + n)
     model.eval()
     try:
-        options = dict(temperature=temperature, top_k=top_k, stop_id=tokenizer.eot)
-        rows = generate(model, [[tokenizer.eot]] * n, max_new_tokens, seeds=range(seed, seed + n), **options)
+        rows = generate(model, prompts, max_new_tokens, seeds=seeds, stop_id=tokenizer.eot, temperature=0.8, top_k=200)
     finally:
         model.train(training)
     return [tokenizer.decode([id for id in row if id != tokenizer.eot]) for row in rows]
 
 
-# ---- the loss of a text
-
-
-def score_windows(n, block_size, stride):
-    """[(begin, first, end)]: ids[first:end] are predicted, from <|endoftext|> and ids[begin : end - 1].
-
-    Each of n ids is predicted once. The first window predicts block_size ids, each later one the next `stride`, on
-    all the context that fits, the last one the rest. With stride = block_size windows are disjoint but for the last.
-    """
-    end = min(n, block_size)
-    windows = [(0, 0, end)]
-    while end < n:
-        first, end = end, min(n, end + stride)
-        windows.append((end - block_size, first, end))
-    return windows
-
-
 @torch.no_grad()
-def score(model, ids, prefix_id, stride=0, batch_size=1):
-    """ids (n,) of a text -> the loss of each, in nats, (n,) in float64.
+def score(model: GPT, ids, prefix_id: int, stride: int = 0, batch_size: int = 1) -> torch.Tensor:
+    """ids (n,) of a text -> the loss of each in nats, (n,) in float64. Raises GenerationError.
 
-    Windows are those of lm-evaluation-harness's rolling log-likelihood (stride 0: block_size; a smaller stride gives
-    each id at least block_size - stride ids of context), but for one id: each window is led by prefix_id, as each
-    document in training was, where the harness leads only the first by it and the others by the id before them.
+    Windows as in lm-evaluation-harness's rolling log-likelihood: the first predicts block_size ids, each later one the
+    next `stride` (0: block_size) with all context that fits. But prefix_id begins every window, not only the first.
     """
-    block_size, device = model.config.block_size, model.transformer.wte.weight.device
-    ids = torch.as_tensor(ids, dtype=torch.int64)
-    if len(ids) == 0:
-        raise GenerationError("an empty text has no loss")
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    tokens, losses = torch.as_tensor(ids, dtype=torch.int64), []
+    if len(tokens) == 0:
+        raise GenerationError("an empty text has no loss; give a text")
     if not 0 <= stride <= block_size:
-        raise GenerationError(f"stride={stride} is not 1 to block_size={block_size}, or 0, which is block_size")
-    windows, losses = score_windows(len(ids), block_size, stride or block_size), []
-    for i in tqdm(range(0, len(windows), batch_size), desc="scoring", delay=5, leave=False, disable=None):
-        targets = torch.stack([ids[begin:end] for begin, _, end in windows[i : i + batch_size]])  # (B, T)
-        inputs = torch.cat((torch.full_like(targets[:, :1], prefix_id), targets[:, :-1]), dim=1)
-        counts = torch.tensor([[end - first] for _, first, end in windows[i : i + batch_size]])
-        counted = torch.arange(targets.shape[1]) >= targets.shape[1] - counts
-        targets = targets.masked_fill(~counted, IGNORE)
-        loss = model(inputs.to(device), targets.to(device), reduction="none").double().cpu()
-        losses.append(loss[counted])
+        raise GenerationError(f"stride={stride} is outside 0 to block_size={block_size}; use 0 for block_size")
+    T = min(block_size, len(tokens))  # the length of every window
+    ends = [*range(block_size, len(tokens), stride or block_size), len(tokens)]
+    windows = torch.tensor([[0, *ends[:-1]], ends]).t()  # each row: first and end of the tokens that are predicted
+    for batch in tqdm(windows.split(batch_size), desc="scoring", delay=5, leave=False, disable=None):
+        first, end = batch.split(1, dim=1)  # (B, 1) each
+        positions = end - T + torch.arange(T)  # (B, T)
+        targets = tokens[positions]
+        inputs = torch.cat((torch.full_like(first, prefix_id), targets[:, :-1]), dim=1)
+        targets = targets.masked_fill(positions < first, IGNORE)
+        loss = model(inputs.to(device), targets.to(device), reduction="none").double().cpu()  # (B, T)
+        losses.append(loss[positions >= first])
     return torch.cat(losses)
