@@ -1,4 +1,4 @@
-"""What the tests share: few threads, tiny datasets made by the project's own writer, and small disks."""
+"""What the tests share: few threads, a tiny dataset and tiny runs on it, processes that end with their test, disks."""
 
 import shutil
 import subprocess
@@ -6,29 +6,48 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-
-from onecard.shards import ShardWriter, write_manifest
+from runs import TINY, Watched, flags_of, write_dataset
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 @pytest.fixture
 def tiny_data(tmp_path):
-    """-> (data_dir, name): 5,000 train and 1,500 val tokens below 96, in a learnable pattern, two shards each."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path / "data" / "tiny"
-    folder.mkdir(parents=True)
-    shards = []
-    for split, tokens in (("train", 2500), ("val", 750)):
-        for i in range(2):
-            ids = (np.cumsum(rng.integers(1, 4, tokens)) % 96).astype(np.uint16)
-            with ShardWriter(folder / f"{split}_{i:06d}.bin") as shard:
-                shard.write(ids)
-            row = dict(name=shard.path.name, split=split, tokens=tokens, documents=1, text_bytes=4 * tokens)
-            shards.append(row | dict(sha256=shard.sha256, source="made up", row_groups=[0, 1]))
-    tokenizer = dict(name="made up", sha256="0" * 64, n_vocab=96, eot=0)
-    write_manifest(folder, dict(version=1, tokenizer=tokenizer, shards=shards, skipped={}, settings={}))
-    return folder.parent, "tiny"
+    """(data_dir, name): 5,000 train and 1,500 val tokens below 96, in a learnable pattern, two shards each.
+
+    From a generator whose numbers never change: the runs in tests/data/old_* were trained on these tokens.
+    """
+    draw = np.random.RandomState(0)
+    shards = [np.cumsum(draw.randint(1, 4, tokens)) % 96 for tokens in (2500, 2500, 750, 750)]
+    write_dataset(tmp_path / "data" / "tiny", train=shards[:2], val=shards[2:])
+    return tmp_path / "data", "tiny"
+
+
+@pytest.fixture
+def flags(tiny_data, tmp_path):
+    """A function: keys -> the command line of a tiny run in tmp_path/`out`, which is resumed if it has begun."""
+    tiny = TINY | dict(max_iters=12, lr_decay_iters=12, eval_interval=4, log_interval=3, init_from="auto")
+
+    def build(out="run", **keys):
+        data_dir, dataset = tiny_data
+        return flags_of(**tiny | dict(data_dir=data_dir, dataset=dataset, out_dir=tmp_path / out) | keys)
+
+    return build
+
+
+@pytest.fixture
+def start():
+    """A function: arguments of Python -> runs.Watched. It is killed at the end of the test."""
+    started = []
+
+    def build(*command, **options):
+        started.append(Watched(command, **options))
+        return started[-1]
+
+    yield build
+    for watched in started:
+        watched.process.kill()
+        watched.process.wait()
 
 
 @pytest.fixture

@@ -1,15 +1,22 @@
-"""What the tests of training share: the settings of a tiny run, its metrics, and a process that is watched."""
+"""What the tests of training share: a tiny run, what it leaves, and a process that is watched while it runs."""
 
 import json
+import os
 import queue
 import re
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
+import torch
+
+from onecard import checkpoint
+from onecard.shards import ShardWriter, write_manifest
+
 ROOT = Path(__file__).resolve().parents[1]
 WALL_CLOCK = ("ms_per_step", "tokens_per_s", "eval_seconds", "data_share", "hours_left")
-NEVER = "(?!)"  # a pattern that no line has
+NEVER = "(?!)"  # a pattern that no line matches
 TINY = dict(
     block_size=16,
     vocab_size=96,
@@ -33,19 +40,65 @@ def flags_of(**keys):
     return [f"--{k}={v}" for k, v in keys.items()]
 
 
+def write_dataset(folder, n_vocab=96, **splits):
+    """A finished dataset. splits: train=[ids of a shard, ...], val=[...]."""
+    folder.mkdir(parents=True)
+    rows = []
+    for split, shards in splits.items():
+        for number, ids in enumerate(shards):
+            with ShardWriter(folder / f"{split}_{number:06d}.bin") as shard:
+                shard.write(ids)
+            row = dict(name=shard.path.name, split=split, tokens=len(ids), documents=1, text_bytes=4 * len(ids))
+            rows.append(row | dict(sha256=shard.sha256, source="made up", row_groups=[0, 1]))
+    tokenizer = dict(name="made up", sha256="0" * 64, n_vocab=n_vocab, eot=0)
+    write_manifest(folder, dict(version=1, tokenizer=tokenizer, shards=rows, skipped={}, settings={}))
+
+
+# ---- what a run leaves
+
+
 def read_metrics(out_dir, *kinds):
-    """The lines of some kinds, without what a clock has measured."""
+    """The lines of some kinds, without the numbers that a clock measured."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines if line["kind"] in kinds]
 
 
-class Watched:
-    """A process whose lines are read while it runs; `said`: those that have been looked at."""
+def files_of(folder, pattern="ckpt*"):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
 
-    def __init__(self, command, **options):
+
+def assert_same(a, b):
+    """Bit for bit, through nested dicts and lists."""
+    flat_a, spec_a = torch.utils._pytree.tree_flatten(a)
+    flat_b, spec_b = torch.utils._pytree.tree_flatten(b)
+    assert spec_a == spec_b
+    for x, y in zip(flat_a, flat_b, strict=True):
+        assert type(x) is type(y)
+        assert (x.dtype == y.dtype and torch.equal(x, y)) if isinstance(x, torch.Tensor) else x == y
+
+
+def assert_same_run(a, b):
+    """Weights, optimizers, progress and metrics of two finished runs are the same bit for bit; b has no leftovers."""
+    states = [checkpoint.load(folder / "ckpt.pt") for folder in (a, b)]
+    for state in states:
+        del state["config"]  # names the folder
+    assert_same(*states)
+    lines = [read_metrics(folder, "train", "eval", "event") for folder in (a, b)]
+    assert lines[0] == lines[1] and len(lines[0]) > 1
+    assert not list(b.glob("*.tmp")) and not (b / checkpoint.NEW).exists()
+
+
+# ---- processes
+
+
+class Watched:
+    """A process whose lines are read while it runs; `printed`: those that were waited for."""
+
+    def __init__(self, command, env=(), **options):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        self.process = subprocess.Popen(command, cwd=ROOT, **pipes, **options)
-        self.said, self.lines = [], queue.Queue()
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)}
+        self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes, **options)
+        self.printed, self.lines = [], queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
 
     def read(self):
@@ -54,13 +107,17 @@ class Watched:
         self.lines.put(None)
 
     def wait_for(self, pattern):
-        """-> the first line not yet seen that has `pattern` in it; None if it ended without one."""
+        """The next line that has `pattern` in it; None if the process ended without one."""
         while (line := self.lines.get(timeout=120)) is not None:
-            self.said.append(line)
+            self.printed.append(line)
             if re.search(pattern, line):
                 return line
+        return None
+
+    def send(self, number):
+        self.process.send_signal(number)
 
     def end(self):
-        """-> (exit code, all that was printed)."""
+        """(exit code, everything printed), when the process has ended."""
         self.wait_for(NEVER)
-        return self.process.wait(120), "".join(self.said)
+        return self.process.wait(120), "".join(self.printed)

@@ -1,12 +1,21 @@
+"""runtime.py: the device, the micro batch, reasons to stop, the compiler, and batches made ahead."""
+
+import os
+import random
+
+import numpy as np
 import pytest
 import torch
 
+import train
 from onecard import runtime
-from model import GPT, GPTConfig
-from onecard.runtime import DeviceError, pick_device, pick_dtype
+from onecard.runtime import Batches, DeviceError, Runtime, pick_device, pick_dtype
+from onecard.shards import ShardError, Windows
+
+CPU = torch.device("cpu")
 
 
-def test_a_card_that_torch_cannot_use_is_not_passed_over(monkeypatch):
+def test_a_card_that_torch_cannot_use_is_not_ignored(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
@@ -20,72 +29,146 @@ def test_a_card_that_torch_cannot_use_is_not_passed_over(monkeypatch):
 
 
 def test_dtype_auto_on_a_cpu_is_bfloat16_only_where_the_hardware_has_it(monkeypatch):
-    cpu = torch.device("cpu")
-    assert pick_dtype("float16", cpu) == torch.float16
+    assert pick_dtype("float16", CPU) == torch.float16
     for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has: has)
-        assert pick_dtype("auto", cpu) == dtype
+        assert pick_dtype("auto", CPU) == dtype
 
 
-def test_a_step_is_shared_evenly_or_refused_with_the_nearest_that_are():
+def test_dropout_differs_between_steps_and_ranks():
+    ranks = [Runtime(CPU, torch.float32, rank, world_size=4) for rank in range(4)]
+    seeds = {rank.dropout_seed(seed, step) for rank in ranks for seed in range(3) for step in range(50)}
+    assert len(seeds) == 4 * 3 * 50
+
+
+# ---- the micro batch
+
+
+@pytest.mark.parametrize(
+    "processes, keys, message",
+    [
+        (3, dict(batch_size=2, gradient_accumulation_steps=4), "8 sequences .* use nproc_per_node=2 or 4"),
+        (2, dict(batch_size=3, gradient_accumulation_steps=7), "21 sequences .* use nproc_per_node=1 or 7"),
+        (2, dict(batch_size=4, tokens_per_step=12 * 16), "12 sequences .* use batch_size=3 or 6"),
+    ],
+)
+def test_a_step_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
+    flags, monkeypatch, processes, keys, message
+):
     assert runtime.micro_steps(512, 16, 4) == 8
-    with pytest.raises(DeviceError, match="nproc_per_node=2 or 4 would"):
-        runtime.micro_steps(512, 16, 3)
-    with pytest.raises(DeviceError, match="batch_size=8 or 16 would"):
-        runtime.micro_steps(512, 12, 2)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(DeviceError, match=f"{processes} processes with batch_size=. cannot share the {message}"):
+        train.main(flags(**keys))
 
 
-@pytest.mark.parametrize("budget, expected", [(100, 1), (139, 1), (140, 2), (1000, 16), (30_000, 64)])
-def test_found_batch_is_the_largest_whose_extrapolated_peak_fits(budget, expected):
-    tried = []
-
-    def measure(n):
-        tried.append(n)
-        return 60 + 40 * n  # bytes
-
-    sizes = [1, 2, 4, 8, 16, 32, 64]
-    assert runtime.largest_that_fits(sizes, measure, budget)[-1] == expected
-    assert max(tried) <= max(2, expected)  # memory is never filled to find out
-    assert 60 + 40 * expected <= budget and (expected == 64 or 60 + 80 * expected > budget)
+def test_a_micro_batch_is_found_once_and_kept_by_a_resumed_run(flags, monkeypatch, capsys):
+    train.main(flags(batch_size=0, tokens_per_step=128, max_iters=2))
+    assert "found batch_size=8 for 8 sequences" in capsys.readouterr().out
+    monkeypatch.setattr(runtime, "find_batch_size", lambda *_: pytest.fail("searched again"))
+    train.main(flags(batch_size=0, tokens_per_step=128))
 
 
-def test_a_choice_that_needs_more_than_the_line_said_is_made_smaller():
-    assert runtime.largest_that_fits([1, 2, 4, 8], lambda n: 10 * n + 50 * (n > 4), 100) == [1, 2, 4]
+@pytest.mark.parametrize("peaks, expected", [({}, 8), ({8: 95}, 4), ({8: float("inf"), 4: 93}, 2)])
+def test_on_a_card_the_predicted_micro_batch_is_tried_and_made_smaller_until_it_fits(monkeypatch, peaks, expected):
+    """Of 100 bytes that are free, 92 may be used. Memory that ran out is an infinite peak."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10)
+    monkeypatch.setattr(runtime, "batch_sizes_that_fit", lambda config, free, *_: [1, 2, 4, 8] if free == 100 else [])
+    monkeypatch.setattr(runtime, "trial_peak", lambda model, size, *_: peaks.get(size, 90))
+    config, card = train.TrainConfig(batch_size=0, tokens_per_step=2**19), Runtime(torch.device("cuda"), torch.bfloat16)
+    assert runtime.find_batch_size(None, config, card) == expected
+    peaks.update({1: 200, 2: 200, 4: 200, 8: 200})
+    with pytest.raises(DeviceError, match=r"batch_size=1 does not fit .*--activation_checkpointing=True"):
+        runtime.find_batch_size(None, config, card)
 
 
-def test_a_network_that_does_not_fit_at_all_is_a_sentence():
-    with pytest.raises(DeviceError, match=r"needs 20\.0 GiB and 11\.2 are free.*activation_checkpointing"):
-        runtime.largest_that_fits([1, 2], lambda n: 20 * 2**30, 11.2 * 2**30)
+@pytest.mark.parametrize(
+    "keys, remedy",
+    [
+        (
+            dict(batch_size=12, gradient_accumulation_steps=40),
+            "batch_size=6 --gradient_accumulation_steps=80 should fit",
+        ),
+        (dict(batch_size=1), "--activation_checkpointing=True, or a smaller"),
+        (dict(batch_size=8, tokens_per_step=2**19), "--batch_size=0 finds one that fits"),
+    ],
+)
+def test_out_of_memory_names_the_keys_that_keep_the_tokens_per_step(keys, remedy):
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11 GiB"
+    with (
+        pytest.raises(DeviceError, match=rf"batch_size={keys['batch_size']}, .*Tried to allocate 2.00 GiB\).*{remedy}"),
+        runtime.oom_errors(train.TrainConfig(**keys)),
+    ):
+        raise torch.OutOfMemoryError(full)
 
 
-def test_batches_found_on_a_cpu_divide_the_step_and_stay_small():
-    where = runtime.Runtime(torch.device("cpu"), torch.float32)
-    assert runtime.find_batch_size(None, 512, 1024, where, None) == 4
-    assert runtime.find_batch_size(None, 30, 64, where, None) == 30
-    assert runtime.find_batch_size(None, 7, 8192, where, None) == 1
+# ---- stopping, compiling
 
 
-def test_float16_on_an_apple_gpu_is_refused():
-    with pytest.raises(DeviceError, match="float32"):
-        pick_dtype("float16", torch.device("mps"))
+def test_max_hours_counts_the_step_and_the_save_to_come(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
+    stop, reasons = runtime.Stop(max_hours=1.0), []
+    for _ in range(36):  # steps of 100 s, saves of 250 s: the save after step 33 ends at 3550 s, after 34 at 3650 s
+        clock[0] += 100
+        reasons.append(stop.reason(save_seconds=250))
+    assert reasons == [0] * 32 + [stop.TIME_IS_UP] * 4
+    assert runtime.Stop().reason(1e9) == 0
 
 
-def test_the_compiler_is_done_before_the_first_step_and_the_first_evaluation(monkeypatch):
-    """torch counts the graphs: batches and evaluations as train.py makes them need none that compile_model did not."""
-    counted, compiler = torch._dynamo.utils.counters["stats"], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **keys: compiler(model, backend="eager", **keys))
-    where = runtime.Runtime(torch.device("cpu"), torch.float32)
-    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=16, block_size=8, vocab_size=64, dropout=0.1))
+def test_without_a_compiler_one_line_says_so_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/c++",))
+    monkeypatch.setattr(inductor, "compile_threads", 1)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
-    compiled = runtime.compile_model(model, (2, 8), True, where)
-    graphs = counted["unique_graphs"]
-    assert compiled is not model and model.training and all(p.grad is None for p in model.parameters())
-    tokens = torch.randint(64, (2, 9))
-    for _ in range(2):
-        compiled(tokens[:, :-1], tokens[:, 1:]).backward()
-        model.eval()
-        with torch.no_grad():
-            compiled(tokens[:, :-1], tokens[:, 1:], reduction="none")
-        model.train()
-    assert counted["unique_graphs"] == graphs >= 2
+    train.main(flags(compile=True, n_layer=1, max_iters=2))
+    printed = capsys.readouterr().out
+    assert printed.count("torch.compile does not work here (") == 1 and "training without it, slower" in printed
+    assert "step 2: train loss" in printed
+
+
+# ---- batches
+
+
+def open_windows(tiny_data):
+    return Windows(tiny_data[0] / tiny_data[1], "train", 16, seed=1337, vocab_size=96)
+
+
+def test_every_window_comes_once_an_epoch_and_targets_are_the_next_tokens(tiny_data):
+    windows = open_windows(tiny_data)
+    batches = Batches(windows, 1, Runtime(CPU, torch.float32))
+    seen = []
+    for _ in range(len(windows)):
+        inputs, targets = batches.next()
+        assert torch.equal(inputs[:, 1:], targets[:, :-1]) and inputs.dtype == torch.int64
+        seen.append((*inputs[0].tolist(), targets[0, -1].item()))
+    assert sorted(seen) == sorted(map(tuple, windows.rows(np.arange(len(windows))).tolist()))
+
+
+def test_ranks_share_the_batches_of_one_process(tiny_data):
+    windows = open_windows(tiny_data)
+    expected = torch.from_numpy(windows.batch(8, 8)).long()[:, :-1]
+    shares = []
+    for rank in range(2):
+        batches = Batches(windows, 2, Runtime(CPU, torch.float32, rank, world_size=2), first_sequence=8)
+        shares.append(torch.stack([batches.next()[0] for _ in range(2)]))  # (micro step, B, T)
+    assert torch.equal(torch.stack(shares, 1).flatten(0, 2), expected)
+
+
+def test_of_200_flipped_bits_in_a_shard_each_is_refused_or_gives_ids_of_the_vocabulary(tiny_data):
+    path, draw, refused = tiny_data[0] / tiny_data[1] / "train_000000.bin", random.Random(0), 0
+    for _ in range(200):
+        position, bit = draw.randrange(os.path.getsize(path)), draw.randrange(8)
+        data = path.read_bytes()
+        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
+        try:
+            batches = Batches(open_windows(tiny_data), 8, Runtime(CPU, torch.float32))
+            assert all(batches.next()[1].max() < 96 for _ in range(39))  # an epoch
+        except ShardError as error:
+            assert str(path) in str(error)
+            refused += 1
+        path.write_bytes(data)
+    assert 20 < refused < 180

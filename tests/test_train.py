@@ -1,468 +1,605 @@
+"""train.py: learning rates, batches, steps and evaluations; runs that are stopped, killed or harmed.
+
+The runs are train.main in this process. What happens inside a step is seen by wrapping what the step calls.
+"""
+
+import collections
+import contextlib
 import itertools
 import math
-from pathlib import Path
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import threading
+import time
+import traceback
 
 import numpy as np
 import pytest
 import torch
-from runs import TINY, flags_of, read_metrics
+from runs import ROOT, TINY, assert_same, assert_same_run, files_of, flags_of, read_metrics, write_dataset
 
-from onecard import checkpoint
-from onecard import plan
+import prepare
 import train
-from configurator import ConfigError, load_config
 from model import GPT, GPTConfig
-from onecard.runtime import Batches, DeviceError, Runtime
-from onecard.shards import TokenBlocks
+from onecard import UserError, checkpoint
+from onecard.shards import ShardError, Windows, shuffled
 
-BASE = TINY | dict(max_iters=6, eval_interval=3, log_interval=2)
+POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and signals as POSIX has them")
+
+
+def first_model():
+    """The network of a tiny run at its beginning."""
+    torch.manual_seed(1337)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
+    return GPT(GPTConfig(**{name: TINY[name] for name in names}, bias=False)).eval()
+
+
+def weights_of(out_dir):
+    """The weights of each checkpoint that keep_every kept, by step."""
+    return {checkpoint.read_trailer(p)[0]: checkpoint.load(p)["model"] for p in sorted(out_dir.glob("ckpt_step_*.pt"))}
 
 
 @pytest.fixture
-def arguments(tiny_data, tmp_path):
-    """A function: keys -> the command line of a tiny run on the tiny dataset, in out_dir tmp_path/`out`."""
+def during_step(monkeypatch):
+    """A function: action -> it is called once in every step, after backward, with the parameters."""
 
-    def build(out="run", **keys):
-        data_dir, dataset = tiny_data
-        return flags_of(**BASE | dict(data_dir=data_dir, dataset=dataset, out_dir=tmp_path / out) | keys)
+    clip = torch.nn.utils.clip_grad_norm_
 
-    return build
+    def install(action):
+        def wrapped(parameters, *args):
+            parameters = list(parameters)
+            action(parameters)
+            return clip(parameters, *args)
 
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", wrapped)
 
-@pytest.fixture
-def start(arguments):
-    """A function: keys -> a Run at its beginning."""
-
-    def build(**keys):
-        config = load_config(train.TrainConfig, arguments(**keys))
-        Path(config.out_dir).mkdir(exist_ok=True)
-        return train.start_run(config)
-
-    return build
+    return install
 
 
-def batches_of(run):
-    return Batches(run.train_blocks, run.batch_size, run.runtime, run.progress.sequences)
-
-
-def assert_same_state(a, b):
-    """Bit for bit, through nested dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same_state(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same_state(x, y)
-    else:
-        assert a == b
-
-
-@pytest.mark.parametrize("recipe", [{}, dict(arch="qwen3", optimizer="muon"), dict(dtype="float16")])
-def test_resume_gives_the_same_weights_and_metrics(arguments, tmp_path, recipe):
-    train.main(arguments("whole", **recipe))
-    train.main(arguments("parts", max_iters=3, lr_decay_iters=6, **recipe))
-    train.main(arguments("parts", lr_decay_iters=6, init_from="resume", **recipe))
-    whole, parts = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("whole", "parts"))
-    for state in (whole, parts):
-        del state["config"]  # lr_decay_iters=6 is said in one and meant in the other
-    assert_same_state(whole, parts)
-    whole, parts = (read_metrics(tmp_path / out, "train", "eval") for out in ("whole", "parts"))
-    assert whole == parts and [line["step"] for line in whole] == [0, 2, 3, 4, 6, 6]
-
-
-def test_metrics_past_the_checkpoint_are_dropped_on_resume(arguments, tmp_path):
-    train.main(arguments(max_iters=3, lr_decay_iters=6))
-    path = tmp_path / "run" / "metrics.jsonl"
-    with open(path, "a") as file:  # as a run leaves it that was killed after its checkpoint, in the middle of a line
-        file.write('{"kind": "train", "step": 4, "loss": 1.0}\n{"kind": "eva')
-    train.main(arguments(lr_decay_iters=6, init_from="resume"))
-    assert [line["step"] for line in read_metrics(tmp_path / "run", "train", "eval")] == [0, 2, 3, 4, 6, 6]
-
-
-def test_evaluation_does_not_disturb_training(arguments, tmp_path):
-    train.main(arguments("often", eval_interval=1))
-    train.main(arguments("never", eval_interval=100))
-    often, never = (checkpoint.load(tmp_path / out / "ckpt.pt")["model"] for out in ("often", "never"))
-    assert_same_state(often, never)
-
-
-def step_tokens(run, batches):
-    micro_steps = run.config.step_sequences // (run.batch_size * run.runtime.world_size)
-    inputs, targets = zip(*(batches.next() for _ in range(micro_steps)), strict=True)
-    assert all(torch.equal(x[:, 1:], y[:, :-1]) for x, y in zip(inputs, targets, strict=True))
-    return torch.cat(inputs)
-
-
-def test_micro_batch_and_evaluation_change_no_training_batch(start):
-    runs = [
-        start(out="a"),
-        start(out="b", batch_size=8, gradient_accumulation_steps=1),
-        start(out="c", batch_size=1, gradient_accumulation_steps=8, eval_interval=1),
-    ]
-    batches = [batches_of(run) for run in runs]
-    for step in range(60):  # more than an epoch
-        tokens = [step_tokens(*pair) for pair in zip(runs, batches, strict=True)]
-        assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2]), step
-
-
-def test_every_window_comes_once_an_epoch(start):
-    run = start(batch_size=1, gradient_accumulation_steps=1)
-    batches = batches_of(run)
-    seen = sorted(tuple(batches.next()[0][0].tolist()) for _ in range(run.train_blocks.blocks))
-    every = run.train_blocks.rows(np.arange(run.train_blocks.blocks))[:, :-1].tolist()
-    assert seen == sorted(map(tuple, every))
-
-
-def test_ranks_share_the_batches_of_one_process(start):
-    one = start(out="one")
-    expected = step_tokens(one, batches_of(one))
-    shares = []
-    for rank in range(2):
-        run = start(out=f"rank{rank}")
-        run.runtime = Runtime(torch.device("cpu"), torch.float32, rank, world_size=2)
-        shares.append(step_tokens(run, batches_of(run)).view(2, 2, -1))  # (micro step, B, T)
-    assert torch.equal(torch.stack(shares, 1).flatten(0, 2), expected)
-
-
-def gradients(run):
-    """The gradients that a step would apply."""
-    applied = {}
-    run.optimizers[-1].step = lambda *_: applied.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
-    train.train_step(run, batches_of(run))
-    return applied
-
-
-def test_accumulation_gives_the_gradients_of_the_whole_batch(start):
-    split = {"dropout": 0.0, "grad_clip": 0.0}
-    whole = gradients(start(out="a", batch_size=8, gradient_accumulation_steps=1, **split))
-    parts = gradients(start(out="b", batch_size=2, gradient_accumulation_steps=4, **split))
-    for name in whole:
-        torch.testing.assert_close(parts[name], whole[name], atol=1e-7, rtol=1e-5)
-
-
-def test_clipping_limits_the_norm_and_reports_it_unclipped(start):
-    free = gradients(start(out="a", grad_clip=0.0))
-    clipped = gradients(start(out="b", grad_clip=0.01))
-    norm = lambda grads: torch.cat([g.flatten() for g in grads.values()]).norm().item()  # noqa: E731
-    assert norm(clipped) == pytest.approx(0.01, rel=1e-4)
-    run = start(out="c", grad_clip=0.01)
-    assert train.train_step(run, batches_of(run))[1] == pytest.approx(norm(free), rel=1e-5)
-
-
-def test_float16_skips_a_step_that_overflows(start):
-    run = start(dtype="float16", dropout=0.0)
-    batches, before = batches_of(run), {n: p.clone() for n, p in run.model.named_parameters()}
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
-    loss, norm, _ = train.train_step(run, batches)
-    assert math.isfinite(loss) and not math.isfinite(norm) and run.scaler.get_scale() == 2.0**29
-    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss, norm, _ = train.train_step(run, batches)
-    assert math.isfinite(norm) and run.scaler.get_scale() == 2.0**10
-    assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-
-
-def test_muon_and_adamw_step_together_or_not_at_all(start):
-    run = start(dtype="float16", dropout=0.0, arch="qwen3", optimizer="muon")
-    batches = batches_of(run)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    train.train_step(run, batches)  # the zeros of the projections let no gradient into the rest of the first step
-    hook = run.model.transformer.wte.weight.register_hook(lambda g: g * math.inf)  # AdamW's part alone overflows
-    before = {n: p.clone() for n, p in run.model.named_parameters()}
-    assert not math.isfinite(train.train_step(run, batches)[1])
-    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    hook.remove()
-    assert math.isfinite(train.train_step(run, batches)[1])
-    assert all(not torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-
-
-def test_float16_takes_the_steps_of_float32(start):
-    """Unscaled before clipping: with a scale of 2**14 and a clip of 0.1 the gradients are those of float32."""
-    plain = gradients(start(out="a", dropout=0.0, grad_clip=0.1))
-    run = start(out="b", dropout=0.0, grad_clip=0.1, dtype="float16")
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
-    for name, gradient in gradients(run).items():
-        assert (gradient - plain[name]).norm() < 2e-2 * plain[name].norm(), name
-
-
-def test_skipped_steps_are_counted(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: OverflowingScaler(device, init_scale=2.0**40))
-    train.main(arguments(dtype="float16", max_iters=4, log_interval=4))
-    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["skipped_steps"] == 4
-    line = read_metrics(tmp_path / "run", "train")[0]
-    assert line["skipped"] == 4 and line["loss"] is None
-    assert "4 skipped" in capsys.readouterr().out
-
-
-class OverflowingScaler(torch.amp.GradScaler):
-    """Stays at a scale at which float16 overflows."""
-
-    def update(self, new_scale=None):
-        super().update(new_scale or self.get_scale())
-
-
-def test_gradients_that_are_not_finite_are_not_applied(start):
-    run = start(dropout=0.0)
-    batches, before = batches_of(run), {n: p.clone() for n, p in run.model.named_parameters()}
-    handle = run.model.transformer.ln_f.weight.register_hook(lambda g: g * math.nan)
-    assert not math.isfinite(train.train_step(run, batches)[1])
-    assert all(torch.equal(p, before[n]) for n, p in run.model.named_parameters())
-    handle.remove()
-    assert math.isfinite(train.train_step(run, batches)[1])
-
-
-def test_logged_loss_is_the_mean_over_all_sequences_since_the_last_line(arguments, tmp_path, tiny_data):
-    train.main(arguments(learning_rate=0, min_lr=0, weight_decay=0, dropout=0.0, max_iters=3, log_interval=3))
-    blocks = TokenBlocks(tiny_data[0] / tiny_data[1], "train", 16, seed=1337)
-    rows = torch.from_numpy(blocks.batch(0, 3 * 8)).long()
-    model, _ = checkpoint.load_model(tmp_path / "run" / "ckpt.pt")
-    with torch.no_grad():
-        expected = model(rows[:, :-1], rows[:, 1:]).item()
-    assert read_metrics(tmp_path / "run", "train")[0]["loss"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_evaluation_is_the_mean_over_the_same_windows_whatever_the_batch_size(start):
-    results = []
-    for batch_size in (1, 7, 64):
-        run = start(out=str(batch_size), batch_size=batch_size, eval_tokens=0)
-        run.metrics = FakeMetrics()
-        train.evaluate(run)
-        results.append(run.metrics.lines[0])
-        rows = torch.from_numpy(run.val_blocks.rows(np.arange(run.val_blocks.blocks))).long()
-        with torch.no_grad():
-            expected = run.model.eval()(rows[:, :-1], rows[:, 1:], reduction="none").mean(1)
-        assert results[-1]["val_loss"] == pytest.approx(expected.mean().item(), abs=1e-5)
-        assert len(results[-1]["val_groups"]) == 64
-        assert results[-1]["val_groups"] == pytest.approx(
-            [g.mean().item() for g in expected.tensor_split(64)], abs=1e-5
-        )
-    assert results[0]["train_loss"] == pytest.approx(results[2]["train_loss"], abs=1e-5)
-
-
-class FakeMetrics:
-    def __init__(self):
-        self.lines = []
-
-    def write(self, kind, step, **numbers):
-        self.lines.append(numbers)
-
-
-def test_eval_tokens_and_nanogpts_eval_iters_choose_evenly_spread_windows(start, monkeypatch):
-    asked = []
-    monkeypatch.setattr(TokenBlocks, "rows", lambda self, i, rows=TokenBlocks.rows: asked.extend(i) or rows(self, i))
-    run = start(eval_tokens=0, eval_iters=5)  # 5 x 2 x 16 tokens = 10 windows
-    train.evaluate(run)
-    n = run.train_blocks.blocks
-    assert asked[:10] == [i * n // 10 for i in range(10)] and len(asked) == 20
+# ---- the learning rate
 
 
 def test_learning_rate_is_a_warm_up_a_cosine_and_a_floor():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=9, max_iters=109)
-    rate = [plan.learning_rate(step, config) for step in range(130)]
+    rate = [train.learning_rate(step, config) for step in range(130)]
     assert rate[:9] == pytest.approx([0.1 * i for i in range(1, 10)])
-    assert (
-        rate[9] == 1.0 and rate[59] == pytest.approx(0.55) and rate[34] == pytest.approx(0.55 + 0.45 * math.sqrt(0.5))
-    )
+    assert rate[9] == 1.0 and rate[59] == pytest.approx(0.55)
+    assert rate[34] == pytest.approx(0.55 + 0.45 * math.sqrt(0.5))
     assert rate[109:] == [0.1] * 21
     assert all(a > b for a, b in itertools.pairwise(rate[9:110]))
     constant = train.TrainConfig(learning_rate=1.0, decay_lr=False)
-    assert plan.learning_rate(0, constant) == plan.learning_rate(10**6, constant) == 1.0
+    assert train.learning_rate(0, constant) == train.learning_rate(10**6, constant) == 1.0
 
 
 def test_linear_and_wsd_schedules():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=110, lr_schedule="linear")
-    assert [plan.learning_rate(step, config) for step in (10, 35, 60, 110)] == pytest.approx([1, 0.75, 0.5, 0])
+    assert [train.learning_rate(step, config) for step in (10, 35, 60, 110)] == pytest.approx([1, 0.75, 0.5, 0])
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.0, warmup_iters=10, max_iters=100, lr_schedule="wsd")
-    assert plan.decay_start(config) == 80
-    rates = [plan.learning_rate(step, config) for step in (10, 50, 80, 85, 90, 95, 100, 101)]
+    assert train.decay_start(config) == 80
+    rates = [train.learning_rate(step, config) for step in (10, 50, 80, 85, 90, 95, 100, 101)]
     assert rates == pytest.approx([1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
 
 
-def test_a_wsd_run_goes_on_from_before_its_decay_as_if_it_had_been_longer(arguments, tmp_path):
-    wsd = dict(lr_schedule="wsd", decay_iters=2, eval_interval=100)
-    train.main(arguments("long", max_iters=8, **wsd))
-    train.main(arguments("short", max_iters=4, **wsd))
-    before = tmp_path / "short" / "ckpt_before_decay.pt"
-    assert checkpoint.load(before)["iter_num"] == 2
-    train.main(arguments("longer", max_iters=8, resume_from=before, **wsd))
-    long, longer = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("long", "longer"))
-    assert_same_state(long["model"], longer["model"])
-    assert_same_state(long["optimizer"], longer["optimizer"])
+# ---- batches and steps
 
 
-def test_dropout_differs_between_steps_and_ranks():
-    seeds = {train.step_seed(seed, step, rank) for seed in range(3) for step in range(50) for rank in range(4)}
-    assert len(seeds) == 3 * 50 * 4
+@pytest.mark.parametrize(
+    "keys",
+    [
+        dict(batch_size=8, gradient_accumulation_steps=1, eval_interval=100),
+        dict(batch_size=1, gradient_accumulation_steps=8, eval_interval=1),
+        dict(batch_size=0, tokens_per_step=128, gradient_accumulation_steps=40),
+    ],
+)
+def test_the_tokens_of_a_step_depend_on_neither_micro_batch_nor_evaluation_nor_a_resume(
+    flags, tiny_data, monkeypatch, keys
+):
+    seen, next_batch = [], train.Batches.next
+    monkeypatch.setattr(train.Batches, "next", lambda self: seen.append(next_batch(self)) or seen[-1])
+    for max_iters in (2, 5):
+        train.main(flags(max_iters=max_iters, **keys))
+    expected = torch.from_numpy(Windows(tiny_data[0] / "tiny", "train", 16, seed=1337).batch(0, 5 * 8)).long()
+    inputs, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert torch.equal(inputs, expected[:, :-1]) and torch.equal(targets, expected[:, 1:])
 
 
-def test_best_and_latest_checkpoints_are_kept_apart(arguments, tmp_path, monkeypatch):
-    losses = iter([5, 5.0, 3, 3.0, 4, 4.0])  # train and val of three evaluations
-    monkeypatch.setattr(train, "sequence_losses", lambda *_: np.full(8, next(losses)))
-    train.main(arguments(max_iters=4, eval_interval=2))
-    states = {name: checkpoint.load(tmp_path / "run" / name) for name in ("ckpt.pt", "ckpt_best.pt")}
-    assert [(s["iter_num"], s["best_val_loss"]) for s in states.values()] == [(4, 3.0), (2, 3.0)]
+@pytest.fixture
+def gradients(flags, monkeypatch):
+    """A function: keys -> the gradients that the first step of a run gives to AdamW."""
+
+    def run(out, scale=2.0**16, **keys):
+        given, scaler = [], torch.amp.GradScaler
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, scale, enabled=enabled))
+            patch.setattr(torch.optim.AdamW, "step", lambda self: given.extend(gradients_of(self)))
+            train.main(flags(out, max_iters=1, log_interval=1, eval_tokens=16, **keys))
+        return given
+
+    return run
 
 
-def test_new_settings_take_effect_after_a_resume(arguments, tmp_path):
-    train.main(arguments(max_iters=3))
-    config = load_config(train.TrainConfig, arguments(init_from="resume", weight_decay=0.3, beta2=0.999))
-    run = train.start_run(config)
-    assert [group["weight_decay"] for group in run.optimizers[-1].param_groups] == [0.3, 0.0]
-    assert all(group["betas"] == (0.9, 0.999) for group in run.optimizers[-1].param_groups)
-    assert run.progress.step == 3 and len(run.optimizers[-1].state) == len(list(run.model.parameters()))
+def gradients_of(optimizer):
+    return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
 
 
-def test_an_old_run_is_neither_overwritten_nor_continued_as_another(arguments, tmp_path):
-    train.main(arguments(max_iters=2))
-    with pytest.raises(ConfigError, match=r"holds a run.*--init_from=resume.*--overwrite=True"):
-        train.main(arguments())
-    with pytest.raises(ConfigError, match=r"n_embd=64 \(checkpoint: 32\), seed=1 \(checkpoint: 1337\)"):
-        train.main(arguments(init_from="resume", n_embd=64, seed=1))
-    with pytest.raises(ConfigError, match=r"tokens_per_step=64 \(checkpoint: 128\)"):
-        train.main(arguments(init_from="resume", batch_size=1))
-    train.main(arguments(overwrite=True, max_iters=1))
-    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["iter_num"] == 1
+def norm_of(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
 
 
-def test_mistakes_are_sentences(arguments, tmp_path):
-    with pytest.raises(ConfigError, match="min_lr"):
-        train.main(arguments(min_lr=0.1))
-    with pytest.raises(ConfigError, match="n_head=3"):
-        train.main(arguments(n_head=3))
-    with pytest.raises(ValueError, match="no-such"):
-        train.main(arguments(dataset="no-such"))
-    with pytest.raises(ConfigError, match=r"96 ids.*vocab_size=64"):
-        train.main(arguments(vocab_size=64))
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
-        train.main(arguments(init_from="resume"))
+def test_accumulation_gives_the_gradients_of_the_whole_batch(gradients, tiny_data):
+    split = dict(dropout=0.0, grad_clip=0.0)
+    model = first_model()
+    tokens = torch.from_numpy(Windows(tiny_data[0] / "tiny", "train", 16, seed=1337).batch(0, 8)).long()
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    whole = gradients_of(torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() > 1])]))
+    whole += gradients_of(torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() == 1])]))
+    for batch_size in (8, 2):
+        parts = gradients(str(batch_size), batch_size=batch_size, gradient_accumulation_steps=8 // batch_size, **split)
+        torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
 
 
-def test_the_speed_leaves_out_the_first_step_of_the_process_where_there_is_another(start):
-    """Steps of 9, 1 and 2 s, of which 3, 0.1 and 0.2 s were waited; then lines of a step each."""
-    run = start(log_interval=3)
-    run.metrics = FakeMetrics()
-
-    def line(steps):
-        for seconds, waited in steps:
-            run.progress.step += 1
-            train.log_step(run, 1.0, 1.0, seconds, waited)
-        return run.metrics.lines[-1]
-
-    first = line([(9.0, 3.0), (1.0, 0.1), (2.0, 0.2)])
-    assert first["ms_per_step"] == pytest.approx(1500) and first["data_share"] == pytest.approx(0.1)
-    assert first["tokens_per_s"] == pytest.approx(run.config.step_tokens / 1.5)
-    assert line([(9.0, 3.0), (1.0, 0.1), (2.0, 0.2)])["ms_per_step"] == pytest.approx(4000)
-    run = start(out="each", log_interval=1)
-    run.metrics = FakeMetrics()
-    assert [line([(s, 0.0)])["ms_per_step"] for s in (9.0, 1.0)] == pytest.approx([9000, 1000])
+def test_clipping_limits_the_norm_and_the_log_has_it_unclipped(gradients, tmp_path):
+    free, clipped = gradients("free", grad_clip=0.0), gradients("clipped", grad_clip=0.01)
+    assert norm_of(clipped) == pytest.approx(0.01, rel=1e-4)
+    for out in ("free", "clipped"):
+        assert read_metrics(tmp_path / out, "train")[0]["grad_norm"] == pytest.approx(norm_of(free), rel=1e-5)
 
 
-def test_without_a_compiler_training_goes_on_and_says_so(start, monkeypatch, capsys):
-    def no_compiler(*_, **__):
-        raise RuntimeError("no C++ compiler\nand a long trace")
-
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic: no_compiler)
-    run = start(compile=True)
-    assert run.compiled is run.model
-    assert "torch.compile does not work here (no C++ compiler); going on without it" in capsys.readouterr().out
-    train.train_step(run, batches_of(run))
+def test_float16_unscales_before_it_clips_so_it_takes_the_steps_of_float32(gradients):
+    plain = gradients("float32", dropout=0.0, grad_clip=0.1)
+    scaled = gradients("float16", dropout=0.0, grad_clip=0.1, dtype="float16", scale=2.0**14)
+    for a, b in zip(scaled, plain, strict=True):
+        assert (a - b).norm() < 2e-2 * b.norm()
 
 
-def test_compiled_training_gives_the_loss_of_eager_training(start):
-    losses = []
-    for compile in (False, True):
-        run = start(out=str(compile), compile=compile, dropout=0.0, n_layer=1)
-        batches = batches_of(run)
-        losses.append([train.train_step(run, batches)[0] for _ in range(5)])
-        assert (run.compiled is not run.model) == compile
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-def test_eval_only_evaluates_and_leaves_everything_as_it_was(arguments, tmp_path, capsys):
-    train.main(arguments(max_iters=3))
-    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    at_end = read_metrics(tmp_path / "run", "eval")[-1]
-    capsys.readouterr()
-    train.main(arguments(eval_only=True, init_from="resume"))
-    said = capsys.readouterr().out
-    assert f"step 3: train loss {at_end['train_loss']:.4f}, val loss {at_end['val_loss']:.4f}" in said
-    train.main(arguments(eval_only=True))
-    assert "step 0: train loss 4.5" in capsys.readouterr().out
-    assert files == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-
-
-def test_checkpoint_has_nanogpts_keys_and_names(arguments, tmp_path):
-    train.main(arguments(max_iters=2, bias=True))
-    state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
-    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= state.keys()
-    assert state["model"].keys() == GPT(GPTConfig(**state["model_args"])).state_dict().keys()
-    assert {"transformer.h.1.attn.c_attn.weight", "transformer.ln_f.bias", "lm_head.weight"} <= state["model"].keys()
-
-
-def test_wandb_offline_continues_the_same_run(arguments, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    train.main(arguments(wandb_log=True, max_iters=3))
-    train.main(arguments(wandb_log=True, init_from="resume"))
-    run_id = checkpoint.load(tmp_path / "run" / "ckpt.pt")["wandb_id"]
-    files = list((tmp_path / "run").glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(files) == 2 and all(file.name == f"run-{run_id}.wandb" for file in files)
-
-
-def test_tokens_per_step_derives_the_accumulation_and_keeps_the_batches(start):
-    a = start(out="a", batch_size=4, gradient_accumulation_steps=2)
-    b = start(out="b", batch_size=0, tokens_per_step=128, gradient_accumulation_steps=40)
-    assert b.batch_size * b.micro_steps == 8 and b.progress.found["batch_size"] == b.batch_size
-    assert torch.equal(step_tokens(a, batches_of(a)), step_tokens(b, batches_of(b)))
-
-
-def test_a_found_micro_batch_is_found_once(arguments, tmp_path, monkeypatch):
-    train.main(arguments(batch_size=0, tokens_per_step=128, max_iters=2))
-    assert checkpoint.load(tmp_path / "run" / "ckpt.pt")["found"]["batch_size"] == 8
-    monkeypatch.setattr("run.find_batch_size", lambda *_: pytest.fail("searched again"))
-    train.main(arguments(batch_size=0, tokens_per_step=128, init_from="resume"))
-
-
-def test_tokens_per_step_that_cannot_be_is_a_sentence(arguments):
-    with pytest.raises(ConfigError, match="120 is not a multiple of block_size=16: 112 and 128 are"):
-        train.main(arguments(tokens_per_step=120))
-    with pytest.raises(ConfigError, match=r"batch_size=0 .* needs tokens_per_step"):
-        train.main(arguments(batch_size=0))
-
-
-def test_activation_checkpointing_changes_memory_and_not_the_gradients(start):
-    grads, saved = [], []
-    for keep in (True, False):
-        run = start(out=str(keep), activation_checkpointing=not keep)  # with dropout: its draws are repeated too
+def test_activation_checkpointing_changes_memory_and_not_the_gradients(gradients):
+    results, saved = [], []
+    for keep in (True, False):  # with dropout: its draws are repeated too
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
-            grads.append(gradients(run))
+            results.append(gradients(str(keep), activation_checkpointing=not keep))
         saved.append(sum(kept))
-    assert_same_state(grads[0], grads[1])
+    assert_same(*results)
     assert saved[1] < 0.7 * saved[0], saved
 
 
-def test_out_of_memory_says_which_keys_keep_the_tokens_a_step(arguments, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11 GiB"
-        )
+@pytest.mark.parametrize("recipe", [dict(), dict(dtype="float16", arch="qwen3", optimizer="muon")])
+def test_a_step_whose_gradients_are_not_finite_changes_no_tensor_of_any_optimizer(flags, tmp_path, during_step, recipe):
+    hooks = []
 
-    monkeypatch.setattr(train, "train_step", full)
-    with pytest.raises(DeviceError, match="batch_size=1 --gradient_accumulation_steps=8 should fit"):
-        train.main(arguments())
+    def spoil(parameters):  # in the second step the gradient of one tensor, which is AdamW's
+        if not hooks:
+            hooks.append(parameters[0].register_hook(lambda gradient: gradient * math.inf))
+        else:
+            hooks[0].remove()
+
+    during_step(spoil)
+    train.main(flags(max_iters=3, eval_interval=1, keep_every=1, dropout=0.0, **recipe))
+    one, two, three = weights_of(tmp_path / "run").values()
+    assert_same(one, two)
+    assert all(not torch.equal(two[name], three[name]) for name in two)
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "event")] == [2]
 
 
-def test_samples_go_into_the_metrics_and_change_nothing(arguments, tmp_path, capsys):
-    train.main(arguments("plain", vocab_size=50304))
-    train.main(arguments("sampled", vocab_size=50304, sample_interval=3))
-    plain, sampled = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("plain", "sampled"))
-    assert_same_state(plain["model"], sampled["model"])
-    lines = read_metrics(tmp_path / "sampled", "samples")
-    assert [line["step"] for line in lines] == [3, 6] and all(len(line["texts"]) == 3 for line in lines)
-    assert lines[0]["texts"][0] in capsys.readouterr().out
+def test_float16_halves_its_scale_for_each_step_that_overflows_and_counts_it(flags, tmp_path, monkeypatch, capsys):
+    scaler, applied, step = torch.amp.GradScaler, [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**24, enabled=enabled))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: applied.append(1) or step(self))
+    train.main(flags(dtype="float16", max_iters=24, log_interval=3, eval_interval=3, keep_every=3, dropout=0.0))
+    skipped = [line["scale"] for line in read_metrics(tmp_path / "run", "event")]
+    n = len(skipped)
+    assert 3 <= n <= 20 and skipped == [2.0**24 / 2**k for k in range(1, n + 1)] and len(applied) == 24 - n
+    assert checkpoint.load(tmp_path / "run/ckpt.pt")["skipped_steps"] == n
+    lines = read_metrics(tmp_path / "run", "train")
+    assert lines[0]["skipped"] == 3 and lines[0]["loss"] is None and lines[-1]["skipped"] == 0
+    assert lines[-1]["scale"] == skipped[-1] and "3 skipped" in capsys.readouterr().out
+    assert_same(weights_of(tmp_path / "run")[3], first_model().state_dict())
+
+
+def test_logged_loss_is_the_mean_over_all_sequences_since_the_last_line(flags, tmp_path, tiny_data):
+    train.main(flags(learning_rate=0, min_lr=0, weight_decay=0, dropout=0.0, max_iters=3))
+    rows = torch.from_numpy(Windows(tiny_data[0] / "tiny", "train", 16, seed=1337).batch(0, 3 * 8)).long()
+    expected = first_model()(rows[:, :-1], rows[:, 1:]).item()
+    assert read_metrics(tmp_path / "run", "train")[0]["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_compiled_training_gives_the_losses_of_eager_training(flags, tmp_path, capsys):
+    keys = dict(dropout=0.0, n_layer=1, max_iters=5, log_interval=1)
+    for compile in (False, True):
+        train.main(flags(str(compile), compile=compile, **keys))
+    assert re.search(r"compiled in \d+ s", capsys.readouterr().out)
+    eager, compiled = (read_metrics(tmp_path / out, "train", "eval") for out in ("False", "True"))
+    for a, b in zip(eager, compiled, strict=True):
+        name = "loss" if a["kind"] == "train" else "val_loss"
+        assert a[name] == pytest.approx(b[name], abs=1e-4)
+
+
+# ---- evaluation and samples
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_an_evaluation_is_the_mean_over_all_windows_whatever_the_batch_size(flags, tmp_path, tiny_data, batch_size):
+    train.main(flags(batch_size=batch_size, eval_tokens=0, max_iters=0))
+    (line,) = read_metrics(tmp_path / "run", "eval")
+    for split in ("train", "val"):
+        windows = Windows(tiny_data[0] / "tiny", split, 16)
+        rows = torch.from_numpy(windows.rows(np.arange(len(windows)))).long()
+        with torch.no_grad():
+            losses = first_model()(rows[:, :-1], rows[:, 1:], reduction="none").mean(1)
+        assert line[f"{split}_loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+    assert line["val_groups"] == pytest.approx([group.mean().item() for group in losses.tensor_split(64)], abs=1e-5)
+
+
+@pytest.mark.parametrize("keys", [dict(eval_tokens=0, eval_iters=5), dict(eval_tokens=160)])
+def test_eval_tokens_and_nanogpts_eval_iters_choose_evenly_spread_windows(flags, monkeypatch, keys):
+    asked, rows = [], Windows.rows
+    monkeypatch.setattr(Windows, "rows", lambda self, i: asked.extend(i) or rows(self, i))
+    train.main(flags(eval_only=True, **keys))  # 5 x 2 x 16 tokens = 10 windows
+    assert asked == [i * 312 // 10 for i in range(10)] + [i * 92 // 10 for i in range(10)]
+
+
+def test_evaluation_and_samples_do_not_disturb_training(flags, tmp_path, capsys):
+    keys = dict(vocab_size=50304, n_embd=8)
+    train.main(flags("often", eval_interval=1, sample_interval=6, always_save_checkpoint=False, **keys))
+    printed = capsys.readouterr().out
+    train.main(flags("never", eval_interval=100, **keys))
+    assert_same(*(checkpoint.load(tmp_path / out / "ckpt.pt")["model"] for out in ("often", "never")))
+    lines = read_metrics(tmp_path / "often", "samples")
+    assert [line["step"] for line in lines] == [6, 12] and all(len(line["texts"]) == 3 for line in lines)
+    assert lines[0]["texts"][0] in printed
+
+
+def test_eval_only_evaluates_and_leaves_everything_as_it_was(flags, tmp_path, capsys):
+    train.main(flags(max_iters=3))
+    files = files_of(tmp_path / "run", "*")
+    at_end = read_metrics(tmp_path / "run", "eval")[-1]
+    capsys.readouterr()
+    train.main(flags(eval_only=True))
+    printed = capsys.readouterr().out
+    assert f"step 3: train loss {at_end['train_loss']:.4f}, val loss {at_end['val_loss']:.4f}" in printed
+    train.main(flags(eval_only=True, init_from="scratch"))
+    assert "step 0: train loss 4.5" in capsys.readouterr().out
+    assert files == files_of(tmp_path / "run", "*")
+
+
+def test_best_and_latest_checkpoints_are_kept_apart(flags, tmp_path, monkeypatch):
+    losses = iter([5, 5.0, 3, 3.0, 4, 4.0])  # train and val of three evaluations
+    monkeypatch.setattr(train, "sequence_losses", lambda *_: np.full(8, next(losses)))
+    train.main(flags(max_iters=4, eval_interval=2))
+    states = [checkpoint.load(tmp_path / "run" / name) for name in ("ckpt.pt", "ckpt_best.pt")]
+    assert [(state["iter_num"], state["best_val_loss"]) for state in states] == [(4, 3.0), (2, 3.0)]
+
+
+def test_a_wsd_run_continues_from_before_its_decay_as_if_it_had_been_longer(flags, tmp_path):
+    wsd = dict(lr_schedule="wsd", decay_iters=2, eval_interval=100, lr_decay_iters=0)
+    train.main(flags("long", max_iters=8, **wsd))
+    train.main(flags("short", max_iters=4, **wsd))
+    before = tmp_path / "short" / "ckpt_before_decay.pt"
+    assert checkpoint.load(before)["iter_num"] == 2
+    train.main(flags("longer", max_iters=8, resume_from=before, **wsd))
+    long, longer = (checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("long", "longer"))
+    assert_same([long["model"], long["optimizer"]], [longer["model"], longer["optimizer"]])
+
+
+# ---- mistakes and damaged data
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(min_lr=0.1), "min_lr=0.1 is above learning_rate=0.01"),
+        (dict(n_head=3), "n_embd=32 is not a multiple of n_head=3"),
+        (dict(tokens_per_step=120), "120 is no multiple of block_size=16: use 112 or 128"),
+        (dict(batch_size=0), "batch_size=0 needs tokens_per_step"),
+        (dict(keep_every=3), "keep_every=3 has to be a multiple of eval_interval=4"),
+        (dict(wandb_artifact=True), "needs wandb_log=True"),
+        (dict(dataset="no-such"), "no-such: no such folder"),
+        (dict(vocab_size=64), "96 ids.*vocab_size=64"),
+        (dict(init_from="resume"), "no checkpoint"),
+        (dict(device="cuda"), "no CUDA device; use --device=cpu"),
+        (dict(dataset="cut"), r"val_000000\.bin: 1,222 bytes, expected 1,224"),
+    ],
+)
+def test_a_mistake_is_refused_before_the_model_is_built(flags, tiny_data, monkeypatch, keys, message):
+    monkeypatch.setattr(train, "GPT", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    write_dataset(tiny_data[0] / "cut", train=[np.arange(100) % 96], val=[np.arange(100) % 96])
+    os.truncate(tiny_data[0] / "cut/val_000000.bin", 1222)
+    with pytest.raises(UserError, match=message):
+        train.main(flags(**keys))
+
+
+def test_an_id_outside_the_vocabulary_stops_the_run_before_the_step_that_has_it(flags, tiny_data, tmp_path):
+    path = tiny_data[0] / tiny_data[1] / "train_000001.bin"
+    with open(path, "r+b") as file:
+        file.seek(1024 + 2 * 1000 + 1)
+        file.write(b"\x80")  # the highest bit of token 1000
+    with pytest.raises(ShardError, match=rf"{path}: token 32\d+ at position 1,000 is outside .* 96.*--verify"):
+        train.main(flags(max_iters=60, lr_decay_iters=60, eval_tokens=32))  # more than an epoch
+    assert checkpoint.load_newest(tmp_path / "run")[0]["iter_num"] > 0
+
+
+def test_a_dataset_of_the_code_before_the_rebuild_is_trained_on_and_made_again_byte_for_byte(tmp_path, capsys):
+    shutil.copytree(ROOT / "tests/data/old_data", tmp_path / "old_data")
+    keys = TINY | dict(vocab_size=50304, n_embd=8, eval_tokens=32, max_iters=1, data_dir=tmp_path)
+    train.main(flags_of(**keys, dataset="old_data", out_dir=tmp_path / "run"))
+    prepare.main(flags_of(verify=True, dataset="old_data", data_dir=tmp_path))
+    printed = capsys.readouterr().out
+    assert "data    2,154 train tokens" in printed and "2,815 tokens" in printed
+    settings = dict(val_fraction=0.2, shard_tokens=1000, workers=1, data_dir=tmp_path)
+    source = str(tmp_path / "old_data/texts.jsonl")
+    for dataset in ("old_data", "new_data"):  # nothing is left to do in the first
+        before = files_of(tmp_path / "old_data", "*.bin")
+        prepare.main([source, *flags_of(**settings, dataset=dataset)])
+        assert files_of(tmp_path / dataset, "*.bin") == before and len(before) == 6
+
+
+# ---- numbers that go wrong
+
+
+def blow_up(flags, tmp_path, **keys):
+    """A run of 4 good steps, then at a learning rate of 1e30 -> the exit code and the checkpoints before."""
+    train.main(flags(max_iters=4, **keys))
+    before = files_of(tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        train.main(flags(max_iters=60, lr_decay_iters=60, learning_rate=1e30, **keys))
+    return ended.value.code, before
+
+
+def test_five_steps_in_a_row_that_are_not_finite_end_the_run_with_3_and_the_good_weights(flags, tmp_path, capsys):
+    code, before = blow_up(flags, tmp_path)
+    assert code == 3 and files_of(tmp_path / "run") == before
+    events = read_metrics(tmp_path / "run", "event")
+    skipped = [line for line in events if line["event"] == "skipped"]
+    assert [line["step"] for line in skipped] == [6, 7, 8, 9, 10]  # step 5 made the weights what they are
+    assert [line["sequences"] for line in skipped] == [[8 * step - 8, 8 * step - 1] for step in range(6, 11)]
+    others = [(line["step"], line["event"]) for line in events if line["event"] != "skipped"]
+    assert others == [(8, "evaluation not finite"), (8, "weights not finite, not saved")]
+    printed = capsys.readouterr().err
+    assert re.search(r"stopped at step 10: .* 5 steps in a row .* continues from ckpt\.pt of step 4", printed)
+    assert "lower --learning_rate or --grad_clip" in printed
+    train.main(flags("whole"))
+    train.main(flags())  # and it continues from there at the old rate
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_float16_skips_until_its_scale_is_below_1_and_then_five_more(flags, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    code, before = blow_up(flags, tmp_path, dtype="float16", eval_interval=50)
+    assert code == 3 and files_of(tmp_path / "run") == before
+    scales = [line["scale"] for line in read_metrics(tmp_path / "run", "event") if line["step"] > 5]
+    assert scales[-5:] == [2.0**-k for k in range(1, 6)] and len(scales) > 15
+    assert all(a == 2 * b for a, b in itertools.pairwise(scales))
+    assert "Try --dtype=bfloat16, a lower --learning_rate" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_not_saved_on_a_signal_either(flags, tmp_path, during_step):
+    train.main(flags(max_iters=4))
+    before = files_of(tmp_path / "run")
+
+    def spoil(parameters):
+        parameters[0].data[0, 0] = math.nan
+        signal.raise_signal(signal.SIGTERM)
+
+    during_step(spoil)
+    with pytest.raises(SystemExit, match="143"):
+        train.main(flags())
+    assert files_of(tmp_path / "run") == before
+    assert read_metrics(tmp_path / "run", "event")[-1]["event"] == "weights not finite, not saved"
+
+
+def test_a_spike_of_the_loss_is_an_event_with_its_sequences(flags, tiny_data, tmp_path, capsys):
+    windows, spike, garbage = 400, 250, np.random.default_rng(0)
+    ids = np.arange(windows * 16 + 1) % 7
+    window = int(shuffled(np.array([spike]), windows, seed=1337)[0])
+    ids[16 * window + 1 : 16 * window + 16] = garbage.integers(7, 96, 15)
+    write_dataset(tiny_data[0] / "spiky", train=[ids], val=[np.arange(500) % 7])
+    keys = dict(batch_size=1, gradient_accumulation_steps=1, max_iters=260, eval_interval=1000, log_interval=100)
+    train.main(flags(**keys, lr_decay_iters=300, dataset="spiky", dropout=0.0))
+    event = read_metrics(tmp_path / "run", "event")[0]
+    assert (event["event"], event["sequences"], event["step"]) == ("spike", [spike, spike], spike + 1)
+    assert event["loss"] > 4 > 1 > event["mean"]
+    assert re.search(rf"step {spike + 1}: the loss jumped from {event['mean']:.4f} to", capsys.readouterr().out)
+
+
+# ---- signals and time
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "number, recipe",
+    [
+        (signal.SIGTERM, dict()),
+        (signal.SIGINT, dict(dtype="float16", lr_schedule="wsd", decay_iters=2)),
+        (signal.SIGHUP, dict(dtype="bfloat16", arch="qwen3", optimizer="muon")),
+    ],
+)
+def test_stopped_by_a_signal_after_each_of_its_steps_it_is_the_run_that_never_stopped(
+    flags, tmp_path, monkeypatch, during_step, capfd, number, recipe
+):
+    keys = dict(max_iters=6, lr_decay_iters=6, eval_interval=2, log_interval=3) | recipe
+    train.main(flags("whole", **keys))
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # as without nohup
+    during_step(lambda _: signal.raise_signal(number))
+    for step in range(1, 7):
+        with pytest.raises(SystemExit, match=str(128 + number)):
+            train.main(flags("stopped", **keys))
+        assert checkpoint.load(tmp_path / "stopped/ckpt.pt")["iter_num"] == step
+        printed, errors = capfd.readouterr()
+        assert f"{number.name}: finishing the step and saving" in errors
+        assert f"stopped at step {step}; continue with --init_from=resume" in printed
+    train.main(flags("stopped", **keys))  # the evaluation of the last step
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_signal_at_the_step_of_an_evaluation_and_a_kill_after_it_write_no_line_twice(flags, tmp_path, monkeypatch):
+    train.main(flags("whole"))
+    with pytest.raises(SystemExit, match="143"), monkeypatch.context() as patch:
+        step = iter(range(1, 13))
+        clip = torch.nn.utils.clip_grad_norm_
+        stop_at_4 = lambda *args: (next(step) == 4 and signal.raise_signal(signal.SIGTERM)) or clip(*args)  # noqa: E731
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_at_4)
+        train.main(flags())
+
+    def killed(run, names):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(train, "save", killed)  # after the evaluation of step 4 was written
+        train.main(flags())
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "eval")] == [0, 4]
+    train.main(flags())
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, tmp_path, monkeypatch, capsys, eval_only):
+    rows, batches = Windows.rows, []
+
+    def rows_with_signal(self, indices):
+        if threading.current_thread() is threading.main_thread():  # not the batches of training
+            batches.append(indices)
+            if len(batches) == 3:
+                signal.raise_signal(signal.SIGTERM)
+        return rows(self, indices)
+
+    with pytest.raises(SystemExit, match="143"), monkeypatch.context() as patch:
+        patch.setattr(Windows, "rows", rows_with_signal)
+        train.main(flags(eval_only=eval_only, max_iters=2))
+    assert len(batches) == 3 and ", val loss" not in capsys.readouterr().out
+    if eval_only:
+        assert not (tmp_path / "run").exists()
+        return
+    assert read_metrics(tmp_path / "run", "eval") == []
+    assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 0
+    for out in ("run", "whole"):
+        train.main(flags(out, max_iters=2))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@POSIX
+def test_a_second_signal_stops_the_process_at_once(flags, start, tmp_path):
+    training = start("train.py", *flags(gradient_accumulation_steps=100_000, eval_tokens=32))  # a step takes minutes
+    training.wait_for("^step 0:")
+    training.send(signal.SIGTERM)
+    training.wait_for("SIGTERM: finishing the step")
+    training.send(signal.SIGINT)
+    assert training.end()[0] == 130
+    assert not files_of(tmp_path / "run")
+
+
+def test_max_hours_stops_and_saves_and_the_run_can_go_on(flags, tmp_path, capsys):
+    keys = dict(eval_interval=10**5, log_interval=10**5, warmup_iters=0, decay_lr=False)
+    train.main(flags(max_iters=10**5, max_hours=0.5 / 3600, **keys))  # returns: exit code 0
+    step = checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"]
+    assert f"stopped at step {step}; continue with --init_from=resume" in capsys.readouterr().out and step > 0
+    for out in ("run", "whole"):
+        train.main(flags(out, max_iters=step + 2, **keys))
+    states = [checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
+    assert_same(*([state[key] for key in ("model", "optimizer", "running", "iter_num")] for state in states))
+
+
+# ---- kill -9
+
+
+@POSIX
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_it_is_the_run_that_never_stopped(flags, start, tmp_path, kills):
+    """Two kills of five come at a random time; the others before a random system call of a save, or inside a write."""
+    argv = flags(max_iters=40, lr_decay_iters=40, keep_every=4, n_embd=16)
+    paths = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    code = f"import sys, test_train; test_train.kill_often({kills}, sys.argv[1], sys.argv[2:])"
+    returned, printed = start("-c", code, tmp_path, *argv, env=paths).end()
+    assert returned == 0, printed
+    places = collections.Counter(re.findall(r"^killed (.+)", printed, re.M))
+    assert places.total() == kills and len(places) >= 3, places
+
+
+def kill_often(kills, folder, argv):
+    """Starts train.main again and again, as forks of this process because its imports take seconds, and kills it.
+
+    After each kill the newest checkpoint is that of a run never killed, and so is each run that reaches its end.
+    """
+    draw, whole, runs = random.Random(0), pathlib.Path(folder, "whole"), 0
+    train.main([*argv, f"--out_dir={whole}", "--eval_only=True"])  # imports what a run imports
+    began = time.monotonic()
+    assert fork_training([*argv, f"--out_dir={whole}"]) == 0
+    seconds = time.monotonic() - began
+    while True:
+        out_dir = pathlib.Path(folder, f"run{runs}")
+        after, call = draw.choice([(draw.uniform(0, seconds / 2), 0)] * 2 + [(0, draw.randint(-90, 70))] * 3)
+        if kills == 0:
+            after = call = 0
+        if fork_training([*argv, f"--out_dir={out_dir}"], after, call) == 0:
+            assert_same_run(whole, out_dir)
+            runs += 1
+            if kills == 0:
+                return
+            continue
+        kills -= 1
+        for path in checkpoint.candidates(out_dir):  # nothing partial has a final name
+            checkpoint.verify(path)
+        if checkpoint.candidates(out_dir):
+            state, _, problems = checkpoint.load_newest(out_dir)
+            expected = checkpoint.load(whole / checkpoint.STEP.format(state["iter_num"]))
+            del state["config"], expected["config"]  # they name the folder
+            assert not problems
+            assert_same(state, expected)
+
+
+def fork_training(argv, after=0.0, call=0):
+    """train.main(argv) in a fork, killed after some seconds or before a system call, if given -> 0, or -SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            kill_before_call(call)
+            train.main(argv)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    if after:
+        time.sleep(after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+    returned = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert returned in (0, -signal.SIGKILL), returned
+    if after and returned:
+        print("\nkilled at a random time", flush=True)
+    return returned
+
+
+def kill_before_call(deadly):
+    """This process will kill itself before the system call of a save with this number; if negative, inside a write."""
+    counts = collections.Counter()
+
+    def count(place, sign):
+        counts[sign] += sign
+        if counts[sign] == deadly:
+            os.write(1, f"\nkilled {place}\n".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def count_calls(owner, name):
+        call = getattr(owner, name)
+
+        def wrapped(*args, **keys):
+            count(f"before {name}", 1)
+            return call(*args, **keys)
+
+        setattr(owner, name, wrapped)
+
+    def write_halves(self, data, write=checkpoint._HashingFile.write):
+        if len(data) < 1000:
+            return write(self, data)
+        write(self, data[: len(data) // 2])
+        self.file.flush()
+        count("inside a write", -1)
+        return len(data) // 2 + write(self, data[len(data) // 2 :])
+
+    checkpoint._HashingFile.write = write_halves
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (pathlib.Path, "unlink"), (checkpoint, "verify")):
+        count_calls(owner, name)
