@@ -202,7 +202,9 @@ def plan_beside(run: Run) -> list[tuple[str, str, str]]:
         measured = plan.hours_left(c, 0, seconds, eval_seconds)
         rows.append(("hours in total", f"{hours:.1f}" if hours else "", f"{measured:.2f} at this speed"))
     if "peak_memory_gib" in lines:
-        rows.append(("peak memory, GiB", "", f"{np.nanmax(lines['peak_memory_gib']):.2f}"))
+        planned = sum((run.about.get("planned_memory") or {}).values()) / plan.GiB  # for an eager step
+        actual = np.nanmax(lines["peak_memory_gib"])
+        rows.append(("peak memory, GiB", f"{planned:.2f}" if planned else "", f"{actual:.2f}"))
     if run.groups:
         error = np.std(run.groups[-1], ddof=1) / math.sqrt(len(run.groups[-1]))
         rows.append(("standard error of val", f"{found['eval_error']:.4f}", f"{error:.4f}"))
