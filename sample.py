@@ -7,7 +7,7 @@
     python sample.py --out_dir=out/fineweb_4070 --score=text.txt
 
 Every text begins with <|endoftext|>, as every training document does, and ends where the model generates that token.
-Standard output gets only the text, everything else goes to standard error.
+Results go to standard output, everything else to standard error.
 """
 
 import codecs
@@ -51,7 +51,7 @@ class SampleConfig:
     stride: int = key(0, "tokens between the windows of score; 0: block_size; fewer: more context, slower", low=0)
     # system
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = key("auto", "auto: float32 for score", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = key("auto", "auto: the fastest; for score float32", choices=("auto", "float32", "bfloat16", "float16"))
 
     def problems(self) -> list[str]:
         given = [f"{name}={getattr(self, name)!r}" for name in ("start", "prompts", "score") if getattr(self, name)]

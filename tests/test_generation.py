@@ -1,37 +1,25 @@
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from networks import tiny
 
 from model import GPT, GPTConfig
-from onecard.generation import (
-    GenerationError,
-    generate,
-    keep_top_p,
-    logits_to_probs,
-    next_ids,
-    sample,
-    sample_texts,
-    score,
-    stream,
-    window_start,
-)
+from onecard import generation
+from onecard.generation import GenerationError, generate
 
-TINY = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=32, bias=False)
-GREEDY = dict(temperature=0)
-SAMPLED = dict(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01)
+GREEDY, SAMPLED = dict(temperature=0), dict(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01)
 
 
 def network(**changes):
-    """A tiny network in float64 whose weights are far from their initialization, so that its texts vary."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**TINY | changes))
-    generator = torch.Generator().manual_seed(7)
+    """A tiny network in float64 with large weights, so that its texts vary."""
+    model = tiny(**dict(block_size=32, vocab_size=96, dropout=0.0, bias=False) | changes)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval().double()
+            parameter *= 3
+    return model.double()
 
 
 def random_prompts(n, longest):
@@ -51,41 +39,31 @@ def greedy_by_hand(model, prompt, n):
     return ids
 
 
-# ---- token by token
-
-
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 32])
 def test_a_window_grows_to_block_size_and_is_then_cut_to_its_last_half(block_size):
-    assert [window_start(n, block_size) for n in range(1, block_size + 1)] == [0] * block_size
+    assert [generation.window_start(n, block_size) for n in range(1, block_size + 1)] == [0] * block_size
     for n in range(block_size, 6 * block_size):
-        before, after = n - window_start(n, block_size), n + 1 - window_start(n + 1, block_size)
+        before, after = n - generation.window_start(n, block_size), n + 1 - generation.window_start(n + 1, block_size)
         assert after == (before + 1 if before < block_size else max(1, block_size // 2))
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch, n", [("gpt2", 150), ("qwen3", 75)])  # the windows are cut 30 and 15 times
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_text_is_the_same_with_and_without_cache_in_a_batch_and_alone(arch, options):
-    model, prompts = network(arch=arch, block_size=8), random_prompts(8, 20)  # the windows are cut 30 times
+def test_a_text_is_the_same_with_and_without_cache_in_a_batch_and_alone(arch, n, options):
+    model, prompts = network(arch=arch, block_size=8), random_prompts(8, 20)
     assert any(len(p) < 4 for p in prompts) and any(len(p) > 8 for p in prompts)
-    together = generate(model, prompts, 150, seeds=range(8), **options)
-    assert [len(ids) - len(prompt) for ids, prompt in zip(together, prompts, strict=True)] == [150] * 8
-    assert max(len(set(ids[-100:])) for ids in together) > 10  # not all of them run in circles
-    assert generate(model, prompts, 150, seeds=range(8), use_cache=False, **options) == together
-    assert generate(model, prompts[::-1], 150, seeds=range(7, -1, -1), **options)[::-1] == together
+    together = generate(model, prompts, n, seeds=range(8), **options)
+    assert [len(ids) - len(prompt) for ids, prompt in zip(together, prompts, strict=True)] == [n] * 8
+    assert max(len(set(ids[-n:])) for ids in together) > 10  # not all of them run in circles
+    assert generate(model, prompts, n, seeds=range(8), use_cache=False, **options) == together
+    assert generate(model, prompts[::-1], n, seeds=range(7, -1, -1), **options)[::-1] == together
     for i, prompt in enumerate(prompts):
-        assert generate(model, [prompt], 150, seeds=[i], **options) == [together[i]]
-    assert generate(model, prompts[:1], 150, seeds=[0], use_cache=False, **options) == together[:1]
+        assert generate(model, [prompt], n, seeds=[i], **options) == [together[i]]
+    assert generate(model, prompts[:1], n, seeds=[0], use_cache=False, **options) == together[:1]
     if options is GREEDY:
-        assert [greedy_by_hand(model, prompt, 150) for prompt in prompts[:3]] == together[:3]
+        assert [greedy_by_hand(model, prompt, n) for prompt in prompts[:3]] == together[:3]
     else:
-        assert generate(model, prompts, 150, seeds=range(1, 9), **options) != together
-
-
-def test_a_text_goes_on_from_any_point_as_if_it_had_not_been_interrupted():
-    model = network()
-    (whole,) = generate(model, [[3, 1, 4]], 120, temperature=0)
-    for n in (10, 32, 33, 50, 90):
-        assert generate(model, [whole[:n]], 123 - n, temperature=0) == [whole]
+        assert generate(model, prompts, n, seeds=range(1, 9), **options) != together
 
 
 def test_without_seeds_texts_differ_each_time_and_the_shared_generator_is_not_used():
@@ -94,10 +72,10 @@ def test_without_seeds_texts_differ_each_time_and_the_shared_generator_is_not_us
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_of_16_bits_give_texts(dtype):
-    rows = generate(network().to(dtype), [[1, 2, 3], [4]], 60, seeds=[0, 1])
-    assert [len(row) for row in rows] == [63, 61]
+def test_weights_of_16_bits_give_texts():
+    for dtype in (torch.bfloat16, torch.float16):
+        rows = generate(network().to(dtype), [[1, 2, 3], [4]], 60, seeds=[0, 1])
+        assert [len(row) for row in rows] == [63, 61]
 
 
 def test_a_sequence_ends_after_the_stop_id_and_the_others_go_on_as_they_would_have():
@@ -112,18 +90,13 @@ def test_a_sequence_ends_after_the_stop_id_and_the_others_go_on_as_they_would_ha
     assert generate(model, prompts, 80, seeds=range(8), stop_id=stop) == expected
 
 
-def test_stream_leaves_out_what_has_ended_and_stops_when_all_have():
+def test_stream_leaves_out_what_has_ended_and_stops_when_all_have_or_no_tokens_are_asked_for():
+    assert generate(network(), [[1]], 0) == [[1]]
     ended, steps = set(), []
-    for new_ids in stream(network(), [[1], [2], [3]], 10, seeds=[1, 2, 3], ended=ended):
+    for new_ids in generation.stream(network(), [[1], [2], [3]], 10, seeds=[1, 2, 3], ended=ended):
         steps.append(list(new_ids))
         ended.add({1: 0, 3: 2, 6: 1}.get(len(steps), 0))
     assert steps == [[0, 1, 2], [1, 2], [1, 2], [1], [1], [1]]
-
-
-def test_no_tokens_are_no_steps_and_an_empty_prompt_is_refused():
-    assert generate(network(), [[1]], 0) == [[1]]
-    with pytest.raises(GenerationError, match="prompt"):
-        generate(network(), [[1], []], 5)
 
 
 def test_padding_ids_are_never_sampled():
@@ -138,18 +111,14 @@ def test_padding_ids_are_never_sampled():
         assert max(generate(model, [[0]], 50, temperature=temperature)[0]) < 50257
 
 
-# ---- from logits to ids
-
-
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_tokens_have_the_networks_probabilities_also_after_sampled_ones(use_cache):
+def test_tokens_have_the_networks_probabilities_also_after_sampled_ones():
     """Third tokens of 4,000 texts against the exact distribution, summed over all that can stand before them."""
     model = network(vocab_size=12, block_size=8, n_layer=1, n_embd=16)
     prompt, n = [5, 7, 2], 4000
     options = dict(temperature=1.5, top_k=9, top_p=0.97, min_p=0.02)
 
     def after(ids):  # (B, T) -> (B, V)
-        return logits_to_probs(model(ids)[:, -1], **options)
+        return generation.logits_to_probs(model(ids)[:, -1], **options)
 
     with torch.no_grad():
         pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12))  # (144, 2)
@@ -158,7 +127,7 @@ def test_tokens_have_the_networks_probabilities_also_after_sampled_ones(use_cach
         second = after(torch.cat((start.expand(12, -1), torch.arange(12)[:, None]), 1))[pairs[:, 0], pairs[:, 1]]
         third = after(torch.cat((start.expand(144, -1), pairs), 1))  # (144, 12)
         expected = n * ((first * second) @ third)
-    rows = generate(model, [prompt] * n, 3, seeds=range(n), use_cache=use_cache, **options)
+    rows = generate(model, [prompt] * n, 3, seeds=range(n), **options)
     counts = torch.bincount(torch.tensor([row[-1] for row in rows]), minlength=12).double()
     possible = expected > 0
     assert counts[~possible].sum() == 0 and possible.sum() > 5
@@ -166,40 +135,8 @@ def test_tokens_have_the_networks_probabilities_also_after_sampled_ones(use_cach
     assert chi_square < 31.3  # at most 11 degrees of freedom, p = 0.001
 
 
-def probs_by_hand(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The definitions in plain Python: the probabilities of one row of logits."""
-
-    def softmax(row):
-        e = [math.exp(x - max(row)) for x in row]
-        return [x / sum(e) for x in e]
-
-    row = [x / temperature for x in logits]
-    if top_k:
-        kth = sorted(row, reverse=True)[min(top_k, len(row)) - 1]
-        row = [x if x >= kth else -math.inf for x in row]
-    if top_p < 1:
-        p, last, mass = softmax(row), 1.0, 0.0
-        for share in sorted(p, reverse=True):
-            if mass >= top_p and mass > 0:
-                break
-            last, mass = share, mass + share
-        row = [x if share >= last else -math.inf for x, share in zip(row, p, strict=True)]
-    if min_p:
-        p = softmax(row)
-        row = [x if q >= min_p * max(p) else -math.inf for x, q in zip(row, p, strict=True)]
-    return softmax(row)
-
-
 FILTERS = [{}, dict(temperature=0.5), dict(top_k=1), dict(top_k=7), dict(top_k=1000), dict(top_p=0.9)]
-FILTERS += [dict(top_p=0.3), dict(top_p=0.0), dict(min_p=0.2), dict(min_p=1.0)]
-FILTERS += [dict(temperature=1.3, top_k=20, top_p=0.8, min_p=0.1)]
-
-
-@pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_probabilities_are_those_of_the_definitions_written_out(options):
-    logits = (20 * torch.randn(20, 50, generator=torch.Generator().manual_seed(0))).round() / 8  # with ties
-    expected = torch.tensor([probs_by_hand(row, **options) for row in logits.tolist()], dtype=torch.float64)
-    torch.testing.assert_close(logits_to_probs(logits, **options), expected, atol=1e-12, rtol=0)
+FILTERS += [dict(top_p=0.0), dict(min_p=0.2), dict(min_p=1.0), dict(temperature=1.3, top_k=20, top_p=0.8, min_p=0.1)]
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
@@ -212,27 +149,29 @@ def test_probabilities_are_those_of_transformers(options):
     expected = logits
     for key, value in options.items():
         expected = getattr(warpers, f"{names[key]}LogitsWarper")(value)(None, expected)
-    ours = logits_to_probs(logits, **options)
+    ours = generation.logits_to_probs(logits, **options)
     assert torch.equal(ours > 0, expected.softmax(-1) > 0)
     torch.testing.assert_close(ours, expected.softmax(-1), atol=1e-12, rtol=0)
 
 
 def test_top_p_over_a_large_vocabulary_keeps_as_many_as_it_takes():
-    """Zipf's law: as many as the sums of its probabilities say, below or above 2,048. Equal odds: all, as all tie."""
+    """Zipf's law: as many as the sums of its probabilities say, below or above 2,048. Ties of the last id stay."""
     ranks = torch.arange(1, 50258, dtype=torch.float64)
     logits = -ranks.log()[None] + 1e-9 * torch.randn(1, 50257, generator=torch.Generator().manual_seed(5)).double()
     sums = logits.softmax(-1).sort(descending=True).values.cumsum(-1)[0]
     for p in (0.1, 0.5, 0.8, 0.99):
-        assert (keep_top_p(logits, p) > -math.inf).sum() == (sums < p).sum() + 1
+        assert (generation.keep_top_p(logits, p) > -math.inf).sum() == (sums < p).sum() + 1
     assert (sums < 0.5).sum() < 2048 < (sums < 0.8).sum()
-    assert (keep_top_p(torch.zeros(1, 50257, dtype=torch.float64), 0.5) == 0).all()
+    assert (generation.keep_top_p(torch.zeros(1, 50257, dtype=torch.float64), 0.5) == 0).all()
+    logits = torch.tensor([[0.1, 0.5, 0.2, 0.2]], dtype=torch.float64).log()
+    assert (generation.keep_top_p(logits, 0.6) == logits.masked_fill(logits < math.log(0.15), -math.inf)).all()
 
 
 def test_a_temperature_near_zero_is_greedy_and_a_huge_one_gives_equal_odds():
     logits = torch.tensor([[1.0, 3.0, 2.999, -50.0], [1e30, 0.0, -1e30, 1e29]])
-    for tiny in (1e-6, 1e-300):
-        assert logits_to_probs(logits, tiny).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
-    torch.testing.assert_close(logits_to_probs(logits[:1], 1e300), torch.full((1, 4), 0.25, dtype=torch.float64))
+    for low in (1e-6, 1e-300):
+        assert generation.logits_to_probs(logits, low).tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
+    assert (generation.logits_to_probs(logits[:1], 1e300) - 0.25).abs().max() < 1e-12
 
 
 def test_the_sampled_id_is_the_first_whose_cumulative_probability_exceeds_the_number():
@@ -242,7 +181,7 @@ def test_the_sampled_id_is_the_first_whose_cumulative_probability_exceeds_the_nu
     p /= p.sum(-1, keepdim=True)
     uniform = torch.rand(200, generator=g, dtype=torch.float64)
     uniform[0], uniform[1] = 0.0, 1 - 2**-53
-    for row, u, id in zip(p.tolist(), uniform.tolist(), sample(p, uniform).tolist(), strict=True):
+    for row, u, id in zip(p.tolist(), uniform.tolist(), generation.sample(p, uniform).tolist(), strict=True):
         sums = [math.fsum(row[: i + 1]) for i in range(40)]
         expected = next((i for i in range(40) if sums[i] > u), max(i for i in range(40) if row[i]))
         assert id == expected and row[id] > 0
@@ -252,34 +191,24 @@ def test_the_sampled_id_is_the_first_whose_cumulative_probability_exceeds_the_nu
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_logits_that_are_not_finite_are_refused(bad, temperature):
     with pytest.raises(GenerationError, match="not finite"):
-        next_ids(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [torch.Generator()] * 2, temperature)
-
-
-# ---- samples of a training run, the loss of a text
-
-
-class Letters:
-    eot = 0
-
-    def decode(self, ids):
-        return "".join(chr(32 + id) for id in ids)
+        generation.next_ids(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [torch.Generator()] * 2, temperature)
 
 
 def test_samples_of_a_run_are_the_same_each_time_and_do_not_affect_training():
-    model = network(dropout=0.5).train()
+    model, letters = network(dropout=0.5).train(), SimpleNamespace(eot=0, decode=str)
     before = torch.get_rng_state()
-    texts = sample_texts(model, Letters(), n=4, max_new_tokens=20)
-    assert texts == sample_texts(model, Letters(), n=4, max_new_tokens=20) and len(set(texts)) == 4
+    texts = generation.sample_texts(model, letters, n=4, max_new_tokens=20)
+    assert texts == generation.sample_texts(model, letters, n=4, max_new_tokens=20) and len(set(texts)) == 4
     assert model.training and torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
     loss = model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
     loss.backward()  # nothing that was made without gradients is left in the model
 
 
-def harness_windows(ids, prefix, block_size, stride):
+def harness_windows(ids, block_size, stride):
     """lm-evaluation-harness's rolling windows by their definition: (what is read, what is predicted)."""
     predicted = min(block_size, len(ids))
-    found = [([prefix, *ids[: predicted - 1]], ids[:predicted])]
+    found = [([None, *ids[: predicted - 1]], ids[:predicted])]
     while predicted < len(ids):
         n = min(len(ids) - predicted, stride)
         predicted += n
@@ -294,16 +223,18 @@ def test_scores_are_the_log_probabilities_in_the_harness_windows_each_led_by_the
     model = network()
     ids = torch.randint(96, (n,), generator=torch.Generator().manual_seed(4)).tolist()
     expected = []
-    for read, predicted in harness_windows(ids, 0, 32, stride or 32):
+    for read, predicted in harness_windows(ids, 32, stride or 32):
         logp = model(torch.tensor([[0, *read[1:]]]))[0, -len(predicted) :].log_softmax(-1)
         expected += [-logp[i, id].item() for i, id in enumerate(predicted)]
     for batch_size in (1, 3):
-        losses = score(model, ids, 0, stride, batch_size)
+        losses = generation.score(model, ids, 0, stride, batch_size)
         assert losses.dtype == torch.float64 and losses.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_text_without_tokens_and_a_stride_beyond_the_context_are_refused():
+def test_impossible_input_is_refused():
+    with pytest.raises(GenerationError, match="prompt"):
+        generate(network(), [[1], []], 5)
     with pytest.raises(GenerationError, match="empty"):
-        score(network(), [], 0)
+        generation.score(network(), [], 0)
     with pytest.raises(GenerationError, match="block_size=32"):
-        score(network(), [1, 2], 0, stride=33)
+        generation.score(network(), [1, 2], 0, stride=33)

@@ -63,9 +63,6 @@ def texts_of(out):
     return out.removesuffix("\n---------------\n").split("\n---------------\n")
 
 
-# ---- texts as they are made
-
-
 def test_text_appears_in_whole_characters_as_it_is_made(run, script, monkeypatch):
     assert any("\ufffd" in TOKENIZER.decode([id]) for id in ids(HARD))  # some characters span several tokens
     script(ids(HARD))
@@ -116,9 +113,6 @@ def test_json_says_why_a_text_ended(run, script):
     assert [row["text"] for row in rows] == ["a b", "a", "a b c d"] and rows[0]["tokens"] == 3
 
 
-# ---- the real network
-
-
 def test_batch_size_changes_no_text_and_each_text_has_the_next_seed(run):
     alone = texts_of(run(num_samples=5, max_new_tokens=40, batch_size=1).out)
     assert texts_of(run(num_samples=5, max_new_tokens=40, batch_size=3).out) == alone and len(set(alone)) == 5
@@ -161,9 +155,6 @@ def test_step_speed_and_a_prompt_longer_than_the_context_are_reported_on_standar
     assert "block_size" not in run(start="word", max_new_tokens=1).err
 
 
-# ---- mistakes
-
-
 MISTAKES = [
     (dict(start="FILE:none.txt"), "start: none.txt cannot be read (No such file or directory)"),
     (dict(start="FILE:{}"), "cannot be read (Is a directory)"),
@@ -171,13 +162,9 @@ MISTAKES = [
     (dict(start="FILE:{}/latin.txt"), "latin.txt is not UTF-8 (byte 3)"),
     (dict(start="a\udcff"), "start: character 2 is not UTF-8"),
     (dict(start="-"), "start: standard input is empty"),
-    (dict(prompts="none.txt"), "prompts: none.txt cannot be read"),
-    (dict(prompts="{}/empty.txt"), "empty.txt is empty"),
     (dict(prompts="{}/gap.txt"), "prompts: line 2 of {}/gap.txt is empty"),
     (dict(score="none.txt"), "score: none.txt cannot be read"),
-    (dict(score="{}/latin.txt"), "latin.txt is not UTF-8"),
     (dict(start="a", prompts="b"), "start='a' and prompts='b' exclude each other"),
-    (dict(start="a", score="b"), "start='a' and score='b' exclude each other"),
     (dict(temperature=-1), "temperature"),
     (dict(top_p=1.5), "top_p"),
     (dict(max_new_tokens=0), "max_new_tokens"),
@@ -206,9 +193,6 @@ def test_weights_that_overflow_float16_are_refused(run, tmp_path):
         model.transformer.ln_f.weight.fill_(1e7)
     with pytest.raises(GenerationError, match="not finite"):
         run(out_dir=save(model, tmp_path / "large"), dtype="float16")
-
-
-# ---- scores
 
 
 def test_the_score_of_equal_odds_is_the_logarithm_of_the_vocabulary(run, tmp_path):
