@@ -480,10 +480,10 @@ def train(config: TrainConfig, stop: Stop) -> int:
             runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
             progress.window = {}
         if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer:
-            with runtime.autocast():
+            with runtime.autocast(), contextlib.suppress(generation.GenerationError):  # samples cannot end a run
                 texts = generation.sample_texts(model, load_tokenizer())
-            run.record("samples", texts=texts)
-            runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
+                run.record("samples", texts=texts)
+                runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
     if stop_reason:
         save(run, [])
         runtime.print0(f"stopped at step {progress.step}; continue with --init_from=resume --out_dir={config.out_dir}")
