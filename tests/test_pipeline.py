@@ -43,10 +43,10 @@ def test_the_readmes_first_command_ends_in_text(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda path: path.stem)
-def test_every_config_file_is_understood(path, capsys):
+def test_every_config_file_is_understood(path, tmp_path, capsys):
     """A missing dataset is noticed after the config has been read."""
     with pytest.raises(ShardError, match=r"none: no such folder.*prepare\.py"):
-        train.main([str(path), "--dataset=none", "--device=cpu"])
+        train.main([str(path), "--dataset=none", "--device=cpu", f"--out_dir={tmp_path}"])
 
 
 @pytest.mark.parametrize(
