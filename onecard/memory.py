@@ -98,7 +98,6 @@ def trace_memory(config, device_type: str, dtype: torch.dtype = torch.bfloat16) 
         tokens = torch.zeros(config.batch_size, config.block_size + 1, dtype=torch.int64)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         for first in (True, False):  # the second step has the optimizers' state, which the first one makes
-            live.peak = live.live
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 loss = model(inputs, targets)
             loss.backward()

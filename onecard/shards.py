@@ -103,25 +103,29 @@ def layout(path: str | Path) -> tuple[int, int]:
     """(header bytes, tokens) of a token file, from its size and its first words alone. Raises ShardError."""
     try:
         with open(path, "rb") as file:
-            head, size = file.read(12), file.seek(0, os.SEEK_END)
+            head, size = file.read(HEADER_BYTES), file.seek(0, os.SEEK_END)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file; run prepare.py again to replace it") from None
-    magic, version, tokens = np.frombuffer(head.ljust(12, b"\0"), dtype="<i4").tolist()
+    header_bytes, tokens = read_header(path, head, size)
+    expected = header_bytes + 2 * tokens
+    if tokens < 1 or size != expected:
+        raise ShardError(
+            f"{path}: {size:,} bytes, expected {expected:,} for the {tokens:,} tokens in it: cut short or overwritten; copy it "
+            "again, or delete it and run prepare.py again"
+        )
+    return header_bytes, tokens
+
+
+def read_header(path, head, size):
+    """(header bytes, tokens) as the first bytes of a file say; without a header its size says it. One `if` a format."""
+    magic, version, tokens = np.frombuffer(head[:12].ljust(12, b"\0"), dtype="<i4").tolist()
+    if magic == MAGIC and version == VERSION:
+        return HEADER_BYTES, tokens
+    if magic == MAGIC:
+        raise ShardError(f"{path}: version {version} of the llm.c format; only version {VERSION} is read")
     if magic == LLAMA_MAGIC:
         raise ShardError(f"{path}: holds Llama 3 tokens of 32 bits; only 16-bit tokens are read, such as GPT-2's")
-    if magic == MAGIC:
-        expected = HEADER_BYTES + 2 * tokens
-        if version != VERSION:
-            raise ShardError(f"{path}: version {version} of the llm.c format; only version {VERSION} is read")
-        if tokens < 1 or size != expected:
-            raise ShardError(
-                f"{path}: {size:,} bytes, expected {expected:,} for the {tokens:,} tokens of its header: cut "
-                "short or overwritten; delete it and run prepare.py again (or copy it again)"
-            )
-        return HEADER_BYTES, tokens
-    if size == 0 or size % 2:
-        raise ShardError(f"{path}: {size:,} bytes is not a whole number of 16-bit tokens; make or copy it again")
-    return 0, size // 2
+    return 0, size // 2  # nanoGPT's files have no header
 
 
 def open_tokens(path: str | Path) -> np.ndarray:
