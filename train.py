@@ -7,7 +7,7 @@
 A step is one optimizer step on gradient_accumulation_steps x batch_size x block_size tokens. Which tokens are in it
 depends on the seed and the step alone: not on evaluation, the micro batch or the number of processes. Dropout depends
 on seed, step and process. So a run that was stopped or killed and then resumed equals one that never stopped; on a CPU
-with as many processes, bit for bit. In out_dir: ckpt.pt (latest), ckpt_previous.pt, ckpt_best.pt, metrics.jsonl.
+with as many processes, bit for bit. onecard/checkpoint.py lists the checkpoints in out_dir; ckpt.pt is the latest.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ class TrainConfig:
     # learning rate
     decay_lr: bool = key(True, "warm-up and decay; False: constant learning_rate")
     lr_schedule: str = key("cosine", "shape of the decay; wsd: only at the end", choices=("cosine", "linear", "wsd"))
-    decay_iters: int = key(0, "steps of the decay of wsd; 0: a fifth of the run", low=0)
+    decay_iters: int = key(0, "steps of the decay of wsd; 0: a fifth of lr_decay_iters", low=0)
     warmup_iters: int = key(2000, "steps of linear warm-up", low=0)
     lr_decay_iters: int = key(0, "step at which min_lr is reached; 0: max_iters", low=0)
     min_lr: float = key(6e-5, "learning rate at the end of the decay", low=0.0)
@@ -170,22 +170,23 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.min_lr
     progress = (step - config.warmup_iters) / (end - config.warmup_iters)  # 0 after warm-up, 1 at the end
     if config.lr_schedule == "cosine":
-        share = 0.5 * (1 + math.cos(math.pi * progress))
+        height = 0.5 * (1 + math.cos(math.pi * progress))  # 1 at the peak, 0 at min_lr
     elif config.lr_schedule == "linear":
-        share = 1 - progress
-    else:  # wsd
-        share = min(1.0, (end - step) / (end - decay_start(config)))
-    return config.min_lr + share * (peak - config.min_lr)
+        height = 1 - progress
+    elif config.lr_schedule == "wsd":
+        height = min(1.0, (end - step) / (end - decay_start(config)))
+    return config.min_lr + height * (peak - config.min_lr)
 
 
 def learning_rates(config: TrainConfig) -> list[float]:
     return [learning_rate(step, config) for step in range(config.max_iters)]
 
 
-def decay_start(config: TrainConfig) -> int:
-    """The step at which the decay of a wsd schedule starts."""
+def decay_start(config: TrainConfig) -> int | None:
+    """The step at which the decay starts, for a schedule that stays at the peak until then (wsd), else None."""
     end = config.lr_decay_iters or config.max_iters
-    return end - (config.decay_iters or max(1, end // 5))
+    late = config.decay_lr and config.lr_schedule == "wsd"
+    return end - (config.decay_iters or max(1, end // 5)) if late else None
 
 
 # ---- setting up a run
@@ -293,8 +294,7 @@ def starting_point(config, print0):
 
 def open_data(config):
     folder = Path(config.data_dir) / config.dataset
-    splits = ("train", "val")
-    return [Windows(folder, split, config.block_size, config.seed, config.vocab_size) for split in splits]
+    return [Windows(folder, split, config.block_size, config.seed, config.vocab_size) for split in ("train", "val")]
 
 
 def show_plan(config, facts, windows, began_from, print0):
@@ -415,7 +415,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
                 is_best = evaluate(run)
                 names = [checkpoint.BEST] if is_best else []
                 save_now = done or is_best or config.always_save_checkpoint
-            if config.lr_schedule == "wsd" and config.decay_lr and step == decay_start(config):
+            if step == decay_start(config):
                 names.append(checkpoint.BEFORE_DECAY)
             if (save_now or names) and step > 0:  # at step 0 there is nothing to save
                 save(run, names)
