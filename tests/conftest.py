@@ -40,8 +40,8 @@ def start():
     """A function: arguments of Python -> runs.Watched. It is killed at the end of the test."""
     started = []
 
-    def build(*command, **options):
-        started.append(Watched(command, **options))
+    def build(*command):
+        started.append(Watched(command))
         return started[-1]
 
     yield build

@@ -1,12 +1,16 @@
 """What the tests of training share: a tiny run, what it leaves, and a process that is watched while it runs."""
 
+import itertools
 import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -94,10 +98,10 @@ def assert_same_run(a, b):
 class Watched:
     """A process whose lines are read while it runs; `printed`: those that were waited for."""
 
-    def __init__(self, command, env=(), **options):
+    def __init__(self, command):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(env)}
-        self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes, **options)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes)
         self.printed, self.lines = [], queue.Queue()
         threading.Thread(target=self.read, daemon=True).start()
 
@@ -121,3 +125,52 @@ class Watched:
         """(exit code, everything printed), when the process has ended."""
         self.wait_for(NEVER)
         return self.process.wait(120), "".join(self.printed)
+
+
+def fork(action, *args, seconds=0.0):
+    """action(*args) in a forked process, killed after so many seconds if given -> 0, or -9 if it was killed.
+
+    For processes that Watched started for it: to fork takes milliseconds, to import torch seconds.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            action(*args)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    if seconds:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    if seconds and code:
+        print("\nkilled at a random time", flush=True)
+    return code
+
+
+def kill_before_call(number):
+    """This process will kill itself before the system call of a save with this number. Large writes count twice."""
+    numbers = itertools.count(1)
+
+    def counted(name, call):
+        def wrapped(*args, **keys):
+            if next(numbers) == number:
+                os.write(1, f"\nkilled before {name}\n".encode())
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **keys)
+
+        return wrapped
+
+    def write_halves(self, data, write=checkpoint._HashingFile.write):
+        if len(data) < 300:  # about a hundred writes of padding
+            return write(self, data)
+        half = len(data) // 2
+        first = counted("write", write)(self, data[:half])
+        self.file.flush()  # a kill leaves what was written
+        return first + counted("second half of a write", write)(self, data[half:])
+
+    checkpoint._HashingFile.write = write_halves
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (Path, "unlink"), (checkpoint, "verify")):
+        setattr(owner, name, counted(name, getattr(owner, name)))

@@ -1,27 +1,26 @@
 """checkpoint.py: whole or not at all, and which one a run continues from. Damage, full disks and kills are real."""
 
 import contextlib
+import itertools
 import os
+import pathlib
 import pickle
 import random
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
+import runs
 import torch
 from runs import ROOT, assert_same, assert_same_run, files_of, read_metrics, write_dataset
 
 import sample
 import train
 from configurator import ConfigError
-from model import GPT, GPTConfig
-from onecard import checkpoint, plan
+from onecard import UserError, checkpoint, plan
 from onecard.checkpoint import CheckpointError
 from onecard.durable import OwnedError
 
@@ -51,14 +50,6 @@ def steps_of(folder):
     return {path.name: checkpoint.read_trailer(path)[0] for path in sorted(folder.glob("*"))}
 
 
-def flip(path, position, bit):
-    with open(path, "r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1 << bit]))
-
-
 # ---- what is written is what is loaded
 
 
@@ -74,23 +65,14 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit_and_a_tied_tensor_is_writt
         assert [info.file_size for info in file.infolist()].count(4000) == 1
 
 
-def test_a_model_saved_is_the_model_loaded(tmp_path):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
-    state = dict(iter_num=1, model=model.state_dict(), model_args=vars(model.config), best_val_loss=float("inf"))
-    checkpoint.write(tmp_path / "ckpt.pt", state)
-    loaded, rest = checkpoint.load_model(tmp_path / "ckpt.pt")
-    idx = torch.arange(8)[None]
-    assert torch.equal(loaded(idx), model.eval()(idx)) and not loaded.training
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight and rest["best_val_loss"] == float("inf")
-
-
-def test_a_runs_checkpoint_has_nanogpts_keys_and_names(flags, tmp_path):
+def test_a_runs_checkpoint_has_nanogpts_keys_and_its_model_is_loaded_for_sampling(flags, tmp_path):
     train.main(flags(max_iters=1, bias=True))
-    state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= state.keys()
-    assert state["model"].keys() == GPT(GPTConfig(**state["model_args"])).state_dict().keys()
     assert {"transformer.h.1.attn.c_attn.weight", "transformer.ln_f.bias", "lm_head.weight"} <= state["model"].keys()
+    model, rest = checkpoint.load_model(tmp_path / "run/ckpt.pt")
+    assert_same(dict(model.state_dict()), dict(state["model"]))
+    assert model.lm_head.weight is model.transformer.wte.weight and not model.training and rest["iter_num"] == 1
 
 
 @pytest.mark.parametrize(
@@ -113,35 +95,30 @@ def test_a_run_of_the_code_before_the_rebuild_is_resumed_with_the_losses_that_co
 # ---- which ones there are
 
 
-def test_latest_previous_best_and_every_nth_are_kept(tmp_path):
+def test_latest_previous_best_and_every_nth_are_kept_and_the_newest_is_by_step_not_by_file_time(tmp_path):
     save_all(tmp_path, [2, 4, 5, 6, 8, 10], keep_every=4, best=(2, 6))
     kept = {"ckpt_step_000000004.pt": 4, "ckpt_step_000000008.pt": 8}
     assert steps_of(tmp_path) == {"ckpt.pt": 10, "ckpt_best.pt": 6, "ckpt_previous.pt": 8, **kept}
     for name, step in steps_of(tmp_path).items():
         assert_is(checkpoint.load(tmp_path / name), some_state(step))
+        os.utime(tmp_path / name, (2e9 - step,) * 2)  # the clock was set back: a later one has an earlier time
+    assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 10
+    (tmp_path / "ckpt.pt").unlink()
+    assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 8
 
 
 def test_an_old_one_loses_its_name_only_when_the_new_one_has_been_read_back(tmp_path, monkeypatch):
     save_all(tmp_path, [1, 2])
     before, verify = files_of(tmp_path), checkpoint.verify
 
-    def flip_and_verify(path):  # a disk that lies
-        flip(path, 700, 3)
+    def damage_and_verify(path):  # a disk that lies
+        os.truncate(path, 5000)
         verify(path)
 
-    monkeypatch.setattr(checkpoint, "verify", flip_and_verify)
-    with pytest.raises(CheckpointError, match="damaged"):
+    monkeypatch.setattr(checkpoint, "verify", damage_and_verify)
+    with pytest.raises(CheckpointError, match="not a complete"):
         save_all(tmp_path, [3], best=(3,))
     assert before == files_of(tmp_path, "*")
-
-
-def test_the_newest_is_by_step_and_not_by_the_time_of_the_file(tmp_path):
-    save_all(tmp_path, [1, 2, 3], best=(1,))
-    for days, name in enumerate(("ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt")):  # the clock was set back
-        os.utime(tmp_path / name, (1e9 + 86400 * days,) * 2)
-    assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 3
-    (tmp_path / "ckpt.pt").unlink()
-    assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 2
 
 
 def test_a_users_own_copies_are_never_resumed_from_and_never_deleted(flags, tmp_path):
@@ -164,71 +141,40 @@ def test_a_users_own_copies_are_never_resumed_from_and_never_deleted(flags, tmp_
 # ---- damage
 
 
-def test_of_200_flipped_bits_200_are_noticed(tmp_path):
+def test_every_flipped_bit_and_every_cut_is_named_and_the_previous_one_is_loaded(tmp_path):
+    save_all(tmp_path, [4, 6])
     path, draw = tmp_path / "ckpt.pt", random.Random(0)
-    checkpoint.write(path, some_state(6))
-    size = path.stat().st_size
-    for _ in range(200):
-        position, bit = draw.randrange(size), draw.randrange(8)
-        flip(path, position, bit)
-        with pytest.raises(CheckpointError, match=re.escape(str(path))):
-            checkpoint.load(path)
-        flip(path, position, bit)
-    assert_is(checkpoint.load(path), some_state(6))
-
-
-def test_every_flipped_bit_of_the_trailer_is_named_and_never_leads_to_an_older_one_in_silence(tmp_path):
-    save_all(tmp_path, [4, 6])
-    path = tmp_path / "ckpt.pt"
-    size = path.stat().st_size
-    for position in range(size - checkpoint.TRAILER_BYTES, size):
-        for bit in range(8):
-            flip(path, position, bit)
-            state, used, problems = checkpoint.load_newest(tmp_path)
-            assert state["iter_num"] == 4 and used.name == "ckpt_previous.pt"
-            assert len(problems) == 1 and str(path) in problems[0], (position, bit, problems)
-            flip(path, position, bit)
-    assert checkpoint.load_newest(tmp_path)[1:] == (path, [])
-
-
-@pytest.mark.parametrize("left", [0, 1, 97, 500, 0.5, 0.99])
-def test_a_file_cut_short_is_named_and_the_previous_one_is_loaded(tmp_path, left):
-    save_all(tmp_path, [4, 6])
-    path = tmp_path / "ckpt.pt"
-    os.truncate(path, left if left in (0, 1, 97, 500) else int(left * path.stat().st_size))
-    state, used, problems = checkpoint.load_newest(tmp_path)
-    assert_is(state, some_state(4))
-    assert used.name == "ckpt_previous.pt" and len(problems) == 1 and str(path) in problems[0]
+    whole = path.read_bytes()
+    trailer = range(len(whole) - checkpoint.TRAILER_BYTES, len(whole))
+    flips = [(draw.randrange(len(whole)), draw.randrange(8)) for _ in range(200)]
+    flips += [(position, bit) for position in trailer for bit in range(8)]
+    damaged = [whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :] for at, bit in flips]
+    damaged += [whole[:size] for size in (0, 1, 97, 500, len(whole) // 2, len(whole) - 100, len(whole) - 1)]
+    for content in damaged:
+        path.write_bytes(content)
+        state, used, problems = checkpoint.load_newest(tmp_path)
+        assert_is(state, some_state(4))
+        assert used.name == "ckpt_previous.pt" and len(problems) == 1 and str(path) in problems[0]
     assert checkpoint.newest(tmp_path) == "ckpt_previous.pt of step 4"
-
-
-def test_where_all_are_damaged_each_is_named(tmp_path):
-    save_all(tmp_path, [4, 6])
-    for name in ("ckpt.pt", "ckpt_previous.pt"):
-        flip(tmp_path / name, 1000, 0)
-    with pytest.raises(CheckpointError, match=r"ckpt\.pt: damaged.*ckpt_previous\.pt: damaged"):
+    path.write_bytes(whole)
+    assert checkpoint.load_newest(tmp_path)[1:] == (path, [])
+    os.truncate(path, 1000)
+    os.truncate(tmp_path / "ckpt_previous.pt", 1000)
+    with pytest.raises(CheckpointError, match=r"/ckpt\.pt: .*/ckpt_previous\.pt: "):
         checkpoint.load_newest(tmp_path)
     assert checkpoint.newest(tmp_path) is None
-    with pytest.raises(CheckpointError, match="no checkpoint"):
-        checkpoint.load_newest(tmp_path / "none")
 
 
-def test_a_run_continues_from_the_previous_checkpoint_and_names_the_damaged_one(flags, tmp_path, capsys):
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_run_continues_from_the_previous_checkpoint_and_names_the_damaged_one(flags, tmp_path, capsys, left):
     train.main(flags("whole"))
-    train.main(flags("stopped", max_iters=8))
-    (tmp_path / "stopped/ckpt_best.pt").unlink(missing_ok=True)  # may be the same file
-    data = (tmp_path / "stopped/ckpt.pt").read_bytes()
-    third = len(data) // 3
-    flipped = data[:third] + bytes([data[third] ^ 4]) + data[third + 1 :]
-    for name, content in (("flipped", flipped), ("empty", b""), ("cut", data[:-5000])):
-        shutil.copytree(tmp_path / "stopped", tmp_path / name)
-        path = tmp_path / name / "ckpt.pt"
-        path.unlink()
-        path.write_bytes(content)
-        capsys.readouterr()
-        train.main(flags(name))
-        assert re.search(rf"{path}: .*; using ckpt_previous\.pt of step 4 instead", capsys.readouterr().out)
-        assert_same_run(tmp_path / "whole", tmp_path / name)
+    train.main(flags(max_iters=8))
+    (tmp_path / "run/ckpt_best.pt").unlink(missing_ok=True)  # may be the same file
+    path = tmp_path / "run/ckpt.pt"
+    os.truncate(path, int(left * path.stat().st_size))
+    train.main(flags())
+    assert re.search(rf"{path}: .*; using ckpt_previous\.pt of step 4 instead", capsys.readouterr().out)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 class Attack:
@@ -272,53 +218,45 @@ def test_nothing_in_an_attackers_file_runs_in_loading_training_or_sampling(flags
 # ---- disks
 
 
-def test_a_full_disk_in_a_save_is_named_and_harms_nothing_and_the_run_can_go_on(
-    flags, small_disk, tmp_path, monkeypatch
+@POSIX
+@pytest.mark.parametrize("limit", [0, 100, 3000, 150_000])
+def test_a_full_disk_or_a_limit_on_file_size_is_named_and_harms_nothing_and_the_run_can_go_on(
+    flags, small_disk, tmp_path, monkeypatch, limit
 ):
-    folder, save = small_disk(7 << 20), checkpoint.save
-    keys = dict(out_dir=folder / "run")
-    before = {}
+    """limit: of the size of files, in bytes; 0: a disk of 7 MiB is filled up to 64 KiB."""
+    folder, save, before = tmp_path if limit else small_disk(7 << 20), checkpoint.save, {}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_and_save(out_dir, state, *rest):
         if state["iter_num"] == 8:
             before.update(files_of(folder / "run"))
-            (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - 64 * 1024))
+            if limit:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            else:
+                (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - 64 * 1024))
         save(out_dir, state, *rest)
 
-    message = r"/run/ckpt_new\.pt: could not be written \(No space left on device, after [1-9][\d,]+ bytes\); 65,536 "
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=message):
+    reason = (
+        r"File too large, after [\d,]+ bytes\)" if limit else r"No space left .*, after [1-9][\d,]+ bytes\); 65,536 "
+    )
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"could not be written \({reason}"):
         patch.setattr(checkpoint, "save", fill_and_save)
-        train.main(flags(**keys))
+        train.main(flags(out_dir=folder / "run"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files_of(folder / "run") == before and not list((folder / "run").glob("*.tmp"))
-    (folder / "filler").unlink()
-    train.main(flags(**keys))
+    (folder / "filler").unlink(missing_ok=True)
+    train.main(flags(out_dir=folder / "run"))
     train.main(flags("whole"))
     assert_same_run(tmp_path / "whole", folder / "run")
 
 
-@POSIX
-@pytest.mark.parametrize("size", [100, 3000, 150_000, 200_000])
-def test_a_limit_on_the_size_of_files_is_named_and_harms_nothing(tmp_path, size):
-    save_all(tmp_path, [1, 2])
-    before, limits = files_of(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"ckpt_new\.pt: could not be written \(File too large"):
-            checkpoint.save(tmp_path, some_state(3, numbers=50_000), [checkpoint.BEST])  # 203 kB
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert before == files_of(tmp_path, "*")
-
-
-def test_a_folder_that_is_gone_or_a_name_that_cannot_be_given_is_named(tmp_path, monkeypatch):
+def test_a_name_that_cannot_be_given_is_reported(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No such file or directory"):
-        save_all(tmp_path / "gone", [1])
     save_all(tmp_path, [1])
     monkeypatch.setattr(checkpoint.durable, "second_name", full)
-    with pytest.raises(CheckpointError, match=r"ckpt\.pt: could not be written \(No space left on device"):
+    with pytest.raises(CheckpointError, match=r"/ckpt\.pt: could not be written \(No space left on device"):
         save_all(tmp_path, [2])
     assert checkpoint.load_newest(tmp_path)[0]["iter_num"] == 2  # whole, under the name of an unfinished save
 
@@ -416,99 +354,47 @@ def test_what_may_change_takes_effect_and_a_jump_of_the_learning_rate_is_reporte
     assert read_metrics(tmp_path / "run", "train")[-1]["lr"] == pytest.approx(after) == groups[0]["lr"]
 
 
-OWNER = """
-import sys, time
-from onecard import durable
-with durable.owned(sys.argv[1], "it"):
-    print("owns it", flush=True)
-    time.sleep(600)
-"""
-
-
-@POSIX
-def test_the_second_training_in_an_out_dir_stops_at_once_and_a_kill_of_the_first_frees_it(flags, start, tmp_path):
+def test_a_second_training_in_an_out_dir_stops_at_once_and_changes_nothing(flags, tmp_path):
+    """test_durable.py and test_train.py have the kill of the first one, which frees the folder."""
     train.main(flags(max_iters=4))
-    first, before = start("-c", OWNER, tmp_path / "run/.lock"), files_of(tmp_path / "run", "[cm]*")
-    first.wait_for("owns it")
-    for init_from in ("auto", "resume", "scratch"):
-        owner = rf"out_dir={tmp_path / 'run'} is in use by process {first.process.pid} on"
-        with pytest.raises(OwnedError, match=owner):
-            train.main(flags(init_from=init_from, overwrite=True))
-    assert files_of(tmp_path / "run", "[cm]*") == before and first.process.poll() is None
-    first.send(signal.SIGKILL)
-    first.process.wait()
-    train.main(flags(max_iters=5))
-    assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 5
+    before = files_of(tmp_path / "run", "[cm]*")
+    with checkpoint.owned(tmp_path / "run"):
+        for init_from in ("auto", "resume", "scratch"):
+            with pytest.raises(OwnedError, match=f"out_dir={tmp_path}/run is in use by process {os.getpid()} on"):
+                train.main(flags(init_from=init_from, overwrite=True))
+    assert files_of(tmp_path / "run", "[cm]*") == before
 
 
 # ---- kill -9 at each stage of a save
 
-STAGES = """
-import os, pathlib, signal, sys
-from onecard import checkpoint
-from test_checkpoint import some_state
 
-stages = []  # of the third save, in order; before the one numbered `deadly` the process kills itself
+def kill_at_every_call(folder):
+    """Forks processes that save steps 4, 5 and 6. In folder/n one is killed before the n-th call of the third save."""
 
-def stage(name):
-    if saves == 3:
-        stages.append(name)
-        if len(stages) == deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def save_until_killed(out_dir, number):
+        save_all(out_dir, [4, 5], keep_every=2, best=(4,))
+        runs.kill_before_call(number)
+        save_all(out_dir, [6], keep_every=2, best=(6,))
 
-def before(owner, name):
-    call = getattr(owner, name)
-    def wrapped(*args, **keys):
-        stage(name)
-        return call(*args, **keys)
-    setattr(owner, name, wrapped)
-
-def write(self, data):
-    for half in (data[: len(data) // 2], data[len(data) // 2 :]):
-        if len(data) > 300:  # the other hundred or so are padding
-            stage("write")
-        self.file.write(half)
-        self.file.flush()  # so that a kill leaves what was written
-    self.sha256.update(data)
-    self.bytes += len(data)
-    return len(data)
-
-checkpoint._HashingFile.write = write
-for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (pathlib.Path, "unlink"), (checkpoint, "verify")):
-    before(owner, name)
-
-folder = pathlib.Path(sys.argv[1])
-for deadly in range(1, 1000):
-    child, saves = os.fork(), 0
-    if child == 0:
-        out = folder / str(deadly)
-        out.mkdir()
-        for step in (4, 5, 6):
-            saves += 1
-            checkpoint.save(out, some_state(step), [checkpoint.BEST] * (step != 5), keep_every=2)
-        saves = 0
-        (folder / "stages").write_text(" ".join(stages))
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status):
-        sys.exit(os.WEXITSTATUS(status))
-    assert os.WTERMSIG(status) == signal.SIGKILL
-"""
+    for number in itertools.count(1):
+        out_dir = pathlib.Path(folder, str(number))
+        out_dir.mkdir()
+        if runs.fork(save_until_killed, out_dir, number) == 0:
+            return
 
 
 @POSIX
-def test_killed_at_any_stage_of_a_save_the_newest_whole_checkpoint_loads(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", STAGES, tmp_path], cwd=ROOT, check=True, env=environment)
-    stages = (tmp_path / "stages").read_text().split()
-    assert {"write", "fsync", "verify", "replace", "link", "unlink"} == set(stages)
-    assert stages.count("write") >= 4 and stages.count("link") == 4  # previous, latest, best, step
+def test_killed_at_any_stage_of_a_save_the_newest_whole_checkpoint_loads(start, tmp_path):
+    code = "import sys, test_checkpoint; test_checkpoint.kill_at_every_call(sys.argv[1])"
+    returned, printed = start("-c", code, tmp_path).end()
+    stages = re.findall(r"^killed before (.+)", printed, re.M)
+    assert returned == 0 and {"fsync", "verify", "replace", "unlink", "second half of a write"} < set(stages), printed
+    assert stages.count("write") >= 2 and stages.count("link") == 4  # previous, latest, best, step
     renamed = stages.index("replace") + 2  # killed here or later, the new one has its first name
-    for deadly in range(1, len(stages) + 1):
-        folder = tmp_path / str(deadly)
-        where = f"before {stages[deadly - 1]}, stage {deadly} of {len(stages)}"
-        state, path, problems = checkpoint.load_newest(folder)
-        assert state["iter_num"] == (6 if deadly >= renamed else 5) and not problems, where
+    for number, stage in enumerate(stages, start=1):
+        folder = tmp_path / str(number)
+        state, _, problems = checkpoint.load_newest(folder)
+        assert state["iter_num"] == (6 if number >= renamed else 5) and not problems, (number, stage)
         for path in checkpoint.candidates(folder):  # nothing partial has a final name
             assert_is(checkpoint.load(path), some_state(checkpoint.read_trailer(path)[0]))
         checkpoint.durable.remove_leftovers(folder)
@@ -516,4 +402,4 @@ def test_killed_at_any_stage_of_a_save_the_newest_whole_checkpoint_loads(tmp_pat
         expected = {"ckpt.pt": 8, "ckpt_best.pt": 8, "ckpt_previous.pt": 7, "ckpt_step_000000004.pt": 4}
         found = steps_of(folder)
         assert found.pop("ckpt_step_000000006.pt", 6) == 6
-        assert found == expected | {"ckpt_step_000000008.pt": 8}, where
+        assert found == expected | {"ckpt_step_000000008.pt": 8}, (number, stage)

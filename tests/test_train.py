@@ -4,7 +4,6 @@ The runs are train.main in this process. What happens inside a step is seen by w
 """
 
 import collections
-import contextlib
 import itertools
 import math
 import os
@@ -15,10 +14,10 @@ import shutil
 import signal
 import threading
 import time
-import traceback
 
 import numpy as np
 import pytest
+import runs
 import torch
 from runs import ROOT, TINY, assert_same, assert_same_run, files_of, flags_of, read_metrics, write_dataset
 
@@ -26,7 +25,7 @@ import prepare
 import train
 from model import GPT, GPTConfig
 from onecard import UserError, checkpoint
-from onecard.shards import ShardError, Windows, shuffled
+from onecard.shards import Windows, shuffled
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and signals as POSIX has them")
 
@@ -36,11 +35,6 @@ def first_model():
     torch.manual_seed(1337)
     names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
     return GPT(GPTConfig(**{name: TINY[name] for name in names}, bias=False)).eval()
-
-
-def weights_of(out_dir):
-    """The weights of each checkpoint that keep_every kept, by step."""
-    return {checkpoint.read_trailer(p)[0]: checkpoint.load(p)["model"] for p in sorted(out_dir.glob("ckpt_step_*.pt"))}
 
 
 @pytest.fixture
@@ -113,17 +107,17 @@ def gradients(flags, monkeypatch):
 
     def run(out, scale=2.0**16, **keys):
         given, scaler = [], torch.amp.GradScaler
+
+        def of(optimizer):
+            return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
         with monkeypatch.context() as patch:
             patch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, scale, enabled=enabled))
-            patch.setattr(torch.optim.AdamW, "step", lambda self: given.extend(gradients_of(self)))
+            patch.setattr(torch.optim.AdamW, "step", lambda self: given.extend(of(self)))
             train.main(flags(out, max_iters=1, log_interval=1, eval_tokens=16, **keys))
         return given
 
     return run
-
-
-def gradients_of(optimizer):
-    return [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
 
 
 def norm_of(tensors):
@@ -131,15 +125,12 @@ def norm_of(tensors):
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(gradients, tiny_data):
-    split = dict(dropout=0.0, grad_clip=0.0)
     model = first_model()
     tokens = torch.from_numpy(Windows(tiny_data[0] / "tiny", "train", 16, seed=1337).batch(0, 8)).long()
     model(tokens[:, :-1], tokens[:, 1:]).backward()
-    whole = gradients_of(torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() > 1])]))
-    whole += gradients_of(torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.dim() == 1])]))
-    for batch_size in (8, 2):
-        parts = gradients(str(batch_size), batch_size=batch_size, gradient_accumulation_steps=8 // batch_size, **split)
-        torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
+    whole = [p.grad for p in sorted(model.parameters(), key=lambda p: p.dim() < 2)]  # in AdamW's order
+    parts = gradients("run", dropout=0.0, grad_clip=0.0)
+    torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-5)
 
 
 def test_clipping_limits_the_norm_and_the_log_has_it_unclipped(gradients, tmp_path):
@@ -168,7 +159,9 @@ def test_activation_checkpointing_changes_memory_and_not_the_gradients(gradients
 
 
 @pytest.mark.parametrize("recipe", [dict(), dict(dtype="float16", arch="qwen3", optimizer="muon")])
-def test_a_step_whose_gradients_are_not_finite_changes_no_tensor_of_any_optimizer(flags, tmp_path, during_step, recipe):
+def test_a_step_whose_gradients_are_not_finite_changes_no_tensor_of_any_optimizer_and_is_counted(
+    flags, tmp_path, during_step, recipe
+):
     hooks = []
 
     def spoil(parameters):  # in the second step the gradient of one tensor, which is AdamW's
@@ -179,25 +172,11 @@ def test_a_step_whose_gradients_are_not_finite_changes_no_tensor_of_any_optimize
 
     during_step(spoil)
     train.main(flags(max_iters=3, eval_interval=1, keep_every=1, dropout=0.0, **recipe))
-    one, two, three = weights_of(tmp_path / "run").values()
-    assert_same(one, two)
-    assert all(not torch.equal(two[name], three[name]) for name in two)
+    one, two, three = (checkpoint.load(tmp_path / f"run/ckpt_step_00000000{step}.pt") for step in (1, 2, 3))
+    assert_same(one["model"], two["model"])
+    assert all(not torch.equal(two["model"][name], three["model"][name]) for name in two["model"])
     assert [line["step"] for line in read_metrics(tmp_path / "run", "event")] == [2]
-
-
-def test_float16_halves_its_scale_for_each_step_that_overflows_and_counts_it(flags, tmp_path, monkeypatch, capsys):
-    scaler, applied, step = torch.amp.GradScaler, [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**24, enabled=enabled))
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: applied.append(1) or step(self))
-    train.main(flags(dtype="float16", max_iters=24, log_interval=3, eval_interval=3, keep_every=3, dropout=0.0))
-    skipped = [line["scale"] for line in read_metrics(tmp_path / "run", "event")]
-    n = len(skipped)
-    assert 3 <= n <= 20 and skipped == [2.0**24 / 2**k for k in range(1, n + 1)] and len(applied) == 24 - n
-    assert checkpoint.load(tmp_path / "run/ckpt.pt")["skipped_steps"] == n
-    lines = read_metrics(tmp_path / "run", "train")
-    assert lines[0]["skipped"] == 3 and lines[0]["loss"] is None and lines[-1]["skipped"] == 0
-    assert lines[-1]["scale"] == skipped[-1] and "3 skipped" in capsys.readouterr().out
-    assert_same(weights_of(tmp_path / "run")[3], first_model().state_dict())
+    assert [state["skipped_steps"] for state in (one, two, three)] == [0, 1, 1]
 
 
 def test_logged_loss_is_the_mean_over_all_sequences_since_the_last_line(flags, tmp_path, tiny_data):
@@ -313,16 +292,6 @@ def test_a_mistake_is_refused_before_the_model_is_built(flags, tiny_data, monkey
         train.main(flags(**keys))
 
 
-def test_an_id_outside_the_vocabulary_stops_the_run_before_the_step_that_has_it(flags, tiny_data, tmp_path):
-    path = tiny_data[0] / tiny_data[1] / "train_000001.bin"
-    with open(path, "r+b") as file:
-        file.seek(1024 + 2 * 1000 + 1)
-        file.write(b"\x80")  # the highest bit of token 1000
-    with pytest.raises(ShardError, match=rf"{path}: token 32\d+ at position 1,000 is outside .* 96.*--verify"):
-        train.main(flags(max_iters=60, lr_decay_iters=60, eval_tokens=32))  # more than an epoch
-    assert checkpoint.load_newest(tmp_path / "run")[0]["iter_num"] > 0
-
-
 def test_a_dataset_of_the_code_before_the_rebuild_is_trained_on_and_made_again_byte_for_byte(tmp_path, capsys):
     shutil.copytree(ROOT / "tests/data/old_data", tmp_path / "old_data")
     keys = TINY | dict(vocab_size=50304, n_embd=8, eval_tokens=32, max_iters=1, data_dir=tmp_path)
@@ -367,29 +336,16 @@ def test_five_steps_in_a_row_that_are_not_finite_end_the_run_with_3_and_the_good
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_float16_skips_until_its_scale_is_below_1_and_then_five_more(flags, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
+def test_float16_skips_and_counts_until_its_scale_is_below_1_and_then_five_more(flags, tmp_path, capsys):
     code, before = blow_up(flags, tmp_path, dtype="float16", eval_interval=50)
     assert code == 3 and files_of(tmp_path / "run") == before
     scales = [line["scale"] for line in read_metrics(tmp_path / "run", "event") if line["step"] > 5]
     assert scales[-5:] == [2.0**-k for k in range(1, 6)] and len(scales) > 15
     assert all(a == 2 * b for a, b in itertools.pairwise(scales))
-    assert "Try --dtype=bfloat16, a lower --learning_rate" in capsys.readouterr().err
-
-
-def test_weights_that_are_not_finite_are_not_saved_on_a_signal_either(flags, tmp_path, during_step):
-    train.main(flags(max_iters=4))
-    before = files_of(tmp_path / "run")
-
-    def spoil(parameters):
-        parameters[0].data[0, 0] = math.nan
-        signal.raise_signal(signal.SIGTERM)
-
-    during_step(spoil)
-    with pytest.raises(SystemExit, match="143"):
-        train.main(flags())
-    assert files_of(tmp_path / "run") == before
-    assert read_metrics(tmp_path / "run", "event")[-1]["event"] == "weights not finite, not saved"
+    line = read_metrics(tmp_path / "run", "train")[-1]
+    assert line["skipped"] == 3 and line["loss"] is None and line["scale"] in scales
+    printed, errors = capsys.readouterr()
+    assert "3 skipped" in printed and "Try --dtype=bfloat16, a lower --learning_rate" in errors
 
 
 def test_a_spike_of_the_loss_is_an_event_with_its_sequences(flags, tiny_data, tmp_path, capsys):
@@ -436,26 +392,6 @@ def test_stopped_by_a_signal_after_each_of_its_steps_it_is_the_run_that_never_st
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_signal_at_the_step_of_an_evaluation_and_a_kill_after_it_write_no_line_twice(flags, tmp_path, monkeypatch):
-    train.main(flags("whole"))
-    with pytest.raises(SystemExit, match="143"), monkeypatch.context() as patch:
-        step = iter(range(1, 13))
-        clip = torch.nn.utils.clip_grad_norm_
-        stop_at_4 = lambda *args: (next(step) == 4 and signal.raise_signal(signal.SIGTERM)) or clip(*args)  # noqa: E731
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", stop_at_4)
-        train.main(flags())
-
-    def killed(run, names):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
-        patch.setattr(train, "save", killed)  # after the evaluation of step 4 was written
-        train.main(flags())
-    assert [line["step"] for line in read_metrics(tmp_path / "run", "eval")] == [0, 4]
-    train.main(flags())
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
 @pytest.mark.parametrize("eval_only", [False, True])
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, tmp_path, monkeypatch, capsys, eval_only):
     rows, batches = Windows.rows, []
@@ -475,10 +411,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, tmp_path
         assert not (tmp_path / "run").exists()
         return
     assert read_metrics(tmp_path / "run", "eval") == []
-    assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 0
-    for out in ("run", "whole"):
-        train.main(flags(out, max_iters=2))
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run/ckpt.pt")["last_eval_step"] == -1
 
 
 @POSIX
@@ -509,36 +442,39 @@ def test_max_hours_stops_and_saves_and_the_run_can_go_on(flags, tmp_path, capsys
 @POSIX
 @pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_is_the_run_that_never_stopped(flags, start, tmp_path, kills):
-    """Two kills of five come at a random time; the others before a random system call of a save, or inside a write."""
-    argv = flags(max_iters=40, lr_decay_iters=40, keep_every=4, n_embd=16)
-    paths = dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    """A third of the kills come at a random time, the others before a random system call of a save."""
     code = f"import sys, test_train; test_train.kill_often({kills}, sys.argv[1], sys.argv[2:])"
-    returned, printed = start("-c", code, tmp_path, *argv, env=paths).end()
+    argv = flags(max_iters=40, lr_decay_iters=40, keep_every=4, n_embd=16)
+    returned, printed = start("-c", code, tmp_path, *argv).end()
     assert returned == 0, printed
     places = collections.Counter(re.findall(r"^killed (.+)", printed, re.M))
     assert places.total() == kills and len(places) >= 3, places
 
 
 def kill_often(kills, folder, argv):
-    """Starts train.main again and again, as forks of this process because its imports take seconds, and kills it.
-
-    After each kill the newest checkpoint is that of a run never killed, and so is each run that reaches its end.
-    """
-    draw, whole, runs = random.Random(0), pathlib.Path(folder, "whole"), 0
+    """Runs train.main again and again and kills it. After each kill the newest checkpoint is that of a run never
+    killed, and so is each run that reaches its end."""
+    draw, whole, out_dir = random.Random(0), pathlib.Path(folder, "whole"), pathlib.Path(folder, "killed")
     train.main([*argv, f"--out_dir={whole}", "--eval_only=True"])  # imports what a run imports
     began = time.monotonic()
-    assert fork_training([*argv, f"--out_dir={whole}"]) == 0
-    seconds = time.monotonic() - began
+    assert runs.fork(train.main, [*argv, f"--out_dir={whole}"]) == 0
+    most = (time.monotonic() - began) / 2
+
+    def train_until_killed(number):
+        runs.kill_before_call(number)
+        train.main([*argv, f"--out_dir={out_dir}"])
+
     while True:
-        out_dir = pathlib.Path(folder, f"run{runs}")
-        after, call = draw.choice([(draw.uniform(0, seconds / 2), 0)] * 2 + [(0, draw.randint(-90, 70))] * 3)
-        if kills == 0:
-            after = call = 0
-        if fork_training([*argv, f"--out_dir={out_dir}"], after, call) == 0:
+        number, seconds = 0, 0.0
+        if kills and draw.random() < 1 / 3:
+            seconds = draw.uniform(0.01, most)
+        elif kills:
+            number = draw.randint(1, 200)
+        if runs.fork(train_until_killed, number, seconds=seconds) == 0:
             assert_same_run(whole, out_dir)
-            runs += 1
-            if kills == 0:
+            if not kills:
                 return
+            shutil.rmtree(out_dir)
             continue
         kills -= 1
         for path in checkpoint.candidates(out_dir):  # nothing partial has a final name
@@ -549,57 +485,3 @@ def kill_often(kills, folder, argv):
             del state["config"], expected["config"]  # they name the folder
             assert not problems
             assert_same(state, expected)
-
-
-def fork_training(argv, after=0.0, call=0):
-    """train.main(argv) in a fork, killed after some seconds or before a system call, if given -> 0, or -SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        try:
-            kill_before_call(call)
-            train.main(argv)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    if after:
-        time.sleep(after)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-    returned = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert returned in (0, -signal.SIGKILL), returned
-    if after and returned:
-        print("\nkilled at a random time", flush=True)
-    return returned
-
-
-def kill_before_call(deadly):
-    """This process will kill itself before the system call of a save with this number; if negative, inside a write."""
-    counts = collections.Counter()
-
-    def count(place, sign):
-        counts[sign] += sign
-        if counts[sign] == deadly:
-            os.write(1, f"\nkilled {place}\n".encode())
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def count_calls(owner, name):
-        call = getattr(owner, name)
-
-        def wrapped(*args, **keys):
-            count(f"before {name}", 1)
-            return call(*args, **keys)
-
-        setattr(owner, name, wrapped)
-
-    def write_halves(self, data, write=checkpoint._HashingFile.write):
-        if len(data) < 1000:
-            return write(self, data)
-        write(self, data[: len(data) // 2])
-        self.file.flush()
-        count("inside a write", -1)
-        return len(data) // 2 + write(self, data[len(data) // 2 :])
-
-    checkpoint._HashingFile.write = write_halves
-    for owner, name in ((os, "fsync"), (os, "replace"), (os, "link"), (pathlib.Path, "unlink"), (checkpoint, "verify")):
-        count_calls(owner, name)
