@@ -15,13 +15,15 @@ from onecard.forecast import annealing
 from report import DEFAULTS
 from train import TrainConfig, learning_rate
 
+SHARED = dict(warmup_iters=500, eval_interval=500, eval_iters=200)
 ANCHORS = {  # by parameters: the keys of the run
-    "40m": dict(n_embd=384, batch_size=16, gradient_accumulation_steps=32, learning_rate=1e-3, min_lr=1e-4)
+    "40m": SHARED
+    | dict(n_embd=384, batch_size=16, gradient_accumulation_steps=32, learning_rate=1e-3, min_lr=1e-4)
     | dict(max_iters=20000, lr_decay_iters=20000, dropout=0.1),
-    "124m": dict(n_embd=768, batch_size=8, gradient_accumulation_steps=64, learning_rate=3e-4, min_lr=3e-5)
+    "124m": SHARED
+    | dict(n_embd=768, batch_size=8, gradient_accumulation_steps=64, learning_rate=3e-4, min_lr=3e-5)
     | dict(max_iters=12000, lr_decay_iters=12000, dropout=0.0),
 }
-ANCHORS = {name: keys | dict(warmup_iters=500, eval_interval=500, eval_iters=200) for name, keys in ANCHORS.items()}
 
 
 def config(**keys):
@@ -41,28 +43,25 @@ def anchor_rows(name):
 def anchor(name):
     """-> steps, train, val of the evaluations."""
     rows = [row for row in anchor_rows(name) if row["kind"] == "eval"]
-    steps = np.array([int(row["step"]) for row in rows])
-    return steps, *(np.array([float(row[f"{split}_loss"]) for row in rows]) for split in ("train", "val"))
-
-
-def printed_log(name, until):
-    """The log as nanoGPT printed it, up to a step."""
-    for row in anchor_rows(name):
-        if int(row["step"]) > until:
-            return
-        if row["kind"] == "eval":
-            yield f"step {row['step']}: train loss {row['train_loss']}, val loss {row['val_loss']}"
-        else:
-            yield f"iter {row['step']}: loss {row['train_loss']}, time {row['time_ms']}ms, mfu 12.87%"
+    columns = np.array([[row["step"], row["train_loss"], row["val_loss"]] for row in rows], dtype=float).T
+    return columns[0].astype(int), columns[1], columns[2]
 
 
 def write_founding_run(folder):
-    """Writes the printed log of the 40M run, cut at step 14,500, and its config file -> their paths."""
-    log, keys = folder / "train.log", ANCHORS["40m"] | dict(n_layer=12, n_head=12, wandb_project="fineweb", seed=7)
-    log.write_text("number of parameters: 40.56M\n" + "\n".join(printed_log("40m", 14500)) + "\n")
-    settings = "".join(f"{key} = {value!r}\n" for key, value in keys.items())
-    (folder / "fineweb.py").write_text(f'"""Its config."""\n\n{settings}')
-    return log, folder / "fineweb.py"
+    """Writes what nanoGPT printed of the 40M run up to step 14,500, and its config file -> their paths."""
+    lines = ["number of parameters: 40.56M"]
+    for row in anchor_rows("40m"):
+        if int(row["step"]) > 14500:
+            break
+        if row["kind"] == "eval":
+            lines.append(f"step {row['step']}: train loss {row['train_loss']}, val loss {row['val_loss']}")
+        else:
+            lines.append(f"iter {row['step']}: loss {row['train_loss']}, time {row['time_ms']}ms, mfu 12.87%")
+    keys = ANCHORS["40m"] | dict(n_layer=12, n_head=12, wandb_project="fineweb", seed=7)
+    settings = [f"{key} = {value!r}" for key, value in keys.items()]
+    (folder / "train.log").write_text("\n".join(lines) + "\n")
+    (folder / "fineweb.py").write_text("\n".join(['"""Its config."""', "", *settings]) + "\n")
+    return folder / "train.log", folder / "fineweb.py"
 
 
 # what is made -> the names of PROBLEMS that a diagnosis has to give, and no others

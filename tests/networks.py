@@ -20,7 +20,7 @@ NETWORKS = {
 def tiny(**changes):
     """A network with every weight away from the zeros and ones of its initialization."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**TINY, **changes}))
+    model = GPT(GPTConfig(**TINY | changes))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,9 +30,8 @@ def tiny(**changes):
 
 def save(model, folder):
     folder.mkdir(parents=True)
-    state = dict(iter_num=7, best_val_loss=math.inf, config={})
-    state |= dict(model=model.state_dict(), model_args=asdict(model.config))
-    checkpoint.write(folder / "ckpt.pt", state)
+    state = dict(iter_num=7, best_val_loss=math.inf, config={}, model_args=asdict(model.config))
+    checkpoint.write(folder / "ckpt.pt", state | dict(model=model.state_dict()))
     return folder
 
 
@@ -51,7 +50,7 @@ def hf_gpt2(folder, **changes):
     """A tiny random GPT-2 as transformers itself makes and saves it."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(1)
-    config = transformers.GPT2Config(**{**dict(n_positions=64, n_embd=32, n_layer=2, n_head=2), **changes})
-    model = transformers.GPT2LMHeadModel(config).eval()
+    sizes = dict(n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **changes)).eval()
     model.save_pretrained(folder)
     return model

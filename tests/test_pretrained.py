@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -25,6 +26,19 @@ from onecard.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    """-> a GPT-2 of transformers, the folder in which transformers saved it."""
+    folder = tmp_path_factory.mktemp("hugging_face") / "theirs"
+    return hf_gpt2(folder), folder
+
+
+def refused(source, *words, error=ConvertError):
+    with pytest.raises(error) as raised:
+        pretrained.read(str(source))
+    assert all(re.search(word, str(raised.value)) for word in words), raised.value
+
+
 # ---- Hugging Face
 
 
@@ -38,66 +52,57 @@ def test_a_gpt2_that_transformers_made_keeps_its_logits(activation, gelu, tmp_pa
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=1e-5, rtol=0)
 
 
-def test_a_finetuning_start_has_another_dropout_and_fewer_positions(tmp_path):
-    theirs = hf_gpt2(tmp_path / "theirs")
-    ours = pretrained.start(str(tmp_path / "theirs"), block_size=32, dropout=0.25)
+def test_a_finetuning_start_has_another_dropout_and_fewer_positions(gpt2):
+    theirs, folder = gpt2
+    ours = pretrained.start(str(folder), block_size=32, dropout=0.25)
     assert ours.training and ours.config.dropout == 0.25 and ours.config.block_size == 32
     assert ours.transformer.h[0].mlp.dropout.p == 0.25
     idx = text_ids(32)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(idx), theirs(idx).logits, atol=1e-5, rtol=0)
     with pytest.raises(ConvertError, match=r"block_size=65: .* has 64 positions"):
-        pretrained.start(str(tmp_path / "theirs"), block_size=65, dropout=0.0)
+        pretrained.start(str(folder), block_size=65, dropout=0.0)
 
 
 def test_a_qwen3_of_another_shape_is_refused_with_all_differences(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=60000)
     config = transformers.Qwen3Config(**sizes, num_key_value_heads=1, head_dim=32, rope_theta=1e6)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ConvertError) as error:
-        pretrained.read(str(tmp_path / "theirs"))
-    for words in ("num_key_value_heads=1", "head_dim=32 (must be 16)", "rope_theta=1000000", "tie_word_embeddings=F"):
-        assert words in str(error.value)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    shape = ("num_key_value_heads=1", r"head_dim=32 \(must be 16\)")
+    refused(tmp_path, *shape, "rope_theta=1000000", "tie_word_embeddings=F")
 
 
-def test_a_folder_with_a_missing_weight_another_tokenizer_or_another_network_is_refused(tmp_path):
+def test_a_folder_with_a_missing_weight_another_tokenizer_or_another_network_is_refused(gpt2, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    folder = tmp_path / "theirs"
-    hf_gpt2(folder)
-
-    def refused(reason):
-        with pytest.raises(ConvertError, match=reason):
-            pretrained.read(str(folder))
-
+    folder = shutil.copytree(gpt2[1], tmp_path / "theirs")
     ids = {token: (i + 1) % 50256 for token, i in pretrained.vocabulary(load_tokenizer()).items()}
     (folder / "vocab.json").write_text(json.dumps(ids))
-    refused("not GPT-2's tokenizer")
+    refused(folder, "not GPT-2's tokenizer")
     (folder / "vocab.json").write_text('{"half')
-    refused("vocab.json: has no readable vocabulary")
+    refused(folder, "vocab.json: has no readable vocabulary")
     (folder / "vocab.json").unlink()
     weights = safetensors.load_file(folder / "model.safetensors")
     weights.pop("transformer.h.1.mlp.c_fc.weight")
     safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    refused(r"missing .* transformer\.h\.1\.mlp\.c_fc\.weight")
+    refused(folder, r"missing .* transformer\.h\.1\.mlp\.c_fc\.weight")
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    refused("type llama; onecard reads gpt2 and qwen3")
+    refused(folder, "type llama; onecard reads gpt2 and qwen3")
 
 
 def test_biases_that_the_config_denies_are_not_lost_silently(tmp_path):
-    theirs = hf_gpt2(tmp_path / "theirs")
+    theirs = hf_gpt2(tmp_path)
     torch.nn.init.ones_(theirs.transformer.ln_f.bias)
     theirs.config.onecard = dict(bias=False)
-    theirs.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ConvertError, match=r"do not fit .*transformer\.ln_f\.bias"):
-        pretrained.read(str(tmp_path / "theirs"))
+    theirs.save_pretrained(tmp_path)
+    refused(tmp_path, r"do not fit .*transformer\.ln_f\.bias")
 
 
-def test_gpt2_by_name_comes_from_the_hub_cache_or_is_missed_in_one_line(tmp_path):
+def test_gpt2_by_name_comes_from_the_hub_cache_or_is_missed_in_one_line(gpt2, tmp_path):
     hub = tmp_path / "hub" / "models--gpt2"
     (hub / "refs").mkdir(parents=True)
     (hub / "refs" / "main").write_text("0123")
-    theirs = hf_gpt2(hub / "snapshots" / "0123")
+    shutil.copytree(gpt2[1], hub / "snapshots" / "0123")
     env = os.environ | dict(HF_HUB_CACHE=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
     code = (
         "import convert, configurator\n"
@@ -106,7 +111,7 @@ def test_gpt2_by_name_comes_from_the_hub_cache_or_is_missed_in_one_line(tmp_path
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     ours, _ = checkpoint.load_model(tmp_path / "out" / "gpt2" / "ckpt.pt")
-    assert torch.equal(ours.transformer.wpe.weight, theirs.transformer.wpe.weight)
+    assert torch.equal(ours.transformer.wpe.weight, gpt2[0].transformer.wpe.weight)
     assert done.returncode == 2 and "gpt2-medium: transformers cannot load it" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and len(list(tmp_path.glob("out/*"))) == 1
 
@@ -144,8 +149,7 @@ def test_nothing_in_an_attackers_file_runs(tmp_path):
             return os.mkdir, (str(tmp_path / "owned"),)
 
     torch.save(dict(model={}, model_args=Attack()), tmp_path / "ckpt.pt")
-    with pytest.raises(ConvertError, match="only tensors and plain values"):
-        pretrained.read(str(tmp_path / "ckpt.pt"))
+    refused(tmp_path / "ckpt.pt", "only tensors and plain values")
     assert not (tmp_path / "owned").exists()
 
 
@@ -157,20 +161,12 @@ def test_a_missing_cut_damaged_or_other_file_is_refused_by_name(tmp_path):
     torch.save(dict(model={}, model_args=5), tmp_path / "no.pt")
     torch.save(dict(model={}, model_args=dict(n_experts=8)), tmp_path / "more.pt")
     torch.save(dict(model={}, model_args=TINY), tmp_path / "empty.pt")
-    words = {
-        "nowhere": "nowhere: there is no such file",
-        tmp_path: "ckpt.pt: there is no such file",
-        tmp_path / "cut.pt": "cut.pt: not a whole checkpoint",
-        tmp_path / "end.pt": "end.pt: damaged",
-        tmp_path / "flipped.pt": "flipped.pt: damaged",
-        tmp_path / "no.pt": "no.pt: not a whole checkpoint",
-        tmp_path / "more.pt": "more.pt: model_args has n_experts",
-        tmp_path / "empty.pt": "empty.pt: the weights do not fit",
-        ROOT / "README.md": "README.md: not a whole checkpoint",
-    }
-    for source, message in words.items():
-        with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
-            pretrained.read(str(source))
+    refused("nowhere", "nowhere: there is no such file")
+    refused(tmp_path, "ckpt.pt: there is no such file")
+    words = dict(cut="not a whole checkpoint", end="damaged", flipped="damaged", no="not a whole checkpoint")
+    for name, why in (words | dict(more="model_args has n_experts", empty="the weights do not fit")).items():
+        refused(tmp_path / f"{name}.pt", f"{name}.pt: {why}", error=(ConvertError, checkpoint.CheckpointError))
+    refused(ROOT / "README.md", "README.md: not a whole checkpoint")
 
 
 # ---- train.py --init_from
@@ -180,8 +176,8 @@ def test_a_missing_cut_damaged_or_other_file_is_refused_by_name(tmp_path):
 def finetune(tiny_data, tmp_path, capsys):
     """A function: arguments -> what train.py prints. Its out_dir is tmp_path / "run"."""
     keys = dict(data_dir=tiny_data[0], dataset=tiny_data[1], out_dir=tmp_path / "run", device="cpu", compile="false")
-    keys |= dict(block_size=32, batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-2)
-    keys |= dict(eval_interval=25, eval_tokens=512)
+    keys |= dict(block_size=32, batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-2)
+    keys |= dict(eval_interval=50, eval_tokens=512)
 
     def run(*arguments):
         train.main([str(ROOT / "config" / "finetune.py"), *flags_of(**keys), *arguments])
@@ -190,8 +186,8 @@ def finetune(tiny_data, tmp_path, capsys):
     return run
 
 
-def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(finetune, tmp_path):
-    theirs, source, out_dir = hf_gpt2(tmp_path / "theirs"), str(tmp_path / "theirs"), tmp_path / "run"
+def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_network(gpt2, finetune, tmp_path):
+    (theirs, source), out_dir = gpt2, tmp_path / "run"
     with pytest.raises(ConfigError, match="have n_layer=2"):
         finetune(f"--init_from={source}", "--max_iters=50", "--n_layer=3")
     plan = finetune(f"--init_from={source}", "--plan_only=True")
@@ -202,11 +198,11 @@ def test_finetuning_from_a_folder_lowers_the_loss_and_is_resumed_with_its_networ
     assert losses[0] == pytest.approx(math.log(GPT2_IDS), abs=0.5) and losses[50] < 0.7 * losses[0]
     ours, about = checkpoint.load_model(out_dir / "ckpt.pt")
     assert ours.config == GPTConfig(**TINY | dict(vocab_size=GPT2_IDS, bias=True, block_size=32))
-    assert about["began_from"] == source and theirs.config.n_positions == 64
+    assert about["began_from"] == str(source) and theirs.config.n_positions == 64
     finetune("--init_from=resume", "--max_iters=52")
     assert checkpoint.load_model(out_dir / "ckpt.pt")[1]["iter_num"] == 52
     rows = map(json.loads, (out_dir / "metrics.jsonl").read_text().splitlines())
-    assert {row["config"]["init_from"] for row in rows if row["kind"] == "start"} == {source}
+    assert {row["config"]["init_from"] for row in rows if row["kind"] == "start"} == {str(source)}
     resumed, network = finetune("--init_from=resume", "--plan_only=True"), re.findall("^model .*", plan, re.M)
     assert network and re.findall("^model .*", resumed, re.M) == network
     assert f"not for those of {source}" in resumed  # the scaling law

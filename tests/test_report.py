@@ -3,7 +3,7 @@
 import json
 import math
 import re
-import subprocess
+import runpy
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
@@ -33,18 +33,22 @@ def own_run(tmp_path):
         each = np.linspace(-0.4, 0.4, 64)  # windows differ, in all runs alike
         data = dict(train_tokens=10**9, val_tokens=10**6, val_fingerprint=fingerprint)
         records = [dict(kind="start", step=0, config=asdict(c), device="cpu", dtype="bfloat16", data=data)]
+        line = dict(kind="train", grad_norm=0.5, lr=1e-3, skipped=0, ms_per_step=50.0, tokens_per_s=1e4)
         for step in range(0, c.max_iters + 1, 100):
             groups = truth[step] + each + rng.normal(0, noise, 64)
             loss = dict(train_loss=truth[step] - 0.01, val_loss=groups.mean(), val_groups=groups.tolist())
             loss |= dict(eval_seconds=1.0, bits_per_byte=groups.mean() / math.log(2) / 4)
-            line = dict(loss=truth[step], grad_norm=0.5, lr=1e-3, skipped=0, ms_per_step=50.0, tokens_per_s=1e4)
-            records += [dict(kind="train", step=step, **line)] * (step > 0) + [dict(kind="eval", step=step, **loss)]
+            records += [dict(line, step=step, loss=truth[step])] * (step > 0) + [dict(loss, kind="eval", step=step)]
         records.append(dict(kind="samples", step=c.max_iters, texts=["<b>Once</b> upon"]))
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         return tmp_path / name
 
     return write
+
+
+def compared(a, b):
+    return "\n".join(report.compare(report.read_run(a), report.read_run(b)))
 
 
 def obeys_the_law(rates, scale_of=None):
@@ -114,15 +118,14 @@ def test_the_learning_rates_before_a_resume_are_those_of_then():
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing\n")
-    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
-    (tmp_path / "y.csv").write_text("step,train_loss,val_loss\n1,2,x\n")
-    (tmp_path / "bad.py").write_text("import os\n")
+    texts = {"notes.txt": "nothing\n", "x.csv": "a,b\n1,2\n", "y.csv": "step,train_loss,val_loss\n1,2,x\n"}
+    texts |= {"bad.py": "import os\n", "x.log": "step 0: train loss 5.0, val loss 5.0"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
     named = {"notes.txt": "nanoGPT's printed log", "x.csv": "a CSV with", "y.csv": "y.csv:2", "none": "none"}
     for name, why in named.items():
         with pytest.raises(report.ReportError, match=why):
             report.read_run(tmp_path / name)
-    (tmp_path / "x.log").write_text("step 0: train loss 5.0, val loss 5.0")
     with pytest.raises(ConfigError, match=r"bad.py:1: import os: .*not executed"):
         report.read_run(tmp_path / "x.log", tmp_path / "bad.py")
     with pytest.raises(ConfigError, match="one run"):
@@ -133,40 +136,35 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
 
 
 def test_two_runs_are_compared_by_pairs_of_windows(own_run):
-    a, b = report.read_run(own_run("a", 0, 0.01)), report.read_run(own_run("bb", -0.012, 0.01, n_head=6))
-    said = "\n".join(report.compare(a, b))
-    each = np.subtract(b.groups[-1], a.groups[-1])
+    a, b = own_run("a", 0, 0.01), own_run("bb", -0.012, 0.01, n_head=6)
+    said, (first, second) = compared(a, b), (report.read_run(run).groups[-1] for run in (a, b))
+    each = np.subtract(second, first)
     assert f"b is lower by {-each.mean():.4f} +- {each.std(ddof=1) / 8:.4f} (64 pairs" in said
     assert "n_head 12 -> 6" in said and "learning_rate" not in said
-    assert each.std(ddof=1) / 8 < 0.003 < np.std(a.groups[-1]) / 8  # pairs see what two errors would hide
+    assert each.std(ddof=1) / 8 < 0.003 < np.std(first) / 8  # pairs see what two errors would hide
 
 
 def test_tokens_saved_are_those_by_which_a_longer_run_of_the_law_is_better(own_run):
     a, longer = own_run("a"), learning_rates(config(max_iters=5000, lr_decay_iters=5000, warmup_iters=125))
     rates = report.read_run(a).rates
     gain = obeys_the_law(longer, scale_of=rates)[-1] - obeys_the_law(rates)[-1]
-    b = own_run("b", gain)
-    said = "\n".join(report.compare(report.read_run(a), report.read_run(b)))
-    assert int(re.search(r"needs (\d+)% fewer tokens for that loss", said)[1]) == pytest.approx(20, abs=3)
+    fewer = re.search(r"needs (\d+)% fewer tokens for that loss", compared(a, own_run("b", gain)))
+    assert int(fewer[1]) == pytest.approx(20, abs=3)
     twice = own_run("bb", gain, gradient_accumulation_steps=80)  # the same loss with twice the tokens a step
-    said = "\n".join(report.compare(report.read_run(a), report.read_run(twice)))
-    assert int(re.search(r"needs (\d+)% more tokens for that loss", said)[1]) == pytest.approx(60, abs=6)
+    more = re.search(r"needs (\d+)% more tokens for that loss", compared(a, twice))
+    assert int(more[1]) == pytest.approx(60, abs=6)
 
 
 def test_runs_on_other_val_sets_are_not_compared_by_pairs(own_run):
-    a, b = (report.read_run(own_run(name, fingerprint=name)) for name in ("a", "b"))
-    said = "\n".join(report.compare(a, b))
-    assert "not evaluated on the same windows" in said
-    loss = b.evals["val"][-1]
-    words = (
-        f"val loss {loss:.4f}, perplexity {2 ** (loss / math.log(2)):.2f}, {loss / math.log(2) / 4:.4f} bits per byte"
-    )
-    assert words in said
+    a, b = (own_run(name, fingerprint=name) for name in ("a", "b"))
+    loss = report.read_run(b).evals["val"][-1]
+    bits = loss / math.log(2)
+    words = f"val loss {loss:.4f}, perplexity {2**bits:.2f}, {bits / 4:.4f} bits per byte"
+    assert "not evaluated on the same windows" in compared(a, b) and words in compared(a, b)
 
 
 def test_a_difference_within_its_error_may_be_chance(own_run):
-    a, b = (report.read_run(own_run(name, 0.0, 0.02)) for name in ("a", "bb"))
-    said = "\n".join(report.compare(a, b))
+    said = compared(own_run("a", 0.0, 0.02), own_run("bb", 0.0, 0.02))
     assert ("may be chance" in said) == ("fewer tokens" not in said)
 
 
@@ -201,12 +199,15 @@ def test_without_matplotlib_the_words_still_come(own_run, monkeypatch, capsys):
     assert not (folder / "report.html").exists()
 
 
-def test_a_page_that_cannot_be_written_and_a_run_that_is_not_there_end_with_2(own_run, tmp_path):
+def test_a_page_that_cannot_be_written_and_a_run_that_is_not_there_end_with_2(own_run, tmp_path, monkeypatch, capsys):
     page = tmp_path / "no" / "page.html"
     with pytest.raises(report.ReportError, match=r"page.html: cannot be written .*--out"):
         report.main([str(own_run("a")), f"--out={page}"])
-    done = subprocess.run([sys.executable, "report.py", tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("report.py: ") and len(done.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("report.py: ")
 
 
 def test_standard_error_and_epochs_stand_beside_the_plan(own_run):
