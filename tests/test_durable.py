@@ -37,31 +37,27 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(old, tmp_path):
     assert old.read_bytes() == b"new" and names(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("where", ["body", "check"])
-def test_an_exception_leaves_the_old_file_alone(old, tmp_path, where):
+@pytest.mark.parametrize("harm", ["body", "check", "File too large"])
+def test_what_fails_leaves_the_old_file_alone_and_a_refused_write_is_named_with_the_free_bytes(old, tmp_path, harm):
+    """The third is a limit on the size of a file; test_prepare.py and test_metrics.py have disks that are full."""
+
     def fail(temporary):
         assert temporary.read_bytes() == b"new"  # the check sees what was written
-        raise KeyError("check")
+        raise OSError("check")
 
-    with pytest.raises(KeyError, match=where), durable.replacing(old, check=fail) as file:
-        file.write(b"new")
-        if where == "body":
-            raise KeyError("body")
-    assert old.read_bytes() == b"old" and names(tmp_path) == ["file"]
-
-
-def test_a_refused_write_leaves_the_old_file_alone_and_is_named_with_the_free_bytes(old, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # test_shards.py has a disk that is really full
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(OSError, match="File too large") as raised, durable.replacing(old) as file:
-            file.write(bytes(1001))
+        with pytest.raises(OSError, match=harm) as raised, durable.replacing(old, check=fail) as file:
+            file.write(bytes(1001) if harm == "File too large" else b"new")
+            if harm == "body":
+                raise OSError("body")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert old.read_bytes() == b"old" and names(tmp_path) == ["file"]
-    message = r"/file: could not be written \(File too large, after 1,000 bytes\); [\d,]{9,} bytes are free .*make room"
+    message = rf"/file: could not be written \({harm}, after 1,000 bytes\); [\d,]{{9,}} bytes are free .*make room"
     assert re.search(message, durable.write_refused(old, raised.value, 1000))
-    assert "(File too large); make room" in durable.write_refused("/no folder/file", raised.value)
+    assert f"({harm}); make room" in durable.write_refused("/no folder/file", raised.value)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -114,32 +110,25 @@ with durable.owned(sys.argv[1], "the folder"):
 
 
 def test_the_second_owner_is_told_the_firsts_process_id_and_a_kill_frees_the_folder(tmp_path):
-    lock = tmp_path / ".lock"
-    command = [sys.executable, "-c", OWNER, lock]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as owner:
+    lock, pipes = tmp_path / ".lock", {"stdout": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", OWNER, lock], cwd=ROOT, **pipes) as owner:
         try:
             assert owner.stdout.readline() == b"held\n"
+            refused = pytest.raises(durable.OwnedError, match=rf"the folder is in use by process {owner.pid} on ")
             for patience in (0, 0.3):  # to be refused changes nothing
                 began = time.monotonic()
-                with (
-                    pytest.raises(durable.OwnedError, match=rf"the folder is in use by process {owner.pid} on "),
-                    durable.owned(lock, "the folder", patience),
-                ):
+                with refused, durable.owned(lock, "the folder", patience):
                     raise AssertionError("two owners")
                 assert time.monotonic() - began >= patience
             owner.kill()
-            with durable.owned(lock, "the folder", patience=30):  # without `wait`: it ends meanwhile
+            with pytest.raises(KeyError), durable.owned(lock, "the folder", patience=30):  # it ends meanwhile
                 assert f"process {os.getpid()} on " in lock.read_text()
+                raise KeyError
+            for _ in range(2):  # free after its body, whether that ended well or not
+                with durable.owned(lock, "the folder"):
+                    pass
         finally:
             os.killpg(owner.pid, signal.SIGKILL)
-
-
-def test_a_lock_is_free_after_its_body_whether_that_ended_well_or_not(tmp_path):
-    with pytest.raises(KeyError), durable.owned(tmp_path / ".lock", "it"):
-        raise KeyError
-    for _ in range(2):
-        with durable.owned(tmp_path / ".lock", "it"):
-            pass
 
 
 def test_a_read_only_folder_is_an_error_of_the_system_not_an_owner(small_disk):

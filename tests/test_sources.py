@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from onecard.shards import read_manifest
 from onecard.sources import DamagedError, cut_groups, examine, find_files, read_texts
 
 ROOT = Path(__file__).resolve().parents[1]
+REFUSALS = {"401": "401 Unauthorized", "403": "403 Forbidden", "429": "429 Too Many"}  # by name of the repository
 
 
 def rows_of(path, shard_bytes=1e9):
@@ -74,7 +76,9 @@ def test_units_cover_every_row_once_and_are_about_a_shard_each():
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
-def test_jsonl_gives_its_texts_in_order_whatever_the_compression_and_the_units(tmp_path, suffix):
+def test_jsonl_gives_its_texts_in_order_whatever_the_units_and_the_compression_of_which_a_cut_is_named(
+    tmp_path, suffix
+):
     texts = some_texts(300)
     lines = [json.dumps({"id": 1, "text": text}) + "\n" * (1 + i % 2) for i, text in enumerate(texts)]
     path = tmp_path / f"a{suffix}"
@@ -83,6 +87,10 @@ def test_jsonl_gives_its_texts_in_order_whatever_the_compression_and_the_units(t
     starts = np.cumsum([0, *map(len, lines)]).tolist()
     assert rows == list(zip(starts, texts, strict=False))
     assert units > 5 if suffix == ".jsonl" else units == 1
+    if units == 1:
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(DamagedError, match=f"{path.as_posix()}: cannot be read"):
+            rows_of(path)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])
@@ -108,18 +116,6 @@ def test_a_broken_or_deeply_nested_line_is_named_by_file_and_byte(tmp_path, line
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DamagedError, match=r"a\.jsonl: .*line at byte 17"):
         rows_of(tmp_path / "a.jsonl")
-
-
-@pytest.mark.parametrize("suffix", ["txt.gz", "txt.zst", "parquet"])
-def test_a_file_cut_short_is_named(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    if suffix == "parquet":
-        write_parquet(path, some_texts(100))
-    else:
-        write(path, np.random.default_rng(0).integers(32, 126, 100_000, dtype=np.uint8).tobytes())
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(DamagedError, match=f"{path.as_posix()}: cannot be read"):
-        rows_of(path)
 
 
 def test_a_parquet_file_without_rows_has_none_and_a_column_named_twice_is_refused(tmp_path):
@@ -159,6 +155,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         url, api = urlparse(self.path), "/api/datasets/org/data"
         path = unquote(url.path)
+        if (code := path.split("/")[4]) in REFUSALS:
+            return self.answer({"error": "refused"}, int(code))
         if path in (api, f"{api}/revision/main"):
             return self.answer({"id": "org/data", "sha": "a" * 40, "siblings": [], "tags": []})
         folder = self.root / path.removeprefix(f"{api}/tree/main").strip("/")
@@ -183,9 +181,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """(folder with the files of the repository org/data, a function that runs Python with this server as the hub).
+    """(folder with the files of the repository org/data, a function that runs prepare.py with this server as the hub).
 
-    Python is a process of its own: huggingface_hub reads the address when it is imported.
+    prepare.py is a process of its own: huggingface_hub reads the address when it is imported.
     """
     pytest.importorskip("huggingface_hub")
     Hub.root, Hub.failures, Hub.asked = tmp_path / "hub", 0, 0
@@ -193,38 +191,38 @@ def hub(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         home = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
         options = {"env": os.environ | home, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 120}
-        yield Hub.root, lambda *arguments: subprocess.run([sys.executable, *map(str, arguments)], **options)
+        yield Hub.root, lambda *arguments: subprocess.run([sys.executable, "prepare.py", *arguments], **options)
         server.shutdown()
 
 
-def test_hub_paths_give_the_bytes_of_local_files_in_spite_of_failures(tmp_path, hub):
-    folder, python = hub
+def test_a_glob_a_folder_and_a_name_on_the_hub_give_the_bytes_of_local_files_in_spite_of_failures(tmp_path, hub):
+    folder, prepare_py = hub
     for number in range(2):
         write_parquet(folder / f"sample/10BT/{number:03d}.parquet", some_texts(120, number))
-    options = ["--shard_tokens=3000", "--encoder=tiktoken", f"--data_dir={tmp_path / 'data'}"]
+    for name in ("sample/readme.md", "data/other.parquet"):
+        write_parquet(folder / name, ["x"])
+    options = ["--shard_tokens=3000", "--encoder=tiktoken", "--workers=1", f"--data_dir={tmp_path / 'data'}"]
     prepare.main([str(folder / "sample"), *options, "--dataset=local"])
-    Hub.failures = 2
-    done = python("prepare.py", "hf://datasets/org/data/sample/10BT/*.parquet", *options, "--dataset=remote")
+    Hub.failures, base = 2, "hf://datasets/org/data/sample"
+    first, second = (f"{base}/10BT/{number:03d}.parquet" for number in range(2))
+    done = prepare_py(f"{base}/10BT/*.parquet", base, second, *options, "--dataset=remote")
     assert done.returncode == 0 and Hub.asked > 4, done.stderr
+    again = [line.strip() for line in done.stdout.splitlines() if "taken once" in line]
+    assert again == [f"{path}: the same as {path}; taken once" for path in (first, second, second)]
     local, remote = (files_of(tmp_path / "data" / name) for name in ("local", "remote"))
     assert local.keys() == remote.keys() and len(local) > 3
     assert {name for name in local if local[name] != remote[name]} == {"manifest.json"}
-    assert read_manifest(tmp_path / "data/remote")["sources"][0]["path"].startswith("hf://datasets/org/data/sample")
+    assert [source["path"] for source in read_manifest(tmp_path / "data/remote")["sources"]] == [first, second]
 
 
-def test_hub_files_are_found_by_glob_folder_and_name_and_what_is_not_there_is_named(hub):
-    folder, python = hub
-    for name in ("sample/10BT/000.parquet", "sample/10BT/001.parquet", "sample/readme.md", "data/other.parquet"):
-        write_parquet(folder / name, ["x"])
-    base = "hf://datasets/org/data/sample"
-    names = [f"{base}/10BT/*.parquet", base, f"{base}/10BT/001.parquet"]
-    done = python("-c", f"from onecard.sources import *; print(*(find_files([name]) for name in {names}), sep='\\n')")
-    both = [f"{base}/10BT/000.parquet", f"{base}/10BT/001.parquet"]
-    assert done.stdout.splitlines() == [str(both), str(both), str(both[1:])], done.stderr
+def test_what_is_not_on_the_hub_or_refused_by_it_is_named_with_the_cause(hub):
     missing = "hf://datasets/org/data/none/*.parquet", "hf://datasets/org/none/a.parquet"
-    done = python("prepare.py", *missing, "--dataset=docs")
+    refused = [f"hf://datasets/org/{code}/*.parquet" for code in REFUSALS]
+    done = hub[1](*missing, *refused, "--dataset=docs")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"{missing[0]}: no such file" in done.stderr and f"{missing[1]}: " in done.stderr
+    for path, cause in zip(refused, REFUSALS.values(), strict=True):
+        assert re.search(rf"{re.escape(path)}: cannot be read \(.*{cause}", done.stderr)
 
 
 def test_reading_continues_after_its_last_row_when_the_connection_breaks(tmp_path, monkeypatch):

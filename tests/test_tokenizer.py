@@ -75,39 +75,36 @@ def test_millions_of_letters_and_of_words_have_exact_ids(tokenizer, million):
     assert tokenizer.encode(words).tolist() == tokenizer.encode(words[:32]).tolist() * (million * 320_000)
 
 
-@pytest.mark.parametrize(
-    ("text", "valid", "count"),
-    [
-        ("a\ud800b", "a\ufffdb", 1),
-        ("\udc00\ud800", "\ufffd\ufffd", 2),
-        ("\ud83d\ude00\ufffd", "😀\ufffd", 0),
-        ("é", "é", 0),
-    ],
-)
-def test_lone_surrogates_become_replacement_characters_and_pairs_their_character(tokenizer, text, valid, count):
-    assert replace_surrogates(text) == (valid, count)
-    assert tokenizer.encode(text).tolist() == tokenizer.encode(valid).tolist()
+SURROGATES = {
+    "a\ud800b": ("a\ufffdb", 1),
+    "\udc00\ud800": ("\ufffd\ufffd", 2),
+    "\ud83d\ude00\ufffd": ("😀\ufffd", 0),
+    "é": ("é", 0),
+}
+
+
+def test_lone_surrogates_become_replacement_characters_and_pairs_their_character(tokenizer):
+    for text, (valid, count) in SURROGATES.items():
+        assert replace_surrogates(text) == (valid, count)
+        assert tokenizer.encode(text).tolist() == tokenizer.encode(valid).tolist()
 
 
 def test_half_a_character_decodes_to_a_replacement_and_an_id_outside_the_vocabulary_is_refused(tokenizer):
     ids = tokenizer.encode("😀")
-    assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd"
-    assert tokenizer.decode_bytes(ids) == "😀".encode()
-    for ids in ([50257], [-1], [0, 65535]):
+    assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd" and tokenizer.decode_bytes(ids) == "😀".encode()
+    for wrong in ([50257], [-1], [0, 65535]):
         with pytest.raises(TokenizerError, match="50256"):
-            tokenizer.decode(ids)
+            tokenizer.decode(wrong)
 
 
 def test_a_damaged_or_missing_vocabulary_is_refused(monkeypatch, tmp_path):
     content = bytearray(ours.VOCABULARY.read_bytes())
     content[1000] ^= 1
-    (tmp_path / "gpt2.tiktoken").write_bytes(content)
     monkeypatch.setattr(ours, "VOCABULARY", tmp_path / "gpt2.tiktoken")
-    with pytest.raises(TokenizerError, match=r"gpt2\.tiktoken: damaged.*git checkout data/gpt2\.tiktoken"):
-        load_tokenizer()
-    (tmp_path / "gpt2.tiktoken").unlink()
-    with pytest.raises(TokenizerError, match="git checkout"):
-        load_tokenizer()
+    for message in ("No such file.*git checkout", r"gpt2\.tiktoken: damaged.*git checkout data/gpt2\.tiktoken"):
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer()
+        ours.VOCABULARY.write_bytes(content)
 
 
 def test_an_encoder_with_other_ids_does_not_pass_the_parity_check(tokenizer):

@@ -12,7 +12,7 @@ from texts import documents_of, expected_documents, files_of, some_texts, string
 
 from onecard.sources import DamagedError, examine
 from onecard.tokenizer import HARD_STRINGS, load_tokenizer
-from onecard.units import STATE, in_val, make_job, prepare_unit
+from onecard.units import STATE, in_val, make_job, prepare_unit, unit_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +32,26 @@ def prepare_file(path, folder, encoder="tiktoken", **options):
     return [prepare_unit(job, tokenizer, lambda *counts: None) for job in jobs_of(path, folder, **options)]
 
 
+def prepare_elsewhere(job, then, cwd=ROOT, package=ROOT):
+    """One unit by `work`, as a worker runs it, in a process that imports this package -> the lines that `then` prints."""
+    code = f"""if True:
+        import json, multiprocessing, sys, threading
+        from onecard import units
+        ours, theirs = multiprocessing.Pipe()
+        def read():
+            while ours.recv()[0] == "progress":
+                pass
+            ours.close()
+        ours.send(json.loads(sys.argv[1]))
+        threading.Thread(target=read).start()
+        units.work(theirs, "tiktoken", 1)
+        {then}
+    """
+    options = {"cwd": cwd, "env": os.environ | {"PYTHONPATH": str(package)}, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(job)], stdout=subprocess.PIPE, timeout=300, **options)
+    return done.stdout.splitlines()
+
+
 @pytest.mark.parametrize("encoder", ["tiktoken", "fastokens"])
 def test_every_document_has_tiktokens_ids_after_one_separator_however_the_file_is_cut(tmp_path, encoder):
     if encoder == "fastokens":
@@ -40,7 +60,7 @@ def test_every_document_has_tiktokens_ids_after_one_separator_however_the_file_i
     for row_group_size in (20, 500):
         path, folder = tmp_path / "a.parquet", tmp_path / str(row_group_size)
         write_parquet(path, texts, row_group_size)
-        assert len(prepare_file(path, folder, encoder, shard_bytes=9000, val_fraction=0.2)) > 5
+        assert len(prepare_file(path, folder, encoder, shard_bytes=60_000, val_fraction=0.2)) > 5
         for split in ("train", "val"):
             found = documents_of(folder, split)
             assert found == expected_documents(texts, split, 0.2) and found
@@ -54,14 +74,7 @@ def test_val_is_the_fraction_of_documents_that_was_asked_for():
         assert abs(count - len(contents) * fraction) <= 4 * deviation
 
 
-def test_surrogates_written_as_bytes_are_replaced_and_counted(tmp_path):
-    column = strings_of_bytes([b"a \xed\xa0\x80 b", b"\xed\xa0\xbd\xed\xb8\x80"])
-    (record,) = prepare_file(write_parquet(tmp_path / "a.parquet", column), tmp_path / "docs")
-    found = [load_tokenizer().decode(ids[1:]) for ids in documents_of(tmp_path / "docs", "train")]
-    assert record["replaced"] == 1 and found == ["a \ufffd b", "😀"]
-
-
-def test_bytes_that_are_not_utf8_are_named_by_file_and_row(tmp_path):
+def test_bytes_that_are_not_utf8_are_named_by_file_and_row_and_leave_nothing(tmp_path):
     contents = [text.encode() for text in some_texts(120)]
     contents[77] = b"good \xff\xfe bad"
     path = write_parquet(tmp_path / "a.parquet", strings_of_bytes(contents))
@@ -76,13 +89,9 @@ def test_a_document_of_100_mb_and_ten_million_letters_in_bounded_memory(tmp_path
     """Memory: a few copies of the text (page, column, bytes, str, pieces, ids), whatever else is in the file."""
     path = write_parquet(tmp_path / "a.parquet", ["word " * 20_000_000, "b" * 10_000_000, "small"], row_group_size=1)
     (job,) = jobs_of(path, tmp_path / "docs")
-    code = f"""if True:
-        from onecard import tokenizer, units
-        units.prepare_unit({job!r}, tokenizer.load_tokenizer(), lambda *counts: None)
-        print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # (ru_maxrss may be that of the parent)
-    """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and int(done.stdout) < 1200 * 1024, done
+    memory = 'open("/proc/self/status").read().split("VmHWM:")[1].split()[0]'  # (ru_maxrss may be that of the parent)
+    (most,) = prepare_elsewhere(job, f"print({memory})")
+    assert int(most) < 1200 * 1024
     found = [len(ids) for ids in documents_of(tmp_path / "docs", "train")]
     letters = len(load_tokenizer().encode("b" * 10_000_000))
     assert found == [1 + 20_000_001, 1 + letters, 1 + 1]  # "word", then 19,999,999 of " word", then " "
@@ -95,26 +104,10 @@ def test_a_worker_process_needs_the_package_onecard_alone(tmp_path):
     (tmp_path / "empty").mkdir()
     path = write_parquet(tmp_path / "a.parquet", some_texts(200))
     (job,) = jobs_of(path, tmp_path / "docs", val_fraction=0.3)
-    code = """if True:
-        import json, multiprocessing, sys
-        import onecard.units
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        context.Process(target=onecard.units.work, args=(theirs, "tiktoken", 1), daemon=True).start()
-        theirs.close()
-        ours.send(json.loads(sys.argv[1]))
-        kind = "progress"
-        while kind == "progress":
-            kind, content = ours.recv()
-        files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items()}
-        print(json.dumps([kind, content, files]))
-    """
-    command = [sys.executable, "-c", code, json.dumps(job)]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "copy")}
-    done = subprocess.run(command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    kind, record, files = json.loads(done.stdout)
-    assert files["onecard.units"].startswith(str(tmp_path / "copy")) and "torch" not in files
-    assert not [file for file in files.values() if file.startswith(f"{ROOT}{os.sep}")]
-    assert kind == "done" and [record] == prepare_file(path, tmp_path / "here", val_fraction=0.3)
-    assert files_of(tmp_path / "docs") == files_of(tmp_path / "here") and len(record["shards"]) == 2
+    then = 'print(*(getattr(module, "__file__", "") for module in sys.modules.values()), sep="\\n")'
+    files = prepare_elsewhere(job, then, tmp_path / "empty", tmp_path / "copy")
+    assert str(tmp_path / "copy/onecard/units.py") in files
+    assert not [file for file in files if file.startswith(f"{ROOT}{os.sep}") or "torch" in Path(file).parts]
+    (record,) = prepare_file(path, tmp_path / "here", val_fraction=0.3)
+    assert record == json.loads(unit_record(tmp_path / "docs", 0).read_text()) and len(record["shards"]) == 2
+    assert files_of(tmp_path / "docs") == files_of(tmp_path / "here")
