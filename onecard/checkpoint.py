@@ -134,11 +134,14 @@ def load(path: str | Path) -> dict:
     """The state that `write` wrote, tensors on the CPU. Raises CheckpointError unless every bit is as written."""
     try:
         verify(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no checkpoint here; train first, or check --out_dir") from None
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+    if state["version"] > VERSION:
+        raise CheckpointError(f"{path}: version {state['version']}, written by a later onecard: update this one")
+    return state
 
 
 def load_model(path: str | Path) -> tuple[GPT, dict]:

@@ -22,6 +22,10 @@ from torch.utils._pytree import tree_map_only
 from model import GPT, GPTConfig
 from onecard.optim import configure_optimizers
 
+# Operators of a network that autocast computes in float32 on CUDA but not on a CPU (torch's list "CUDA Ops that can
+# autocast to float32").
+FLOAT32_ON_A_CARD = ("pow.Tensor_Scalar", "pow.Tensor_Tensor", "exp", "log", "rsqrt", "reciprocal", "softplus")
+FLOAT32_ON_A_CARD += ("softmax.int", "cumsum", "layer_norm")
 BUDGET = 0.92  # share of the free memory that a micro batch may need: the allocator loses some to fragments
 
 
@@ -51,7 +55,10 @@ class LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def card_kernels():
-    """Fake tensors take the ways of a CPU. Here functions of torch that a card computes otherwise get its sizes."""
+    """Fake tensors take the ways of a CPU. Here functions of torch that a card computes otherwise get its sizes.
+
+    Three functions are one kernel there, and autocast computes more operators in float32 (FLOAT32_ON_A_CARD).
+    """
     attention, log_softmax = F.scaled_dot_product_attention, torch.log_softmax
 
     def fused_attention(*args, dropout_p=0.0, **options):  # keeps a random seed, a CPU all B x H x T x T scores
@@ -65,8 +72,28 @@ def card_kernels():
         return torch.empty_like(x, dtype=dtype) if fused else log_softmax(x, dim, dtype=dtype)
 
     functions = dict(scaled_dot_product_attention=fused_attention, rms_norm=fused_rms_norm)
-    with mock.patch.multiple(F, **functions), mock.patch.object(torch, "log_softmax", fused_log_softmax):
+    with (
+        mock.patch.multiple(F, **functions),
+        mock.patch.object(torch, "log_softmax", fused_log_softmax),
+        torch.library._scoped_library("aten", "IMPL") as library,
+    ):
+        for name in FLOAT32_ON_A_CARD:
+            library.impl(name, in_float32(name), "AutocastCPU")
         yield
+
+
+def in_float32(name):
+    """The operator torch.ops.aten.<name> as autocast calls it on a card: with float32 inputs."""
+    operator, _, overload = name.partition(".")
+    call = getattr(getattr(torch.ops.aten, operator), overload or "default")
+
+    def cast_and_call(*args, **options):
+        with torch.autocast("cpu", enabled=False):
+            return call(
+                *tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, args), **options
+            )
+
+    return cast_and_call
 
 
 class RMSNormKernel(torch.autograd.Function):

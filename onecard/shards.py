@@ -110,8 +110,8 @@ def layout(path: str | Path) -> tuple[int, int]:
     expected = header_bytes + 2 * tokens
     if tokens < 1 or size != expected:
         raise ShardError(
-            f"{path}: {size:,} bytes, expected {expected:,} for the {tokens:,} tokens in it: cut short or overwritten; copy it "
-            "again, or delete it and run prepare.py again"
+            f"{path}: {size:,} bytes, expected {expected:,} for the {tokens:,} tokens in it: cut short or overwritten; "
+            "copy it again, or delete it and run prepare.py again"
         )
     return header_bytes, tokens
 

@@ -102,6 +102,27 @@ def test_a_changed_block_changes_the_prediction_by_what_it_adds(monkeypatch):
     assert saved == layers * hidden - (hidden - matrix)  # ReLU keeps its output only, and at the peak needs two hiddens
 
 
+def test_a_card_squares_in_float32_as_cuda_autocast_does_and_a_product_stays_in_16_bits(monkeypatch):
+    class SquaredReLU(model_module.Qwen3MLP):
+        def forward(self, x):
+            return self.c_proj(F.relu(self.c_gate(x)) ** 2 * self.c_fc(x))
+
+    class Product(model_module.Qwen3MLP):
+        def forward(self, x):
+            gate = F.relu(self.c_gate(x))
+            return self.c_proj(gate * gate * self.c_fc(x))
+
+    found = []
+    for mlp in (SquaredReLU, Product):
+        monkeypatch.setattr(model_module, "Qwen3MLP", mlp)
+        found.append([[*traced(device, dtype=torch.bfloat16, **MUON)][2] for device in ("cpu", "cuda")])
+    (square_cpu, square_card), (product_cpu, product_card) = found
+    inner, layers, tokens = 384, 4, 8 * 128  # 8 / 3 x 128, rounded up to a multiple of 64
+    extra = layers * tokens * inner * (4 + 4 + 4 - 2 - 2)  # float32: the input of the square, its result, c_fc's copy
+    assert square_cpu <= product_cpu
+    assert 0.7 * extra < square_card - product_card < 1.3 * extra
+
+
 def test_a_card_computes_twice_as_many_rows_of_logits_at_a_time():
     keys = dict(n_layer=1, n_embd=32, vocab_size=50304, batch_size=32)  # 4,096 rows: 1,024 at a time on a CPU
     (*_, cpu), (*_, card) = traced("cpu", **keys), traced("cuda", **keys)
