@@ -115,8 +115,7 @@ def made(cause, seed):
 
 
 def made_config(cause, rng):
-    n = int(rng.integers(20, 80)) * 250
-    peak = float(rng.uniform(4e-4, 1.2e-3))
+    n, peak = int(rng.integers(20, 80)) * 250, float(rng.uniform(4e-4, 1.2e-3))
     if cause == "rate too low":
         peak = peak / rng.uniform(12, 30)
     schedule = dict(max_iters=n, lr_decay_iters=n, warmup_iters=n // 40, learning_rate=peak, min_lr=peak / 10)

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from networks import NETWORKS, TINY, assert_same, save, text_ids, tiny
 
 import convert
+from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS, GPTConfig
 from onecard import checkpoint, pretrained
@@ -36,11 +36,12 @@ def greedy(model, ids, n):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def merges_once():
-    """The 50,000 merges take a second and every export needs them: computed once for the same vocabulary."""
+def fast_exports():
+    """Merges of the same vocabulary are computed once (1 s each), and gguf reads an array, not a slow memory map."""
     compute = functools.cache(lambda items, merges=convert.merges: merges(dict(items)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "merges", lambda ids: compute(tuple(ids.items())))
+        patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
         yield
 
 
@@ -69,26 +70,22 @@ def test_transformers_has_our_logits_and_our_greedy_text(exported):
     assert text[0, 8:].tolist() == greedy(ours, idx[0, :8].tolist(), 20)
 
 
-def test_a_folder_comes_back_bit_for_bit(exported, tmp_path):
-    ours, run = exported
-    convert.main([str(run / "hf"), "--to=onecard", f"--out={tmp_path / 'back'}"])
-    back, about = checkpoint.load_model(tmp_path / "back" / "ckpt.pt")
-    assert_same(ours, back)
-    assert about["iter_num"] == 7
-
-
-def test_a_folder_has_the_files_that_other_programs_ask_for(exported):
-    ours, folder = exported[0], exported[1] / "hf"
+def test_a_folder_has_the_files_that_other_programs_ask_for_and_comes_back_bit_for_bit(exported, tmp_path):
+    (ours, run), safetensors = exported, pytest.importorskip("safetensors")
+    folder, c = run / "hf", ours.config
     names = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in folder.iterdir()} == names | {"README.md"}
-    with pytest.importorskip("safetensors").safe_open(folder / "model.safetensors", "pt") as file:
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == EOT
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    c = ours.config
     missing = 0 if c.bias or c.arch == "qwen3" else c.n_layer * (3 + 1 + 4 + 1 + 1 + 1) * c.n_embd + c.n_embd
     assert parameters == ours.num_params() - (c.vocab_size - GPT2_IDS) * c.n_embd + missing
     assert f"{parameters:,}" in (folder / "README.md").read_text()
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == EOT
+    convert.main([str(folder), "--to=onecard", f"--out={tmp_path / 'back'}"])
+    back, about = checkpoint.load_model(tmp_path / "back" / "ckpt.pt")
+    assert_same(ours, back)
+    assert about["iter_num"] == 7
 
 
 def hard_strings():
@@ -110,22 +107,14 @@ def test_the_exported_tokenizer_gives_tiktokens_ids_and_its_text_back(exported):
         ids = theirs(text, split_special_tokens=True, verbose=False)["input_ids"]
         assert ids == ours.encode(text).tolist(), repr(text)
         assert theirs.decode(ids) == text
-    assert theirs("<|endoftext|>Hi")["input_ids"] == [EOT, *ours.encode("Hi").tolist()]
-
-
-def test_merges_are_those_of_openais_file():
-    ids = pretrained.vocabulary(load_tokenizer())
-    pairs = convert.merges(ids)
-    first = ["Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s"]  # of vocab.bpe, published with GPT-2
-    assert len(pairs) == 50_000 and pairs[:9] == first
-    assert ids["Hello"] == 15496 and ids["Ġworld"] == 995
+    assert theirs("<|endoftext|>Hello world")["input_ids"] == [EOT, 15496, 995]  # as OpenAI published them
 
 
 def test_the_card_reports_the_loss_with_its_error(tmp_path):
     rows = [dict(kind="eval", step=step, val_loss=loss, val_error=0.1291) for step, loss in ((0, 9.0), (7, 3.3))]
-    path = tmp_path / "metrics.jsonl"
+    path, data = tmp_path / "metrics.jsonl", dict(train_tokens=12345)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ev')
-    about = convert.last_evaluation(path, 7) | dict(iter_num=7, sequences=70, data=dict(train_tokens=12345))
+    about = convert.last_evaluation(path, 7) | dict(iter_num=7, sequences=70, data=data)
     about["config"] = dict(dataset="fineweb", data_dir="/home/me/data")
     card = convert.model_card(GPTConfig(**TINY), about, "tiny", 1000)
     assert "3.3000 +- 0.1291" in card and "12,345" in card and "4,480 tokens in 7 steps" in card
@@ -142,7 +131,7 @@ def test_nanogpts_checkpoint_has_its_keys_and_comes_back_bit_for_bit(bias, gelu,
     convert.main([str(save(ours, tmp_path / "run")), "--to=nanogpt"])
     path = tmp_path / "run" / "nanogpt" / "ckpt.pt"
     saved = torch.load(path, weights_only=True)
-    assert set(saved["model_args"]) == set(TINY) | {"vocab_size", "bias"}  # the fields of nanoGPT's GPTConfig
+    assert set(saved["model_args"]) == {*TINY, "vocab_size", "bias"}  # the fields of nanoGPT's GPTConfig
     names = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2)).state_dict()
     assert set(saved["model"]) == {name for name in names if bias or not name.endswith(".bias")}
     convert.main([str(path), "--to=onecard", f"--out={tmp_path / 'back'}"])
@@ -155,19 +144,16 @@ def test_nanogpts_checkpoint_has_its_keys_and_comes_back_bit_for_bit(bias, gelu,
 
 
 @pytest.fixture(scope="module")
-def reader(exported):
-    """-> gguf's reader of the file that convert.py made. It reads an array: thrice as fast as its memory map."""
-    gguf, run = pytest.importorskip("gguf"), exported[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
-        convert.main([str(run), "--to=gguf"])
-        return gguf.GGUFReader(run / "run.gguf")
+def gguf_file(exported):
+    pytest.importorskip("gguf")
+    convert.main([str(exported[1]), "--to=gguf"])
+    return exported[1] / "run.gguf"
 
 
 @pytest.mark.parametrize("exported", ["gpt2", "qwen3"], indirect=True)
-def test_a_gguf_file_has_llama_cpps_keys_and_the_tensors_of_the_hugging_face_folder(exported, reader):
+def test_a_gguf_file_has_llama_cpps_keys_and_the_tensors_of_the_hugging_face_folder(exported, gguf_file):
     gguf, safetensors = pytest.importorskip("gguf"), pytest.importorskip("safetensors.torch")
-    network = exported[0].config.arch
+    network, reader = exported[0].config.arch, gguf.GGUFReader(gguf_file)
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     assert {"token_embd.weight", "output_norm.weight", "blk.1.attn_output.weight", "blk.1.ffn_up.weight"} < set(tensors)
     arch = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[network]
@@ -193,13 +179,13 @@ def test_a_gguf_file_has_llama_cpps_keys_and_the_tensors_of_the_hugging_face_fol
 
 
 @pytest.mark.parametrize("exported", ["gpt2", "qwen3"], indirect=True)
-def test_llama_cpp_has_our_ids_and_the_same_greedy_text(exported, reader):
+def test_llama_cpp_has_our_ids_and_the_same_greedy_text(exported, gguf_file):
     """llama.cpp takes GELU from a float16 table. In our own network too, that rounding moves the logits of this random
     GPT-2 by 1.7e-3; the most likely token stays."""
-    llama_cpp, (ours, run), tokenizer = pytest.importorskip("llama_cpp"), exported, load_tokenizer()
+    llama_cpp, ours, tokenizer = pytest.importorskip("llama_cpp"), exported[0], load_tokenizer()
     options = dict(n_ctx=64, n_threads=1, n_threads_batch=1, verbose=False, logits_all=True)
     options |= dict(type_k=0, type_v=0, flash_attn=False)  # keys and values in float32
-    llama = llama_cpp.Llama(str(run / "run.gguf"), **options)
+    llama = llama_cpp.Llama(str(gguf_file), **options)
     for prompt in ("The", "A card with", "In 1969", " x", "def f(", "日本", "\n\n", "Once upon a time", "a<b", "don't"):
         ids = llama.tokenize(prompt.encode(), add_bos=True, special=False)
         assert ids == [EOT, *tokenizer.encode(prompt).tolist()]
@@ -266,8 +252,10 @@ def test_a_missing_package_is_named_with_the_line_that_installs_it(package, extr
     refused(save(tiny(), tmp_path / "run"), extra, rf"pip install -e '\.\[{extra}\]'")
 
 
-def test_nothing_is_written_over(tmp_path):
+def test_a_call_without_a_source_is_refused_and_nothing_is_written_over(tmp_path):
     run, there = save(tiny(), tmp_path / "run"), tmp_path / "there"
+    with pytest.raises(ConfigError, match=r"give one source: python convert.py out/run --to=hf"):
+        convert.main([])
     there.mkdir()
     with pytest.raises(ConvertError, match="there is there already"):
         convert.main([str(run), "--to=nanogpt", f"--out={there}"])
@@ -282,10 +270,3 @@ def test_a_full_disk_leaves_nothing_behind(to, package, small_disk, tmp_path):
     with pytest.raises((ConvertError, checkpoint.CheckpointError), match="could not be written"):
         convert.main([str(run), f"--to={to}", f"--out={disk / 'new'}"])
     assert not list(disk.iterdir())
-
-
-def test_the_script_without_a_source_prints_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["convert.py"])
-    with pytest.raises(SystemExit, match=r"^2$"):
-        runpy.run_path(str(ROOT / "convert.py"), run_name="__main__")
-    assert capsys.readouterr().err == "convert.py: give one source: python convert.py out/run --to=hf\n"

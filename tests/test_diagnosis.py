@@ -45,12 +45,10 @@ def test_a_gap_in_the_first_epoch_is_not_overfitting():
 
 
 def test_a_trend_is_not_read_from_the_warm_up_or_from_a_few_evaluations():
-    run = made("healthy", 0)
+    run, nothing = made("healthy", 0), np.array([])
     run.evals = {name: values[:7] for name, values in run.evals.items()}
-    assert diagnose(run)[0].name == "too early"
-    nothing = np.array([])
     empty = Run("empty", dict(step=nothing, train=nothing, val=nothing), [], dict(step=np.array([1.0])))
-    assert diagnose(empty)[0].name == "too early"
+    assert diagnose(run)[0].name == diagnose(empty)[0].name == "too early"
 
 
 def test_line_fit_is_least_squares_with_its_textbook_error():

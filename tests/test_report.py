@@ -135,13 +135,15 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path):
 # ---- comparing
 
 
-def test_two_runs_are_compared_by_pairs_of_windows(own_run):
+def test_two_runs_are_compared_by_pairs_of_windows_and_a_difference_within_its_error_may_be_chance(own_run):
     a, b = own_run("a", 0, 0.01), own_run("bb", -0.012, 0.01, n_head=6)
     said, (first, second) = compared(a, b), (report.read_run(run).groups[-1] for run in (a, b))
     each = np.subtract(second, first)
     assert f"b is lower by {-each.mean():.4f} +- {each.std(ddof=1) / 8:.4f} (64 pairs" in said
     assert "n_head 12 -> 6" in said and "learning_rate" not in said
     assert each.std(ddof=1) / 8 < 0.003 < np.std(first) / 8  # pairs see what two errors would hide
+    said = compared(own_run("c", 0.0, 0.02), own_run("dd", 0.0, 0.02))
+    assert ("may be chance" in said) == ("fewer tokens" not in said)
 
 
 def test_tokens_saved_are_those_by_which_a_longer_run_of_the_law_is_better(own_run):
@@ -163,15 +165,10 @@ def test_runs_on_other_val_sets_are_not_compared_by_pairs(own_run):
     assert "not evaluated on the same windows" in compared(a, b) and words in compared(a, b)
 
 
-def test_a_difference_within_its_error_may_be_chance(own_run):
-    said = compared(own_run("a", 0.0, 0.02), own_run("bb", 0.0, 0.02))
-    assert ("may be chance" in said) == ("fewer tokens" not in said)
-
-
 # ---- the page
 
 
-def test_the_page_is_one_file_whose_plots_follow_its_colours(own_run, tmp_path):
+def test_the_page_is_one_file_whose_plots_follow_its_colours(own_run):
     pytest.importorskip("matplotlib")
     folder = own_run("a")
     report.main([str(folder), "--until=3000"])
@@ -180,12 +177,11 @@ def test_the_page_is_one_file_whose_plots_follow_its_colours(own_run, tmp_path):
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, never fetched
     assert "src=" not in page and "<link" not in page and "prefers-color-scheme: dark" in page
     plots = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert len(plots) == 4
+    assert len(plots) == 4 and "<dt>forecast" in page and "<td>epochs" in page
     for plot in plots:
         ElementTree.fromstring(plot)
-        colours = set(re.findall(r"(?:fill|stroke): (?!none|var)([^;\"]+)", plot))
-        assert not colours, f"a colour that does not follow the page's: {colours}"
-    assert "<dt>forecast" in page and "<td>epochs" in page
+        fixed = set(re.findall(r"(?:fill|stroke): (?!none|var)([^;\"]+)", plot))
+        assert not fixed, f"a colour that does not follow the page's: {fixed}"
     report.main([str(folder)])
     assert "&lt;b&gt;Once&lt;/b&gt; upon" in (folder / "report.html").read_text()
 
