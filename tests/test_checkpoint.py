@@ -390,6 +390,7 @@ def test_killed_at_any_stage_of_a_save_the_newest_whole_checkpoint_loads(start, 
     stages = re.findall(r"^killed before (.+)", printed, re.M)
     assert returned == 0 and {"fsync", "verify", "replace", "unlink", "second half of a write"} < set(stages), printed
     assert stages.count("write") >= 2 and stages.count("link") == 4  # previous, latest, best, step
+    assert stages.index("fsync") < stages.index("verify") < stages.index("replace")  # on the disk, read back, renamed
     renamed = stages.index("replace") + 2  # killed here or later, the new one has its first name
     for number, stage in enumerate(stages, start=1):
         folder = tmp_path / str(number)

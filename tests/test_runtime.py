@@ -1,15 +1,11 @@
-"""runtime.py: the device, the micro batch, reasons to stop, the compiler, and batches made ahead."""
-
-import os
-import random
+"""runtime.py: the device, the micro batch, reasons to stop, the compiler. test_train.py has the batches."""
 
 import pytest
 import torch
 
 import train
 from onecard import runtime
-from onecard.runtime import Batches, DeviceError, Runtime, pick_device, pick_dtype
-from onecard.shards import ShardError, Windows
+from onecard.runtime import DeviceError, Runtime, pick_device, pick_dtype
 
 CPU = torch.device("cpu")
 
@@ -140,36 +136,3 @@ def test_without_a_compiler_one_line_says_so_and_the_run_goes_on(flags, tmp_path
     printed = capsys.readouterr().out
     assert printed.count("torch.compile does not work here (") == 1 and "training without it, slower" in printed
     assert "step 2: train loss" in printed
-
-
-# ---- batches
-
-
-def open_windows(tiny_data):
-    return Windows(tiny_data[0] / tiny_data[1], "train", 16, seed=1337, vocab_size=96)
-
-
-def test_ranks_share_the_batches_of_one_process(tiny_data):
-    windows = open_windows(tiny_data)
-    expected = torch.from_numpy(windows.batch(8, 8)).long()[:, :-1]
-    shares = []
-    for rank in range(2):
-        batches = Batches(windows, 2, Runtime(CPU, torch.float32, rank, world_size=2), first_sequence=8)
-        shares.append(torch.stack([batches.next()[0] for _ in range(2)]))  # (micro step, B, T)
-    assert torch.equal(torch.stack(shares, 1).flatten(0, 2), expected)
-
-
-def test_of_200_flipped_bits_in_a_shard_each_is_refused_or_gives_ids_of_the_vocabulary(tiny_data):
-    path, draw, refused = tiny_data[0] / tiny_data[1] / "train_000000.bin", random.Random(0), 0
-    for _ in range(200):
-        position, bit = draw.randrange(os.path.getsize(path)), draw.randrange(8)
-        data = path.read_bytes()
-        path.write_bytes(data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :])
-        try:
-            batches = Batches(open_windows(tiny_data), 8, Runtime(CPU, torch.float32))
-            assert all(batches.next()[1].max() < 96 for _ in range(39))  # an epoch
-        except ShardError as error:
-            assert str(path) in str(error)
-            refused += 1
-        path.write_bytes(data)
-    assert 20 < refused < 180
