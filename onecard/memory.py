@@ -24,16 +24,9 @@ from onecard.optim import configure_optimizers
 
 # Operators of a network that autocast computes in float32 on CUDA but not on a CPU (torch's list "CUDA Ops that can
 # autocast to float32").
-FLOAT32_ON_A_CARD: tuple[str, ...] = (
-    "pow.Tensor_Scalar",
-    "pow.Tensor_Tensor",
-    "exp",
-    "log",
-    "rsqrt",
-    "reciprocal",
-    "softplus",
+FLOAT32_ON_A_CARD = (
+    "pow.Tensor_Scalar pow.Tensor_Tensor exp log rsqrt reciprocal softplus softmax.int cumsum layer_norm"
 )
-FLOAT32_ON_A_CARD += ("softmax.int", "cumsum", "layer_norm")
 BUDGET = 0.92  # share of the free memory that a micro batch may need: the allocator loses some to fragments
 
 
@@ -85,7 +78,7 @@ def card_kernels():
         mock.patch.object(torch, "log_softmax", fused_log_softmax),
         torch.library._scoped_library("aten", "IMPL") as library,
     ):
-        for name in FLOAT32_ON_A_CARD:
+        for name in FLOAT32_ON_A_CARD.split():
             library.impl(name, in_float32(name), "AutocastCPU")
         yield
 
