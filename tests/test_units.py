@@ -33,7 +33,7 @@ def prepare_file(path, folder, encoder="tiktoken", **options):
 
 
 def prepare_elsewhere(job, then, cwd=ROOT, package=ROOT):
-    """One unit by `work`, as a worker runs it, in a process that imports this package -> the lines that `then` prints."""
+    """One unit by units.work in a process that imports this package -> the lines that `then` prints."""
     code = f"""if True:
         import json, multiprocessing, sys, threading
         from onecard import units
@@ -54,8 +54,7 @@ def prepare_elsewhere(job, then, cwd=ROOT, package=ROOT):
 
 @pytest.mark.parametrize("encoder", ["tiktoken", "fastokens"])
 def test_every_document_has_tiktokens_ids_after_one_separator_however_the_file_is_cut(tmp_path, encoder):
-    if encoder == "fastokens":
-        pytest.importorskip("fastokens")
+    pytest.importorskip(encoder)
     texts = [text for text in HARD_STRINGS if text] + some_texts(300) + ["many words " * 50_000, "last"]
     for row_group_size in (20, 500):
         path, folder = tmp_path / "a.parquet", tmp_path / str(row_group_size)
