@@ -163,18 +163,23 @@ def test_a_gguf_file_has_llama_cpps_keys_and_the_tensors_of_the_hugging_face_fol
         there = table.get_name(name, try_suffixes=(".weight", ".bias"))
         assert torch.equal(tensors.pop(there), weight.t() if transposed else weight), name
     assert not tensors
-    keys = {name.removeprefix(f"{network}."): field.contents() for name, field in reader.fields.items()}
-    expected = {"general.architecture": network, "general.name": "run", "context_length": 64, "embedding_length": 32}
-    expected |= {"block_count": 2, "attention.head_count": 2, "feed_forward_length": 128}
+    keys = {name: field.contents() for name, field in reader.fields.items()}
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 2}
+    sizes |= {"attention.head_count": 2, "feed_forward_length": 128}
     if network == "gpt2":
-        expected |= {"attention.layer_norm_epsilon": pytest.approx(1e-5)}
+        sizes |= {"attention.layer_norm_epsilon": pytest.approx(1e-5)}
     else:
-        expected |= {"attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "rope.freq_base": 10_000.0}
-        expected |= {"attention.head_count_kv": 2, "attention.key_length": 16, "attention.value_length": 16}
+        sizes |= {"attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "rope.freq_base": 10_000.0}
+        sizes |= {"attention.head_count_kv": 2, "attention.key_length": 16, "attention.value_length": 16}
+    expected = {f"{network}.{name}": size for name, size in sizes.items()}
+    expected |= {"general.architecture": network, "general.name": "run"}
     expected |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
     expected |= {"tokenizer.ggml.bos_token_id": EOT, "tokenizer.ggml.eos_token_id": EOT}
     assert {name: keys[name] for name in expected} == expected
-    assert len(keys["tokenizer.ggml.tokens"]) == 50257 and len(keys["tokenizer.ggml.merges"]) == 50_000
+    tokens, merges = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.merges"]
+    assert len(tokens) == 50257 and tokens[15496] == "Hello" and tokens[995] == "Ġworld"
+    first = ["Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s"]  # of OpenAI's vocab.bpe
+    assert len(merges) == 50_000 and merges[:9] == first
     assert keys["tokenizer.ggml.token_type"][EOT] == gguf.TokenType.CONTROL
 
 
