@@ -234,7 +234,7 @@ def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
 
 @contextlib.contextmanager
 def owned(out_dir: str | Path):
-    """Makes out_dir if needed and holds its lock; removes what a killed process left unfinished there."""
+    """Makes out_dir if needed and holds its lock; finishes or removes what a killed process left unfinished there."""
     with contextlib.ExitStack() as lock:
         try:
             os.makedirs(out_dir, exist_ok=True)
@@ -242,6 +242,10 @@ def owned(out_dir: str | Path):
         except OSError as error:
             raise ConfigError(f"out_dir={out_dir}: not writable ({error.strerror}); choose another") from None
         durable.remove_leftovers(out_dir)
+        new = Path(out_dir) / NEW
+        if (newest(out_dir) or "").startswith(NEW):  # killed after it was written, before it became ckpt.pt
+            os.replace(new, new.with_name(LATEST))
+        new.unlink(missing_ok=True)
         yield
 
 

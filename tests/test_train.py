@@ -482,7 +482,7 @@ def kill_often(kills, folder, argv):
             del state["config"], expected["config"]  # they name the folder
             assert_same(state, expected)
         if ended:
-            assert state["iter_num"] == 40 and not list(out_dir.glob("*.tmp"))
+            assert checkpoint.load(out_dir / "ckpt.pt")["iter_num"] == 40 and not list(out_dir.glob("*.tmp"))
             lines = [read_metrics(folder, "train", "eval", "event") for folder in (whole, out_dir)]
             assert lines[0] == lines[1]
             shutil.rmtree(out_dir)  # the next kill is of a new run
