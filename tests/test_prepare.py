@@ -64,6 +64,7 @@ def start(docs):
     """A function: arguments -> prepare.py as a process in a group of its own. Its output ends with its last worker."""
     started, fixed = [], [*flags_of(encoder="tiktoken", dataset="docs", data_dir=docs.parent), *SMALL]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # `pytest &` has it ignored
 
     def start(*arguments):
         command = [sys.executable, "prepare.py", *map(str, arguments), *fixed]
