@@ -372,7 +372,7 @@ def compile_model(model: torch.nn.Module, shape: tuple[int, int], wanted: bool, 
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             runtime.print0(f"torch.compile does not work here ({reason}); training without it, slower")
             compiled = model
         model.train()

@@ -125,14 +125,11 @@ def test_max_hours_counts_the_step_and_the_save_to_come(monkeypatch):
     assert runtime.Stop().reason(1e9) == 0
 
 
-def test_without_a_compiler_one_line_says_so_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
-    import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor.cpp, "cxx", ("/nowhere/c++",))
-    monkeypatch.setattr(inductor, "compile_threads", 1)
+def test_without_a_compiler_one_line_says_so_and_the_run_goes_on(flags, start, tmp_path, monkeypatch):
+    """In a process of its own: torch remembers for the rest of a process that there is no compiler."""
+    monkeypatch.setenv("CXX", "/nowhere/c++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    torch._dynamo.reset()
-    train.main(flags(compile=True, n_layer=1, max_iters=2))
-    printed = capsys.readouterr().out
+    code, printed = start("train.py", *flags(compile=True, n_layer=1, max_iters=2)).end()
+    assert code == 0
     assert printed.count("torch.compile does not work here (") == 1 and "training without it, slower" in printed
     assert "step 2: train loss" in printed
