@@ -135,4 +135,5 @@ def interleaved(variants: Iterable, turns: int, measure: Callable) -> dict:
     for turn in range(turns):
         for variant in list(results)[:: -1 if turn % 2 else 1]:
             results[variant].append(measure(variant))
+            print(f"turn {turn + 1} of {turns}: {variant} done", file=sys.stderr, flush=True)
     return results

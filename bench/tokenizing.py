@@ -53,7 +53,6 @@ def finish(way, workers, files):
         else:
             options = [f"--data_dir={folder}", "--dataset=bench", f"--workers={workers}", f"--encoder={way}"]
             done = run([sys.executable, ROOT / "prepare.py", *files, *options])
-    print(f"{way}, {workers} workers: {done.seconds:.1f} s", file=sys.stderr)
     return done
 
 
