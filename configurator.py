@@ -289,14 +289,14 @@ def describe(config) -> str:
     return "\n".join([*lines, "  all other keys have their defaults (see --help)"])
 
 
-def run_script(main: Callable[[], Any], *user_errors) -> None:
+def run_script(main: Callable[[], Any]) -> None:
     """Calls main(). A UserError is printed on stderr, exit code 2. Ctrl-C: 130. Closed stdout: 141."""
     try:
         try:
             main()
         finally:
             sys.stdout.flush()
-    except (UserError, *user_errors) as error:
+    except UserError as error:
         for line in str(error).splitlines():
             print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         raise SystemExit(2) from None
