@@ -7,7 +7,8 @@ A checkpoint is a torch file with the keys that nanoGPT users know (model, optim
 best_val_loss, config) and more; torch.load reads it. It ends in a trailer with its step and the SHA-256 of everything
 before it, because torch.load notices hardly any flipped bit. It holds only tensors and plain Python and is loaded with
 weights_only=True, so nothing in it can run. In out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before it,
-ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for.
+ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for, ckpt_before_decay.pt the one
+at the start of a late decay (wsd).
 """
 
 import contextlib

@@ -88,11 +88,12 @@ def in_float32(name):
     operator, _, overload = name.partition(".")
     call = getattr(getattr(torch.ops.aten, operator), overload or "default")
 
+    def to_float32(x):
+        return x.float() if x.is_floating_point() else x
+
     def cast_and_call(*args, **options):
         with torch.autocast("cpu", enabled=False):
-            return call(
-                *tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, args), **options
-            )
+            return call(*tree_map_only(torch.Tensor, to_float32, args), **options)
 
     return cast_and_call
 
