@@ -26,7 +26,10 @@ WIDENS = 0.02  # nats: the gap between val and train has to widen by at least th
 
 @dataclass
 class Run:
-    """What is known of a run. A report of a printed log has no config, and then no rates."""
+    """What is known of a run. A report of a printed log has no config, and then no rates.
+
+    In evals and lines NaN is what was not logged, inf what was logged and is not finite (nan, inf).
+    """
 
     name: str
     evals: dict[str, np.ndarray]  # (n,) for n evaluations: step, train, val, bits_per_byte, eval_seconds
