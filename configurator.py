@@ -2,8 +2,9 @@
 
     python train.py config/quickstart.py --batch_size=8          (python train.py --help lists every key)
 
-A config file holds `key = value` lines in Python syntax. It is parsed and never executed: a value is a literal,
-arithmetic, or the name of a key. All mistakes are collected and raised as one ConfigError.
+`--batch_size 8` means the same. True and False need the equals sign, because `--compile` alone means True. A config
+file holds `key = value` lines in Python syntax. It is parsed and never executed: a value is a literal, arithmetic, or
+the name of a key. All mistakes are collected and raised as one ConfigError.
 """
 
 import ast
@@ -54,8 +55,8 @@ class ConfigError(UserError):
 def key(default, help: str, *, choices=(), low=None, high=None, inputs: bool = False) -> Any:
     """A field of a config dataclass; all its fields must be made by this function. A key has the type of its default.
 
-    choices: the permitted texts. low, high: inclusive bounds. inputs=True: the field, a tuple of texts, takes the
-    command-line arguments without dashes that are not config files.
+    choices: the permitted texts. low, high: inclusive bounds. inputs=True: the field takes the command-line arguments
+    without dashes that are not config files: any number if it is a tuple of texts, one if it is a text.
     """
     rules = {"type": type(default), "help": help, "choices": choices, "low": low, "high": high, "inputs": inputs}
     return dataclasses.field(default=default, metadata=rules)
@@ -73,13 +74,14 @@ def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) ->
     if "--help" in argv or "-h" in argv:
         print(help_text(keys))
         raise SystemExit(0)
-    files = [argument for argument in argv if argument.endswith(".py") and not argument.startswith("-")]
     values = {name: key.default for name, key in keys.items()}
     sources: dict[str, str] = {}  # key -> the place where it is set
     problems: list[str] = []
+    files, inputs, options = split_arguments(argv, problems, keys)
     for path in files:
         sources |= read_file(path, values, problems, keys)
-    sources |= read_options([argument for argument in argv if argument not in files], values, problems, keys)
+    given = read_inputs(inputs, values, problems, keys)
+    sources |= given | read_options(options, values, problems, keys, given)
     config = ConfigClass(**values)
     object.__setattr__(config, "_sources", sources)  # for describe(); not a field, so asdict() does not show it
     if hasattr(config, "problems"):
@@ -146,14 +148,45 @@ def parse_file(path, problems):
         yield f"{path}:{statement.lineno}", shorten(text), names, tree
 
 
-def read_options(options, values, problems, keys):
-    """Adds the values of the command line to `values`. Returns key -> "command line"."""
+def split_arguments(argv, problems, keys):
+    """argv -> (config files, other arguments without dashes, options). "--key", "value" become one option."""
+    files, inputs, options, rest = [], [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        key = keys.get(argument[2:])
+        if argument[:1] not in ("", "-"):
+            (files if argument.endswith(".py") else inputs).append(argument)
+        elif key and key.type is bool and rest and rest[0] in BOOLS:
+            problems.append(f"command line: {argument} {rest[0]}: write {argument}={rest.pop(0)}")
+        elif argument.startswith("--") and "=" not in argument and not (key and key.type in (bool, tuple)):
+            options.append(f"{argument}={rest.pop(0)}" if rest and is_value(rest[0]) else argument)
+        else:
+            options.append(argument)
+    return files, inputs, options
+
+
+def is_value(argument):
+    """Whether an argument after "--key" is its value, not the next option. A negative number is, and standard input."""
+    return not argument.startswith("-") or argument == "-" or argument[1] in ".0123456789"
+
+
+def read_inputs(inputs, values, problems, keys):
+    """Gives the arguments without dashes to the key that takes them. Returns key -> "command line"."""
+    taking = [name for name, key in keys.items() if key.inputs]
+    if not taking or not inputs:
+        reason = "not understood; write --key=value (a config file ends in .py)"
+        problems += [f"command line: {shorten(text)}: {reason}" for text in inputs]
+        return {}
+    (name,) = taking
+    if keys[name].type is str and len(inputs) > 1:
+        problems.append(f"command line: {shorten(' '.join(inputs))}: {len(inputs)} arguments; give one {name}")
+    values[name] = inputs[0] if keys[name].type is str else tuple(inputs)
+    return {name: "command line"}
+
+
+def read_options(options, values, problems, keys, given):
+    """Adds the values of the options to `values`. Returns key -> "command line". given: what read_inputs returned."""
     sources = {}
-    inputs = [option for option in options if option[:1] not in ("", "-") and option not in BOOLS]
-    takes_inputs = [name for name, key in keys.items() if key.inputs]
-    if inputs and takes_inputs:
-        values[takes_inputs[0]], sources[takes_inputs[0]] = tuple(inputs), "command line"
-        options = [option for option in options if option not in inputs]
     for option in options:
         try:
             if not option.startswith("--"):
@@ -162,6 +195,8 @@ def read_options(options, values, problems, keys):
             key = find_key(name, keys)
             if key.type is tuple:
                 raise ConfigError("write these without dashes")
+            if name in given:
+                raise ConfigError(f"{name} is given twice, also as {values[name]}; give one")
             if not equals and key.type is not bool:
                 raise ConfigError(f"a value is needed; write --{name}=value")
             values[name] = checked(value_of(text, key) if equals else True, key)
@@ -264,15 +299,22 @@ def shorten(text):
 
 
 def help_text(keys):
-    inputs = "".join(f" [{name} ...]" for name, key in keys.items() if key.inputs)
+    inputs = "".join(f" [{name}{' ...' * (key.type is tuple)}]" for name, key in keys.items() if key.inputs)
     lines = [f"usage: python {os.path.basename(sys.argv[0])} [config.py ...]{inputs} [--key=value ...]", ""]
     width = max(len(name) for name in keys) + 6
     for name, key in keys.items():
-        label = f"  {name}" if key.inputs else f"  --{name}"
+        label = f"  {name}" if key.type is tuple else f"  --{name}"
         facts = ", ".join([key.type.__name__, f"default {key.default!r}", *limits(key)])
         text = f"{label:{width}}{key.help} ({facts})"
         lines.append(textwrap.fill(text, 110, subsequent_indent=" " * width))
     return "\n".join(lines)
+
+
+def changed(config: Config, **values) -> Config:
+    """A copy of config with these values. It still knows where its keys were set."""
+    copy = dataclasses.replace(config, **values)
+    object.__setattr__(copy, "_sources", sources_of(config))
+    return copy
 
 
 def sources_of(config) -> dict[str, str]:

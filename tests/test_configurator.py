@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import ConfigError, describe, evaluate, key, load_config, read_values, sources_of
+from configurator import ConfigError, changed, describe, evaluate, key, load_config, read_values, sources_of
 
 ROOT = Path(__file__).resolve().parent.parent
 INTEGER = "must be an integer, at least 1, at most 4096"
@@ -49,6 +49,14 @@ class FilesConfig:
     files: tuple[str, ...] = key((), "parquet files", inputs=True)
     workers: int = key(0, "processes", low=0)
     verify: bool = key(False, "verify only")
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    out_dir: str = key("out", "folder of a run", inputs=True)
+    start: str = key("", "prompt")
+    top_k: int = key(200, "likeliest", low=0)
+    json: bool = key(False, "a line of JSON")
 
 
 @pytest.fixture(autouse=True)
@@ -272,10 +280,48 @@ def test_an_argument_that_is_not_a_key_is_answered_with_how_a_key_is_written():
     for argument in ("8", "quickstart", "-b=8", "-batch_size=8", "-1", "-", "", "batch_size=8"):
         line = problem(argument)
         assert line.startswith("command line: " + argument) and "--key=value" in line
-    first, second = problems("--batch_size", "8")
-    assert "write --batch_size=value" in first and "8: not understood; write --key=value" in second
-    assert "--key=value" in problem("--compile", "false")
-    assert "--key=value" in problem("--verify", "False", ConfigClass=FilesConfig)  # False is not an input file
+
+
+def test_a_value_may_follow_its_key_after_a_space():
+    config = load_config(Config, ["--batch_size", "8", "--seed", "-3", "--dropout", ".5", "--bias", "--start", "-"])
+    assert config == Config(batch_size=8, seed=-3, dropout=0.5, bias=True, start="-")
+    assert set(sources_of(config).values()) == {"command line"}
+    for argv in (["--learning_rate", "1e-3"], ["--learning_rate", "1/1000"], ["--max_iters", "5*8"]):
+        assert load_config(Config, argv) == load_config(Config, ["=".join(argv)])
+    for text in ("", "a b", "x.py", "8", "true", "-5 degrees", "a=b"):  # x.py is no config file here
+        assert load_config(Config, ["--start", text]).start == text
+    config = load_config(FilesConfig, ["a", "--workers", "2", "b", "--verify", "c", write("workers = 1")])
+    assert config == FilesConfig(files=("a", "b", "c"), workers=2, verify=True)
+
+
+def test_where_a_value_after_a_space_is_missing_or_could_mean_something_else_the_remedy_is_named():
+    for argv in (["--batch_size"], ["--batch_size", "--seed=1"], ["--start", "--json"], ["--start", "-x"]):
+        assert problems(*argv)[0] == f"command line: {argv[0]}: a value is needed; write {argv[0]}=value"
+    for word in ("true", "False"):
+        assert problem("--compile", word) == f"command line: --compile {word}: write --compile={word}"
+        assert f"write --verify={word}" in problem("--verify", word, ConfigClass=FilesConfig)
+    assert problem("--batchsize", "8").endswith("--batchsize=8: unknown key batchsize; did you mean batch_size?")
+    assert problem("--batch_size", write("seed = 1")).startswith(f"command line: --batch_size=x.py: {INTEGER}")
+    assert problem("--seed", "eight").startswith("command line: --seed=eight: must be an integer")
+    assert problem("--seed", "1", "2").startswith("command line: 2: not understood")
+
+
+def test_one_argument_without_dashes_goes_to_the_field_for_one_input():
+    for argv in (["runs/a"], ["--out_dir=runs/a"], ["--out_dir", "runs/a"], [write("out_dir = 'runs/a'")]):
+        config = load_config(FolderConfig, argv)
+        assert config == FolderConfig(out_dir="runs/a") and list(sources_of(config)) == ["out_dir"]
+    config = load_config(FolderConfig, ["--json", "runs/a", "--top_k", "5", "--start", "runs/b"])
+    assert config == FolderConfig(out_dir="runs/a", json=True, top_k=5, start="runs/b")
+    assert "a b: 2 arguments; give one out_dir" in problem("a", "b", ConfigClass=FolderConfig)
+    assert "given twice, also as a; give one" in problem("a", "--out_dir=b", ConfigClass=FolderConfig)
+    for argument in ("-x", "-1", ""):
+        assert "--key=value" in problem(argument, ConfigClass=FolderConfig)
+
+
+def test_a_changed_config_still_knows_where_its_keys_were_set():
+    config = changed(load_config(Config, ["--seed=1"]), n_layer=2)
+    assert config == Config(seed=1, n_layer=2) and sources_of(config) == {"seed": "command line"}
+    assert "seed" in describe(config) and "n_layer" not in describe(config)
 
 
 def test_all_problems_are_shown_at_once_one_a_line_in_their_order_whatever_is_in_them():
