@@ -34,7 +34,7 @@ from onecard import UserError, durable
 from onecard.quickstart import write_quickstart
 from onecard.shards import ShardError, check_shard, layout, open_tokens, read_manifest, write_json, write_manifest
 from onecard.sources import DamagedError, SourceError, examine, find_files, read_texts, token_count
-from onecard.tokenizer import TokenizerError, check_parity, load_tokenizer
+from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, load_tokenizer
 from onecard.units import STATE, decode, encode_texts, make_job, unit_record, work
 
 BYTES_PER_TOKEN = 4.67  # of FineWeb; a file's footer gives bytes of text, shard_tokens and max_tokens are tokens
@@ -335,7 +335,7 @@ def choose_encoder(config: PrepareConfig, texts: list[str]) -> str:
     if config.encoder == "tiktoken":
         return "tiktoken"
     try:
-        check_parity(load_tokenizer("fastokens"), texts)
+        check_parity(GPT2Tokenizer("fastokens"), texts)
         return "fastokens"
     except TokenizerError as error:
         if config.encoder == "fastokens":

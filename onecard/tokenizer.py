@@ -1,31 +1,41 @@
-"""GPT-2's vocabulary: text to ids and back. Read from data/gpt2.tiktoken; nothing is downloaded.
+"""Text to ids and back: GPT-2's vocabulary, bytes, nanoGPT's characters, or a Hugging Face tokenizer.json.
 
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer()  # or "bytes", or the path of a tokenizer.json or of nanoGPT's meta.pkl
     ids = tokenizer.encode("Hello")  # uint16; `<|endoftext|>` in a text is ordinary text
     text = tokenizer.decode(ids)
 
-The ids are tiktoken's; `load_tokenizer("fastokens")` gives the same several times faster. The one thing to know: a long
-text is encoded in pieces, cut where no token spans the cut. So memory is bounded and a million spaces are no problem.
+Nothing is downloaded. `state` is plain data for a manifest or a checkpoint, `from_state` reads it. The one thing to
+know: a long text is encoded in pieces where that cannot change its ids (`pieces`), so that memory is bounded.
 """
 
 from __future__ import annotations
 
 import base64
+import codecs
 import functools
 import hashlib
+import io
+import itertools
+import json
+import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
 
 from onecard import UserError
+from onecard.shards import read_manifest
 
 INSTALLED = Path(__file__).resolve().parent / "data" / "gpt2.tiktoken"  # where `pip install .` puts it
 VOCABULARY = INSTALLED if INSTALLED.exists() else Path(__file__).resolve().parent.parent / "data" / "gpt2.tiktoken"
 VOCABULARY_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+FILE = "tokenizer.json"  # its name in the folder of a dataset
+MAX_IDS = 1 << 16  # an id is stored in 16 bits
 ENDOFTEXT = "<|endoftext|>"
+SEPARATORS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")  # names in known models
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 FAST_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's own: the same
 
@@ -34,6 +44,12 @@ FAST_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 CUT = re.compile(f"(?<!{SPACE})(?={SPACE})|(?<={SPACE})(?={SPACE}[^{SPACE[1:]})")
 PIECE = 1 << 17  # characters; tiktoken fails on a run of a million spaces
+
+# GPT-2's alphabet: a visible letter for each byte. The tokens of a byte-level tokenizer.json are spelled in it.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+LETTERS = {byte: chr(byte) for byte in VISIBLE}
+LETTERS |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in LETTERS)}
+BYTES = {letter: byte for byte, letter in LETTERS.items()}
 
 HARD_STRINGS = (
     "",
@@ -54,51 +70,117 @@ HARD_STRINGS = (
 
 
 class TokenizerError(UserError):
-    """The vocabulary or the encoder cannot be used."""
+    """A vocabulary, an encoder or a text that cannot be used."""
 
 
-def load_tokenizer(encoder: str = "tiktoken") -> Tokenizer:
-    """GPT-2's tokenizer. encoder: tiktoken or fastokens. Raises TokenizerError."""
-    remedy = "restore it with git checkout data/gpt2.tiktoken, or install onecard again"
+# ---- open ----------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> Tokenizer:
+    """source: gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl.
+
+    encoder, for gpt2 alone: tiktoken or fastokens. Raises TokenizerError.
+    """
+    if source == "gpt2":
+        return GPT2Tokenizer(encoder)
+    if source == "bytes":
+        return ByteTokenizer()
+    path = Path(source)
     try:
-        content = VOCABULARY.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise TokenizerError(f"{VOCABULARY}: {error.strerror}; {remedy}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != VOCABULARY_SHA256:
-        raise TokenizerError(f"{VOCABULARY}: damaged (SHA-256 {found[:12]}...); {remedy}")
-    return Tokenizer(content, encoder)
+        kinds = "gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl"
+        raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error.strerror}); give {kinds}") from None
+    full = path.resolve()
+    name = full.parent.name if full.stem in ("tokenizer", "meta") else full.stem
+    if path.suffix == ".pkl":
+        return CharTokenizer(read_meta(content, path), name)
+    return open_json(content, path, name)
+
+
+def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken") -> Tokenizer:
+    """The tokenizer of a `state()`. None, or a dict without kind, is GPT-2's: so in old datasets and checkpoints.
+
+    Raises TokenizerError if its content is missing, or is not the one that its SHA-256 names.
+    """
+    state = state or {}
+    kind, name, content = state.get("kind", "gpt2"), state.get("name", "without a name"), state.get("content")
+    if kind in ("gpt2", "bytes"):
+        tokenizer = load_tokenizer(kind, encoder)
+        if state.get("sha256", tokenizer.sha256) != tokenizer.sha256:
+            raise TokenizerError(f"tokenizer {name}: not the vocabulary that onecard knows as {kind}")
+        return tokenizer
+    if kind not in ("chars", "bpe"):
+        raise TokenizerError(f"tokenizer {name}: kind={kind} is not known; use the version of onecard that wrote it")
+    if content is None or hashlib.sha256(content.encode()).hexdigest() != state["sha256"]:
+        what = "is missing" if content is None else "is damaged"
+        raise TokenizerError(f"tokenizer {name}: its content {what} (SHA-256 {state['sha256'][:12]}...); copy it again")
+    return CharTokenizer(json.loads(content), name) if kind == "chars" else JsonTokenizer(content, name, state["eot"])
+
+
+def dataset_tokenizer(folder: str | Path) -> Tokenizer | None:
+    """The tokenizer of a dataset: what its manifest names, or nanoGPT's meta.pkl beside files without a manifest.
+
+    None if it names none, or one of another program, of which the name alone is known. Raises TokenizerError if the
+    file of the tokenizer is missing or was changed, ShardError if the manifest is damaged.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        meta = folder / "meta.pkl"
+        return load_tokenizer(meta) if meta.exists() else None
+    state = manifest.get("tokenizer") or {}
+    if "kind" not in state and state.get("sha256") != VOCABULARY_SHA256:
+        return None
+    if "file" in state:
+        path, remedy = folder / state["file"], "copy it again, or delete the dataset and run prepare.py again"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise TokenizerError(f"{path}: the dataset's tokenizer: {error.strerror}; {remedy}") from None
+        if hashlib.sha256(content).hexdigest() != state["sha256"]:
+            raise TokenizerError(f"{path}: changed since the dataset was prepared; {remedy}")
+        state = state | {"content": content.decode()}
+    return from_state(state)
+
+
+# ---- the kinds -----------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """Encodes and decodes. `name`, `n_vocab`, `eot` (the document separator) and `sha256` identify the vocabulary."""
+    """Encodes and decodes. Each kind has `encode_pieces`, and `token_bytes` or its own `decode_bytes`.
 
-    name, n_vocab, eot, sha256 = "gpt2", 50257, 50256, VOCABULARY_SHA256
+    kind: gpt2, bytes, chars or bpe (any tokenizer.json). sha256: of what defines the vocabulary. eot: the id of the
+    document separator, None for characters. content: for chars the JSON list of the characters, for bpe the text of
+    its tokenizer.json. lossless: whether decode(encode(text)) is the text for every text that can be encoded.
+    """
 
-    def __init__(self, content: bytes, encoder: str):
-        self.content, self.encoder = content, encoder
-        self.fast = fast_encoding() if encoder == "fastokens" else None
+    kind: str
+    name: str
+    n_vocab: int
+    eot: int | None
+    sha256: str
+    encoder: str
+    content: str | None = None
+    lossless = True
+    token_bytes: list[bytes]  # of each id
 
-    @functools.cached_property
-    def reference(self) -> tiktoken.Encoding:
-        """tiktoken's encoding. With fastokens it is needed to decode only."""
-        lines = (line.split() for line in self.content.splitlines())
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        special = {ENDOFTEXT: self.eot}
-        return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+    def state(self) -> dict[str, Any]:
+        """What a manifest or a checkpoint keeps: plain data, read again by `from_state`."""
+        state = {name: getattr(self, name) for name in ("kind", "name", "sha256", "n_vocab", "eot")}
+        return state if self.content is None else state | {"content": self.content}
 
     def encode(self, text: str) -> np.ndarray:
         """str -> uint16 (n,). A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD."""
-        return np.concatenate(self.encode_pieces(pieces(replace_surrogates(text)[0])))
+        return np.concatenate(self.encode_pieces(self.pieces(replace_surrogates(text)[0])))
+
+    def pieces(self, text: str) -> list[str]:
+        """Parts of a text whose ids together are the ids of the text. The whole text, where no exact cut is known."""
+        return [text]
 
     def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         """[str] -> [uint16 (n,)], each text by itself. Longer texts than `pieces` gives are slow, or fail."""
-        if self.fast is None:
-            encode = self.reference.encode_to_numpy
-            return [encode(text, disallowed_special=()).astype(np.uint16) for text in texts]
-        ids, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
-        ids = np.frombuffer(ids, dtype="<u4").astype(np.uint16)
-        return np.split(ids, np.frombuffer(offsets, dtype="<u8").astype(np.int64)[1:-1])
+        raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> str. Bytes that are not UTF-8, such as half a character at an end, become U+FFFD."""
@@ -106,10 +188,316 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Ids -> bytes. Raises TokenizerError for an id outside the vocabulary."""
+        return b"".join([self.token_bytes[i] for i in self.checked(ids)])
+
+    def checked(self, ids: Iterable[int]) -> list[int]:
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.n_vocab:
-            raise TokenizerError(f"ids {min(ids)} to {max(ids)}: GPT-2's vocabulary has 0 to {self.n_vocab - 1}")
-        return self.reference.decode_bytes(ids)
+            found = f"ids {min(ids)} to {max(ids)}"
+            raise TokenizerError(f"{found}: the vocabulary of {self.name} has 0 to {self.n_vocab - 1}")
+        return ids
+
+    def decoder(self, before: Iterable[int] = ()) -> Callable[[int], str]:
+        """A function for text that grows by one id at a time: it takes the next id and returns the new characters.
+
+        The bytes of an incomplete character are held back until it is complete, or cannot become so. before: the ids
+        that precede, such as the prompt's. With some vocabularies the space before a word depends on them.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda id: utf8.decode(self.decode_bytes([id]))
+
+
+class GPT2Tokenizer(Tokenizer):
+    """GPT-2's, read from data/gpt2.tiktoken. The ids are tiktoken's; fastokens gives the same several times faster."""
+
+    kind, name, n_vocab, eot, sha256 = "gpt2", "gpt2", 50257, 50256, VOCABULARY_SHA256
+
+    def __init__(self, encoder: str = "tiktoken"):
+        remedy = "restore it with git checkout data/gpt2.tiktoken, or install onecard again"
+        try:
+            content = VOCABULARY.read_bytes()
+        except OSError as error:
+            raise TokenizerError(f"{VOCABULARY}: {error.strerror}; {remedy}") from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != VOCABULARY_SHA256:
+            raise TokenizerError(f"{VOCABULARY}: damaged (SHA-256 {found[:12]}...); {remedy}")
+        ranks = (line.split()[0] for line in content.splitlines())  # sorted by id
+        self.token_bytes = [*map(base64.b64decode, ranks), ENDOFTEXT.encode()]
+        self.encoder = encoder
+        self.fast = fast_encoding() if encoder == "fastokens" else None
+
+    @functools.cached_property
+    def reference(self) -> tiktoken.Encoding:
+        """tiktoken's encoding. With fastokens it is only needed to check the ids."""
+        ranks = {token: id for id, token in enumerate(self.token_bytes[: self.eot])}
+        special = {ENDOFTEXT: self.eot}
+        return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+
+    def pieces(self, text: str) -> list[str]:
+        return pieces(text)
+
+    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        if self.fast is None:
+            encode = self.reference.encode_to_numpy
+            return [encode(text, disallowed_special=()).astype(np.uint16) for text in texts]
+        ids, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
+        ids = np.frombuffer(ids, dtype="<u4").astype(np.uint16)
+        return np.split(ids, np.frombuffer(offsets, dtype="<u8").astype(np.int64)[1:-1])
+
+
+class ByteTokenizer(Tokenizer):
+    """The bytes of UTF-8 are the ids 0 to 255; 256 is the separator."""
+
+    kind, name, n_vocab, eot, encoder = "bytes", "bytes", 257, 256, "numpy"
+    sha256 = hashlib.sha256(b"onecard bytes: ids 0 to 255 are the bytes, 256 separates documents").hexdigest()
+
+    def __init__(self):
+        self.token_bytes = [*(bytes([i]) for i in range(256)), ENDOFTEXT.encode()]
+
+    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
+
+
+class CharTokenizer(Tokenizer):
+    """nanoGPT's characters, as its data/shakespeare_char/prepare.py makes them: one id a character, no separator."""
+
+    kind, eot, encoder = "chars", None, "numpy"
+
+    def __init__(self, characters: list[str], name: str):
+        self.name, self.n_vocab = name, len(characters)
+        self.content = json.dumps(characters)
+        self.sha256 = hashlib.sha256(self.content.encode()).hexdigest()
+        self.token_bytes = [character.encode() for character in characters]
+        self.id_of = np.full(0x110000, -1, dtype=np.int32)  # by code point
+        self.id_of[[ord(character) for character in characters]] = np.arange(self.n_vocab)
+
+    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        """Raises TokenizerError for characters that are not in the vocabulary."""
+        rows = [self.id_of[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] for text in texts]
+        unknown = {text[i] for text, row in zip(texts, rows, strict=True) for i in np.flatnonzero(row < 0)}
+        if unknown:
+            shown = " ".join(map(repr, sorted(unknown)[:10]))
+            raise TokenizerError(
+                f"{len(unknown)} characters of the text are not among the {self.n_vocab} of {self.name}: {shown}; "
+                "leave them out, or use a model with another tokenizer"
+            )
+        return [row.astype(np.uint16) for row in rows]
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json, encoded by the library `tokenizers`. Its special tokens are never found in texts.
+
+    A byte-level one without a normalizer is lossless. Others may lose text; check_round_trip tells.
+    """
+
+    kind, encoder = "bpe", "tokenizers"
+
+    def __init__(self, content: str, name: str, eot: int):
+        self.content, self.name, self.eot = content, name, eot
+        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
+        self.library = read_json(content, name)
+        self.library.add_special_tokens([self.library.id_to_token(eot)])
+        self.n_vocab = id_count(self.library)
+        layout = json.loads(content)
+        self.byte_level = (layout.get("decoder") or {}).get("type") == "ByteLevel"
+        self.lossless = self.byte_level and keeps_every_byte(layout)
+        splits = layout.get("pre_tokenizer") or {}
+        self.cuts = self.lossless and splits["type"] == "ByteLevel" and splits.get("use_regex", True)  # GPT-2's pattern
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:  # type: ignore[override]
+        """Of a byte-level vocabulary. A token with a letter outside of the alphabet stands for itself."""
+        tokens = [self.library.id_to_token(id) or "" for id in range(self.n_vocab)]
+        return [
+            bytes(BYTES[letter] for letter in token) if BYTES.keys() >= set(token) else token.encode()
+            for token in tokens
+        ]
+
+    def pieces(self, text: str) -> list[str]:
+        return pieces(text) if self.cuts else [text]
+
+    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        """Threads: as many as RAYON_NUM_THREADS says."""
+        encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encoded]
+        for text, row in zip(texts, rows, strict=True):
+            if (row == self.eot).any():
+                raise TokenizerError(f"{self.name}: gives its separator's id for the text {text[:40]!r}")
+        return rows
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        if self.byte_level:
+            return super().decode_bytes(ids)
+        return self.library.decode(self.checked(ids), skip_special_tokens=False).encode()
+
+    def decoder(self, before: Iterable[int] = ()) -> Callable[[int], str]:
+        if self.byte_level:
+            return super().decoder(before)
+        shown, new = list(before), []  # an id is decoded with those before it: its spaces may depend on them
+
+        def step(id: int) -> str:
+            new.append(id)
+            text = self.decode(shown + new)
+            if text.endswith("\ufffd") and len(new) < 4:  # bytes of a character that may still become complete
+                return ""
+            characters = text[len(self.decode(shown)) :]
+            shown[:] = new
+            new.clear()
+            return characters
+
+        return step
+
+
+# ---- tokenizer.json ------------------------------------------------------------------------------------------
+
+
+def import_tokenizers():
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise TokenizerError(
+            f"a tokenizer.json needs the library tokenizers ({error}); pip install -e '.[tokenizers]'"
+        ) from None
+    return tokenizers
+
+
+def open_json(content: bytes, path: Path, name: str) -> JsonTokenizer:
+    """The tokenizer of a tokenizer.json. Its separator is the end-of-text token that the model names, or a new one."""
+    try:
+        library = read_json(content.decode(), path)
+    except UnicodeDecodeError as error:
+        raise not_one(path, error) from None
+    if (n_vocab := id_count(library)) > MAX_IDS:
+        raise TokenizerError(f"{path}: has {n_vocab:,} ids; at most {MAX_IDS:,} fit into 16 bits; use a smaller one")
+    eot = choose_separator(library, path)
+    if eot < n_vocab:
+        return JsonTokenizer(content.decode(), name, eot)
+    if eot >= MAX_IDS:
+        raise TokenizerError(f"{path}: has {n_vocab:,} ids and no end-of-text token; no id is left to add one")
+    return JsonTokenizer(library.to_str(), name, eot)
+
+
+def read_json(content: str, where: str | Path):
+    """The library's tokenizer: every text is ordinary text, and nothing is added, cut off or left to chance."""
+    library = import_tokenizers().Tokenizer
+    try:
+        tokenizer = library.from_str(content)
+    except Exception as error:  # the library raises plain Exceptions
+        raise not_one(where, error) from None
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+def not_one(where, error):
+    remedy = "give the tokenizer.json of a Hugging Face model, or gpt2, or bytes"
+    return TokenizerError(f"{where}: not a tokenizer.json that the library tokenizers can read ({error}); {remedy}")
+
+
+def id_count(library) -> int:
+    return max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def choose_separator(library, path: Path) -> int:
+    """The id of the document separator: the model's end of text, or `<|endoftext|>` added. No text may contain it."""
+    names = [*declared_ends(path.parent), *SEPARATORS]
+    known = [name for name in names if library.token_to_id(name) is not None]
+    for name in [*known, ENDOFTEXT]:
+        library.add_special_tokens([name])
+        eot = library.token_to_id(name)
+        texts = [name, f"a{name}b", f"a {name} b"]  # some models, such as Unigram, find their own special tokens
+        if not any(eot in found.ids for found in library.encode_batch_fast(texts, add_special_tokens=False)):
+            return eot
+    raise TokenizerError(f"{path}: no token of it can separate documents, because texts can contain all of {known}")
+
+
+def declared_ends(folder: Path) -> list[str]:
+    """The eos_token that the model's files beside tokenizer.json name."""
+    names = []
+    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+        if path.exists():
+            try:
+                name = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+            except (OSError, ValueError, AttributeError) as error:
+                raise TokenizerError(f"{path}: cannot be read ({error}); copy it again, or remove it") from None
+            names.append(name.get("content") if isinstance(name, dict) else name)
+    return [name for name in names if isinstance(name, str)]
+
+
+def keeps_every_byte(layout: dict) -> bool:
+    """Whether a byte-level tokenizer.json is lossless by construction: no step may drop, add or replace text."""
+    model, splits = layout["model"], layout.get("pre_tokenizer") or {"type": None}
+    steps = splits["pretokenizers"] if splits["type"] == "Sequence" else [splits]
+    return (
+        all(map(keeps_text, steps))
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and not layout.get("normalizer")
+        and all(token["special"] for token in layout.get("added_tokens") or [])
+        and isinstance(model["vocab"], dict)
+        and model["vocab"].keys() >= BYTES.keys()
+        and not model.get("continuing_subword_prefix")
+        and not model.get("end_of_word_suffix")
+    )
+
+
+def keeps_text(step: dict) -> bool:
+    """Whether a step of splitting gives back the whole text, and nothing else."""
+    if step["type"] == "ByteLevel":
+        return not step.get("add_prefix_space", True)
+    return step["type"] == "Digits" or (step["type"] == "Split" and step["behavior"] != "Removed")
+
+
+def train_tokenizer(texts: Iterable[str], n_vocab: int) -> str:
+    """The text of a tokenizer.json: byte-level BPE with GPT-2's splitting pattern, `<|endoftext|>` as its last id.
+
+    The same texts give the same file, whatever the number of threads. texts is read once, so it can show progress. It
+    has fewer than n_vocab ids if the texts have too few pairs that occur twice; the caller reports that. Raises
+    TokenizerError.
+    """
+    if not 257 <= n_vocab <= MAX_IDS:
+        why = "256 bytes and the separator" if n_vocab < 257 else "ids have 16 bits"
+        raise TokenizerError(f"a vocabulary of {n_vocab:,} ids cannot be trained ({why}); use 257 to {MAX_IDS:,}")
+    library = import_tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=n_vocab - 1, min_frequency=2, initial_alphabet=sorted(BYTES), show_progress=False
+    )
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(replace_surrogates(text)[0])), trainer)
+    tokenizer.add_special_tokens([ENDOFTEXT])
+    return tokenizer.to_str(pretty=True)
+
+
+# ---- nanoGPT's meta.pkl --------------------------------------------------------------------------------------
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numbers. Everything else in a pickle has to be imported, which is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it contains code: it asks for {module}.{name}")
+
+
+def read_meta(content: bytes, path: Path) -> list[str]:
+    """The characters of nanoGPT's meta.pkl in the order of their ids. Code in the file is not run."""
+    remedy = "make it again with nanoGPT's prepare.py"
+    try:
+        itos = PlainUnpickler(io.BytesIO(content)).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+        valid = all(len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in characters)
+    except Exception as error:  # a damaged pickle can raise any
+        raise TokenizerError(f"{path}: not nanoGPT's meta.pkl ({error}); nothing of it was run; {remedy}") from None
+    if not valid or not 0 < len(set(characters)) == len(characters) <= MAX_IDS:
+        what = f"itos has to map 0, 1, 2 ... to different characters, at most {MAX_IDS:,}"
+        raise TokenizerError(f"{path}: not nanoGPT's meta.pkl: {what}; {remedy}")
+    return characters
+
+
+# ---- checks and pieces ---------------------------------------------------------------------------------------
 
 
 def fast_encoding():
@@ -121,7 +509,7 @@ def fast_encoding():
     return fastokens.Tokenizer.from_tiktoken(str(VOCABULARY), pattern=FAST_PATTERN)
 
 
-def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+def check_parity(tokenizer: GPT2Tokenizer, texts: Iterable[str]) -> None:
     """Raises TokenizerError if the encoder differs from tiktoken on HARD_STRINGS or on one of these texts."""
     for text in (*HARD_STRINGS, *texts):
         parts = pieces(text)
@@ -129,6 +517,23 @@ def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
         found = tokenizer.encode_pieces(parts)
         if not all(map(np.array_equal, expected, found)):
             raise TokenizerError(f"{tokenizer.encoder} gives other ids than tiktoken for {text[:40]!r}; use tiktoken")
+
+
+def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    """Raises TokenizerError for the first text that decode(encode(text)) changes.
+
+    Not needed where tokenizer.lossless is true: gpt2, bytes, chars, and a byte-level tokenizer.json without a
+    normalizer, a prefix space or added tokens that are not special.
+    """
+    for text in texts:
+        text = replace_surrogates(text)[0]
+        found = tokenizer.decode(tokenizer.encode(text))
+        if found != text:
+            at = next(i for i, pair in enumerate(itertools.zip_longest(text, found)) if pair[0] != pair[1])
+            raise TokenizerError(
+                f"{tokenizer.name}: loses text: in the document {text[:40]!r}, {text[at : at + 20]!r} at character "
+                f"{at:,} comes back as {found[at : at + 20]!r}; use gpt2, bytes or a byte-level tokenizer"
+            )
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:
@@ -142,7 +547,7 @@ def replace_surrogates(text: str) -> tuple[str, int]:
 
 
 def pieces(text: str) -> list[str]:
-    """Cuts a text into parts of about PIECE characters whose ids together are the ids of the text."""
+    """Cuts a text into parts of about PIECE characters whose ids by GPT-2's pattern together are those of the text."""
     parts, start = [], 0
     while match := CUT.search(text, start + PIECE):
         parts.append(text[start : match.start()])

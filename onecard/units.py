@@ -21,7 +21,7 @@ import numpy as np
 
 from onecard.shards import MANIFEST, ShardError, ShardWriter, write_json
 from onecard.sources import DamagedError, read_texts
-from onecard.tokenizer import Tokenizer, load_tokenizer, pieces, replace_surrogates
+from onecard.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 
 STATE = ".prepare"  # the folder in a dataset with the plan, the records and the locks
 
@@ -108,7 +108,7 @@ def decode(value: bytes | str) -> tuple[str, bytes, int]:
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     """The tokens of each text, uint16 (n,): `<|endoftext|>` first, then the text's ordinary ids."""
-    parts = [pieces(text) for text in texts]
+    parts = [tokenizer.pieces(text) for text in texts]
     encoded = iter(tokenizer.encode_pieces([piece for part in parts for piece in part]))
     separator = np.array([tokenizer.eot], dtype=np.uint16)
     return [np.concatenate([separator, *(next(encoded) for _ in part)]) for part in parts]
@@ -127,8 +127,8 @@ def unit_record(folder: Path, number: int) -> Path:
 def work(connection: Connection, encoder: str, threads: int) -> None:
     """A worker process: takes jobs from the connection, sends (progress | done | failed | stop, content)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by fastokens
-    tokenizer = load_tokenizer(encoder)
+    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by fastokens and tokenizers
+    tokenizer = load_tokenizer(encoder=encoder)
 
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone; temporary files are removed
         while True:

@@ -28,7 +28,7 @@ def jobs_of(path, folder, shard_bytes=1e9, val_fraction=0.0):
 
 def prepare_file(path, folder, encoder="tiktoken", **options):
     """The records of all units of one file."""
-    tokenizer = load_tokenizer(encoder)
+    tokenizer = load_tokenizer(encoder=encoder)
     return [prepare_unit(job, tokenizer, lambda *counts: None) for job in jobs_of(path, folder, **options)]
 
 
