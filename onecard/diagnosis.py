@@ -1,9 +1,10 @@
-"""Finds what the numbers of a run show, as sentences with figures: is it still falling, overfitting, too noisy to tell?
+"""Finds what the numbers of a run show, as sentences with figures: does it fall, diverge, overfit, end as expected?
 
     for name, text in diagnose(run): print(name, text)
 
-A finding whose name is in PROBLEMS asks for a change; the others describe the run. report.py makes the Run and shows
-the findings. A sentence is made only where the numbers support it, beyond their noise.
+The first finding is the verdict. A finding whose name is in PROBLEMS asks for a change; the others describe the run.
+A sentence is made only where the numbers support it beyond their noise. A spike of a single step supports nothing: 10
+to 71 of them happen in each of eleven healthy public runs.
 """
 
 import math
@@ -16,12 +17,15 @@ import numpy as np
 import torch
 
 from onecard import forecast, plan
+from onecard.curve import Curve, change, critical, finite, medians, noise, risen
+from onecard.verdict import REMEDY, outlook, verdict
+
+PROBLEMS = {*REMEDY, "flat", "rate too high", "rate too low", "noisy val set", "val below train"}
+PROBLEMS |= {"scaler trouble", "waits for data"}
+FLAT = 0.004  # share of the loss: a decrease that is surely smaller than this, over a third of the steps, is flat
+
 
 Finding = namedtuple("Finding", "name text")
-PROBLEMS = {"flat", "too noisy to tell", "overfitting", "rate too high", "rate too low"}
-PROBLEMS |= {"noisy val set", "scaler trouble", "waits for data"}
-FLAT = 0.008  # share of the loss: a decrease that is surely smaller than this, over a third of the steps, is flat
-WIDENS = 0.02  # nats: the gap between val and train has to widen by at least this much
 
 
 @dataclass
@@ -47,13 +51,18 @@ class Run:
         return int(max([0, *self.evals["step"][-1:], *self.lines["step"][-1:]]))
 
     @property
-    def end(self) -> int:  # of the schedule
-        c = self.config
-        return min(c.max_iters, c.lr_decay_iters or c.max_iters) if c.decay_lr else c.max_iters
+    def end(self) -> int:
+        return self.config.max_iters
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.config) and self.step >= self.end
 
     @property
     def warm(self) -> float:  # evaluations before this step are left out
-        return max(2 * self.config.warmup_iters, 0.05 * self.config.max_iters) if self.config else 0.05 * self.step
+        if not self.config:
+            return 0.05 * self.step
+        return max(2 * self.config.warmup_iters if self.config.decay_lr else 0, 0.05 * min(self.step, self.end))
 
     @property
     def epochs(self) -> float | None:
@@ -70,225 +79,264 @@ class Run:
         dtype = getattr(torch, self.about.get("dtype", "bfloat16"))
         return plan.plan(c, self.rates, **facts, device=self.about.get("device", "cpu"), dtype=dtype, trace=False)
 
-    def forecast(self, split: str) -> tuple[dict | None, str | None]:
-        return forecast.forecast(self.evals["step"], self.evals[split], self.rates)
+    @cached_property
+    def val(self) -> Curve:
+        return finite(self.evals["step"], self.evals["val"])
+
+    @cached_property
+    def train(self) -> Curve:
+        """Of the evaluations; of the log lines where the evaluations have none, or only the loss of their step."""
+        lines = finite(self.lines["step"], self.lines.get("loss", np.full(len(self.lines["step"]), np.nan)))
+        evals = finite(self.evals["step"], self.evals["train"])
+        of_lines = set(zip(*lines, strict=True))
+        same = sum(point in of_lines for point in zip(*evals, strict=True))
+        return evals if len(evals.steps) > 2 * same and 2 * len(evals.steps) >= len(self.val.steps) else medians(lines)
+
+    @cached_property
+    def jump(self) -> tuple[int, int] | None:
+        """The steps between which the learning rate last rose by a fifth or more after it had fallen, else None."""
+        seen = finite(self.lines["step"], self.lines.get("lr", np.full(len(self.lines["step"]), np.nan)))
+        steps, rates = (np.arange(len(self.rates)), np.array(self.rates)) if self.rates else seen
+        rates = rates[steps <= self.step]
+        rises, fallen = np.diff(rates) > 0, np.maximum.accumulate(rates)[:-1] > 1.01 * rates[:-1]
+        for last in np.flatnonzero(rises & fallen)[-1:]:
+            first = np.flatnonzero(~rises[:last])[-1] + 1
+            if rates[last + 1] > 1.2 * rates[first]:
+                return int(steps[first]), int(steps[last + 1])
+        return None
+
+    @property
+    def start(self) -> float:  # of what shows the trend: after warm-up, and after a jump of the learning rate
+        return max(self.warm, self.jump[1] if self.jump else 0)
+
+    @cached_property
+    def broken(self) -> Finding | None:
+        return not_finite(self) or diverged(self)
+
+    def forecast(self, split: str, until: float = math.inf) -> tuple[dict | None, str | None]:
+        """The forecast (forecast.forecast) from the evaluations up to a step, or None and the reason."""
+        if self.broken and until == math.inf:
+            return None, "no forecast: the loss rises or is not finite"
+        curve = finite(self.evals["step"], self.evals[split])
+        seen = curve.steps <= until
+        return forecast.forecast(curve.steps[seen], curve.values[seen], self.rates)
 
 
 def diagnose(run: Run) -> list[Finding]:
-    """The findings, first how the loss moves."""
-    use = window(run)
-    if len(use) < 6:
-        return [Finding("too early", f"{len(use)} evaluations after warm-up; a trend needs at least 6."), *system(run)]
-    high, gap = rate_too_high(run, use), overfitting(run, use)
-    follows_law = not high and gap.name != "overfitting"
-    found = [trend(run, use), gap] if follows_law else [high or gap]
-    if run.config and follows_law:
-        found += [to_come(run), rate_too_low(run)]
-    if run.config:
-        found += [*limits(run), noisy_val(run, use), *(Finding("choice", text) for text in run.plan["warnings"])]
-    return [finding for finding in [*found, *system(run), not_logged(run)] if finding]
+    """The findings: the verdict, then problems, then what describes the run."""
+    found = [run.broken]
+    if not run.broken:
+        found = [rate_jumped(run), overfitting(run), rate_too_high(run), rate_too_low(run), *val_set(run), trend(run)]
+    found += [*(Finding(*pair) for pair in outlook(run)), *system(run)]
+    found += [Finding("choice", text) for text in (run.plan["warnings"] if run.config else [])]
+    findings = [finding for finding in [*found, not_logged(run)] if finding]
+    findings.sort(key=lambda finding: finding.name not in PROBLEMS)
+    problems = [finding.name for finding in findings if finding.name in PROBLEMS]
+    return [Finding("verdict", verdict(run, problems)), *findings]
 
 
-def window(run):
-    """Indices of the evaluations that show the trend: the last third of the steps, at least six, none of warm-up."""
-    steps = run.evals["step"]
-    use = np.flatnonzero(steps >= run.warm)
-    return use[-max(6, int(np.sum(steps >= run.step * 2 / 3))) :]
+def span(part):
+    return f"steps {part.steps[0]:,.0f} to {part.steps[-1]:,.0f}"
 
 
-def line_fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
-    """Fits a line to y (n,) -> its change from x[0] to x[-1], that change's standard error, scatter about the line."""
-    slope, level = np.polyfit(x - x.mean(), y, 1)
-    scatter = math.sqrt(np.sum((y - level - slope * (x - x.mean())) ** 2) / (len(x) - 2))
-    length = x[-1] - x[0]
-    return float(slope * length), scatter * length / math.sqrt(np.sum((x - x.mean()) ** 2)), scatter
+# ---- what ends or spoils a run
 
 
-def critical(df: int, z: float) -> float:
-    """Student's t with the tail probability of the normal quantile z (Cornish and Fisher's expansion)."""
-    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+def not_finite(run):
+    """A loss that is not finite in an evaluation, or in the last log lines; else None."""
+    evals = ("val", run.evals["step"], run.evals["val"]), ("train", run.evals["step"], run.evals["train"])
+    for what, steps, values in (*evals, ("train", run.lines["step"], run.lines.get("loss", np.array([])))):
+        logged, infinite = ~np.isnan(values), np.isinf(values)
+        lasting = infinite[logged][-3:].all() if logged.any() else False
+        if infinite.any() and (lasting or values is run.evals["val"]):
+            first, later = int(steps[infinite.argmax()]), int(np.sum(logged & (steps > steps[infinite.argmax()])))
+            text = f"The {what} loss is not finite (nan or inf) from step {first:,} on"
+            text += f", in {infinite.sum() - 1} of the {later} values after it" if later else ""
+            return Finding("not finite", f"{text}. First {REMEDY['not finite']}.")
+    skipped = [e["step"] for e in run.events if e.get("event") == "skipped" and (e.get("scale") or 0) < 1]
+    evaluated = [e["step"] for e in run.events if e.get("event") == "evaluation not finite"]
+    if evaluated or (skipped[-1:] >= [max(run.step, 1)] and len(skipped) > 2):
+        what = "evaluation" if evaluated else f"gradient of the last of {len(skipped)} skipped steps"
+        text = f"The {what} at step {[*skipped, *evaluated][-1]:,} is not finite."
+        return Finding("not finite", f"{text} First {REMEDY['not finite']}.")
+    return None
 
 
-def scatter_of(values):
-    """Standard deviation of the noise on a smooth curve, from its second differences."""
-    return math.sqrt(np.mean((values[:-2] - 2 * values[1:-1] + values[2:]) ** 2) / 6)
+def diverged(run):
+    """A loss far above its best, or train above its best after warm-up, and staying there; else None."""
+    for split, curve, least in (("train", run.train, 0.15), ("val", run.val, 0.15), ("train", run.train, 0.01)):
+        curve = curve if least > 0.1 else curve.since(run.start)
+        up = risen(curve, least)
+        of_train = risen(run.train.since(run.start), 0.005)
+        if not up or (split == "val" and len(run.train.steps) > 3 and not of_train):
+            continue  # val alone: that is overfitting
+        best, rise = up
+        name = "diverged" if least > 0.1 else "rising"
+        text = f"The {split} loss was lowest at step {curve.steps[best]:,.0f} ({curve.values[best]:.3f}). It is "
+        text += f"{rise:.3f} above that now and stays there. First {REMEDY[name]}."
+        return Finding(name, text)
+    return None
 
 
-def span(run, use):
-    return f"steps {run.evals['step'][use[0]]:,.0f} to {run.evals['step'][use[-1]]:,.0f}"
+def rate_jumped(run):
+    """The learning rate rose after it had fallen, as in a resume onto a longer schedule; what the loss did; or None."""
+    if not run.jump:
+        return None
+    first, last = run.jump
+    split, curve = ("val", run.val) if run.val.steps[-1:] > last else ("train", run.train)
+    before, after = curve.values[curve.steps <= first][-1:], curve.values[curve.steps >= last]
+    rates = (
+        np.array(run.rates)[[first, min(last, len(run.rates) - 1)]]
+        if run.rates
+        else np.interp(run.jump, *finite(run.lines["step"], run.lines["lr"]))
+    )
+    text = f"The learning rate rose from {rates[0]:.2g} to {rates[1]:.2g} at step {last:,}"
+    if not len(before) or not len(after):
+        return Finding("rate rose", f"{text}; the loss will rise with it at first.")
+    text += f", and {split} loss from {before[0]:.3f} to {after.max():.3f}. "
+    if after[-1] <= before[0] + 2 * noise(curve):
+        return Finding("rate rose", f"{text}It is {after[-1]:.3f} now: the rise is made good.")
+    text += f"It is {after[-1]:.3f} now, {after[-1] - before[0]:.3f} above that; it falls again as the rate does. Or "
+    return Finding("rate jumped", f"{text}{REMEDY['rate jumped']}.")
 
 
-def trend(run, use):
-    """Finished, falling, flat, or too noisy to tell; a fall has to exceed an error that occurs once in 400 runs."""
-    steps, t = run.evals["step"][use], critical(len(use) - 2, 2.8)
-    fits = {split: line_fit(steps, run.evals[split][use]) for split in ("val", "train")}
-    clear = [split for split, (change, error, _) in fits.items() if -change > t * error]
-    split = clear[0] if clear else "val"
-    change, error, scatter = fits[split]
-    length = steps[-1] - steps[0]
+def overfitting(run):
+    """Whether the gap between val and train widens, and whether val has turned up meanwhile; None without train loss.
+
+    Both losses rose: that is not overfitting. The gap of smoothed log lines is at their middle steps.
+    """
+    train, val = run.train.since(run.start), run.val.since(run.start)
+    if len(val.steps) < 6:
+        return None
+    train = Curve(*(values[train.steps <= val.steps[-1]] for values in train))
+    if len(train.steps) < 6:
+        return None
+    gap = Curve(train.steps, np.interp(train.steps, *val) - train.values)
+    part, scatter = gap.late(), noise(gap)
+    widened, error = change(part, scatter)
+    read = f", in {run.epochs:.2f} epochs" if run.epochs else ""
+    text = f"The gap between val and train changed by {widened:+.4f} +- {error:.4f} ({span(part)}{read})"
+    if up := risen(val, 0.005):
+        best, rise = up
+        learned = float(np.interp(val.steps[best], *train) - np.median(train.values[-3:]))
+        if learned > max(3 * noise(train), 0.3 * rise):
+            text = (
+                f"Val loss was lowest at step {val.steps[best]:,.0f} ({val.values[best]:.3f}) and is {rise:.3f} above "
+            )
+            text += f"that now, while train loss fell by {learned:.3f}{read}."
+            if run.epochs and run.epochs <= 1:
+                return Finding("val rises", f"{text} No text was read twice: is val of other text than train?")
+            return Finding("overfitting", f"{text} To lower it, {REMEDY['overfitting']}.")
+    if widened > max(critical(len(part.steps), 4.0), 5) * error:
+        still = "val still improves" if change(val.late(), 0)[0] < 0 else "val no longer improves"
+        return Finding("gap widens", f"{text}; {still}. Overfitting begins where val rises.")
+    side = "above" if part.values[-1] > 0 else "below"
+    text += f". Val is {abs(np.median(part.values)):.3f} {side} train. A constant gap is not overfitting."
+    return Finding("no overfitting", text)
+
+
+def trend(run):
+    """How much the loss falls in the last third of the steps: val, or train where val is missing or unclear."""
+    curves = [(name, curve.since(run.start)) for name, curve in (("val", run.val), ("train", run.train))]
+    curves = [(name, curve) for name, curve in curves if len(curve.steps) >= 6]
+    if not curves:
+        text = f"{len(run.val.since(run.start).steps)} evaluations after warm-up; a trend needs at least 6."
+        return None if run.finished else Finding("too early", text)
+    tried = []
+    for name, curve in curves:
+        part, scatter = curve.late(), noise(curve)
+        moved, error = change(part, scatter)
+        half = Curve(*(values[len(part.steps) // 2 :] for values in part))
+        clear = -moved > critical(len(part.steps), 2.8) * error and change(half, 0)[0] < 0
+        tried.append((not clear, name, part, moved, error, scatter))
+    unclear, name, part, moved, error, scatter = min(tried, key=lambda t: t[0])
+    length = part.steps[-1] - part.steps[0]
     unit = min(1000, 10 ** int(math.log10(length)))  # steps
-    fall = f"{-change * unit / length:.4f} +- {error * unit / length:.4f} per {unit:,.0f} steps ({span(run, use)})"
-    if run.config and run.step >= run.end:
-        return Finding("finished", f"The schedule has ended. In its last part {split} loss fell by {fall}.")
-    if clear:
-        aside = "" if split == "val" else " Val loss is too noisy to tell."
-        return Finding("falling", f"No plateau: {split} loss still falls by {fall}.{aside}")
-    width = critical(len(use) - 2, 2.0) * error
-    if max(width, width - change) < FLAT * run.evals["val"][-1]:
-        return Finding("flat", f"Val loss is flat: it falls by {fall}, by at most {width - change:.4f} in total.")
-    text = f"Val loss falls by {fall}. Evaluations vary by {scatter:.3f}, so a fall of less than {t * error:.3f} in "
-    return Finding("too noisy to tell", f"{text}these steps cannot be seen: evaluate on more tokens.")
+    text = f"{-moved * unit / length:.4f} +- {error * unit / length:.4f} per {unit:,} steps ({span(part)})."
+    if not unclear:
+        text = f"{name} loss fell by {text}" if run.finished else f"No plateau: {name} loss still falls by {text}"
+        return Finding("finished" if run.finished else "falling", text)
+    if run.finished:
+        return Finding(
+            "finished", f"In the last part {name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})."
+        )
+    most = max(-moved, 0) + critical(len(part.steps), 2.0) * error
+    if most < FLAT * part.values[-1]:
+        share = run.rates[min(run.step, len(run.rates) - 1)] / max(run.rates) if run.rates else None
+        text = f"{name} loss falls by at most {most:.4f} in {span(part)}."
+        if share is None or share < 0.1:
+            return Finding("settled", text)
+        text += f" The learning rate is {share:.2f} of its peak: let it decay, or use a larger network."
+        return Finding("flat", text)
+    text = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)}). Evaluations vary by {scatter:.4f}: "
+    return Finding("too noisy to tell", f"{text}evaluate on more tokens, or wait for more evaluations.")
 
 
-def overfitting(run, use):
-    """Overfitting: the gap widens beyond noise, and val gains less than half of what train gains."""
-    steps, train, val = (run.evals[name][use] for name in ("step", "train", "val"))
-    change, error, _ = line_fit(steps, val - train)
-    train_change, val_change = line_fit(steps, train)[0], line_fit(steps, val)[0]
-    text = f"The gap between val and train changed by {change:+.4f} +- {error:.4f} ({span(run, use)})"
-    if change < max(critical(len(use) - 2, 3.5) * error, WIDENS):
-        gap = f"{abs(val[-1] - train[-1]):.3f} {'above' if val[-1] > train[-1] else 'below'} train"
-        text += f", no more than noise. Val is {gap}. A constant gap is not overfitting."
-        return Finding("no overfitting", text)
-    text += f": train by {train_change:+.3f}, val by {val_change:+.3f}"
-    text += f", in {run.epochs:.2f} epochs" if run.epochs else ""
-    if run.epochs and run.epochs <= 1:
-        return Finding("no overfitting", f"{text}. No text was read twice.")
-    if -val_change > -0.5 * train_change:
-        return Finding("no overfitting", f"{text}. Both improve.")
-    best = int(np.argmin(run.evals["val"]))
-    text += f". Val loss was lowest at step {run.evals['step'][best]:,.0f} ({run.evals['val'][best]:.4f})."
-    return Finding("overfitting", f"{text} Add text, train for fewer steps, or use dropout.")
-
-
-def spikes(run):
-    """The steps after warm-up at which the loss jumped."""
-    steps = [event["step"] for event in run.events if event.get("event") == "spike"]
-    if run.micro and len(run.lines["step"]) > 20:
-        loss = run.lines["loss"]
-        above = loss - [np.median(loss[max(0, i - 5) : i + 6]) for i in range(len(loss))]
-        steps = run.lines["step"][above > 8 * 1.4826 * np.median(np.abs(above))].tolist()
-    return [step for step in steps if step > run.warm]
-
-
-def rate_too_high(run, use):
-    """The loss jumps repeatedly, or rises in both splits, or fell only while the learning rate did; else None."""
-    jumps, val, text = spikes(run), run.evals["val"], ""
-    rises = [line_fit(run.evals["step"][use], run.evals[split][use]) for split in ("train", "val")]
-    if len(jumps) >= 3:
-        text = f"The loss jumped {len(jumps)} times after warm-up (first at step {jumps[0]:,.0f})."
-    elif all(rise > max(critical(len(use) - 2, 3.5) * error, 0.01 * val[-1]) for rise, error, _ in rises):
-        text = f"Both losses rise: train by {rises[0][0]:.3f}, val by {rises[1][0]:.3f} ({span(run, use)})."
-    elif run.config and run.config.decay_lr:
-        text = fell_only_with_the_rate(run)
-    advice = "Try a third of the learning rate, or a longer warm-up."
-    return Finding("rate too high", f"{text}{clipping(run)} {advice}") if text else None
-
-
-def fell_only_with_the_rate(run):
-    """A sentence if val loss fell by far more while the learning rate fell than while it was high; else ""."""
-    steps, val = run.evals["step"], run.evals["val"]
-    share = np.array(run.rates)[np.minimum(steps, len(run.rates) - 1).astype(int)] / max(run.rates)
-    late = steps >= max(run.warm, 0.1 * run.end)  # before this, every loss falls fast
-    high, low = np.flatnonzero(late & (share > 0.7)), np.flatnonzero(late & (share < 0.5))
-    if len(high) < 4 or len(low) < 3:
-        return ""
-    while_high = val[high[:2]].mean() - val[high[-2:]].mean()
-    while_falling = val[high[-2:]].mean() - val[low[-2:]].mean()
-    if while_falling <= max(5 * scatter_of(val[high[0] :]), 0.02 * val[-1]) or while_high >= 0.7 * while_falling:
-        return ""
-    return f"Val loss fell by {while_high:.3f} while the learning rate was high, by {while_falling:.3f} when it fell."
-
-
-def clipping(run):
-    """A sentence about the gradient norm, after a space; "" if there are few values."""
-    norms = run.lines.get("grad_norm", np.full(len(run.lines["step"]), np.nan))
-    norms = norms[np.isfinite(norms) & (run.lines["step"] > run.warm)]
-    if len(norms) < 10 or not run.config:
-        return ""
-    third, clip = len(norms) // 3, run.config.grad_clip
-    clipped = f"; it was clipped in {np.mean(norms > clip):.0%} of the log lines" if clip else ""
-    return f" The gradient norm was {np.median(norms[:third]):.2f}, lately {np.median(norms[-third:]):.2f}{clipped}."
+def rate_too_high(run):
+    """Spikes that reach the evaluations: val and train far above both neighbours, three times or more; else None."""
+    val, train = run.val.since(run.start), run.train.since(run.start)
+    if len(val.steps) < 10 or not np.array_equal(val.steps, train.steps):
+        return None
+    high = np.ones(len(val.steps) - 2, dtype=bool)
+    for curve in (val, train):
+        y = curve.values
+        high &= y[1:-1] - np.maximum(y[:-2], y[2:]) > np.maximum(6 * noise(curve), 0.01 * y[1:-1])
+    if high.sum() < 3:
+        return None
+    steps = ", ".join(f"{step:,.0f}" for step in val.steps[1:-1][high][:5])
+    text = f"{high.sum()} spikes reached the evaluations of both splits (steps {steps})."
+    return Finding("rate too high", f"{text} Try half of the learning rate, or a longer warm-up.")
 
 
 def rate_too_low(run):
-    """The peak is at most a fifth of the usual one, and its decay brought nothing: there was no noise to anneal."""
+    """AdamW's peak is a fifth of the usual or less, and the loss gained no speed as the rate fell; else None.
+
+    Where a rate is high enough, its decay takes noise out of the weights: the loss falls faster for each unit of the
+    summed rate than before.
+    """
     c = run.config
-    usual = 0.003239 - 0.0001395 * math.log(run.plan["parameters"]["blocks"])  # Kaplan et al. 2020, eq. D.1, for Adam
-    if not c.decay_lr or c.optimizer != "adamw" or c.learning_rate > usual / 5 or spikes(run):
+    if not c or not c.decay_lr or c.optimizer != "adamw" or c.from_pretrained or run.jump:
         return None
-    fit, _ = run.forecast("val")
-    if not fit or run.step < 0.6 * run.end or fit["b"][2] > 0.005 * fit["loss"]:
+    usual, share = plan.usual_rate(run.plan["parameters"]["blocks"]), np.array(run.rates) / max(run.rates)
+    val, summed = run.val.since(run.start), np.append(0.0, np.cumsum(share))
+    share = share[np.minimum(val.steps.astype(int), len(share) - 1)]
+    high, low = (Curve(summed[val.steps[part].astype(int)], val.values[part]) for part in (share > 0.5, share <= 0.5))
+    if c.learning_rate > usual / 5 or min(len(high.steps), len(low.steps)) < 6:
         return None
-    text = f"The peak learning rate is {c.learning_rate / usual:.2g} of the usual one ({usual:.1e}, Kaplan et al. 2020)"
-    return Finding("rate too low", f"{text}. Its decay has brought nothing.{clipping(run)} Try three times the rate.")
-
-
-def to_come(run):
-    """The decay that is left, the forecast of the end, and what other lengths would give by the same law."""
-    if run.step >= run.end:
+    before = Curve(*(values[len(values) // 2 :] for values in high))
+    (early, _), (late, error) = (np.divide(change(part, noise(val)), np.ptp(part.steps)) for part in (before, low))
+    if late < early - 2 * error:
         return None
-    rates, step = run.rates, run.step
-    now, end = rates[step] / max(rates), rates[-1] / max(rates)
-    text = f"The learning rate is {now:.2f} of its peak and will be {end:.2f}. "
-    val, reason = run.forecast("val")
-    if not val:
-        return Finding("forecast", f"{text}There is {reason}.")
-    train, _ = run.forecast("train")
-    text += f"By the law of annealing, val ends at {val['loss']:.3f} +- {val['band']:.3f} (step {val['end']:,}), "
-    text += f"{val['now'] - val['loss']:.3f} below now, and train at {train['loss']:.3f} +- {train['band']:.3f}. "
-    decay = np.linspace(rates[step], min(rates), max(2, step // 10)).tolist()
-    others = {f"a decay over {len(decay):,} steps from now on": rates[:step] + decay}
-    others |= {f"a run of {name} the steps": forecast.stretch(rates, n) for name, n in (("twice", 2), ("half", 0.5))}
-    ends = []
-    for other, schedule in others.items():
-        loss = forecast.follow(val, schedule)[-1]
-        error = 2 * math.hypot(val["fit_error"], forecast.TO_COME * (val["now"] - loss))
-        ends.append(f"{other} ends at {loss:.2f} +- {error:.2f}")
-    return Finding("forecast", f"{text}By the same law, {', '.join(ends)}.")
+    text = (
+        f"The peak of the learning rate is {c.learning_rate / usual:.2g} of the usual {usual:.1e} (Kaplan et al. 2020)"
+    )
+    return Finding("rate too low", f"{text}, and its decay brought nothing. Try three times the rate.")
 
 
-def limits(run):
-    """The expected loss, and whether more parameters or more tokens would lower it more, by the scaling law."""
-    epochs, expected, n, d = run.plan["epochs"], run.plan["loss"], run.plan["parameters"]["total"], run.plan["tokens"]
-    if (epochs or 0) > 4:
-        text = f"The run reads the data {epochs:.1f} times. Beyond 4 passes repeats help little: add text"
-        return [Finding("limited by data", f"{text} (Muennighoff et al. 2023).")]
-    if expected is None:
-        return [Finding("no expectation", f"No loss to expect: {run.plan['no_loss']}.")]
-    size, data = plan.law(n, d) - plan.law(2 * n, d), plan.law(n, d) - plan.law(n, 2 * d)
-    ratio = size / data
-    name = "limited by size" if ratio > 1.5 else "limited by tokens" if ratio < 1 / 1.5 else "balanced"
-    text = f"Loss would fall by {size:.2f} with twice the {n / 1e6:.0f}M parameters, {data:.2f} with twice the tokens."
-    law = f"Val loss at the end should be {expected:.2f} +- {plan.BAND} on FineWeb (law of Hoffmann et al. 2022)."
-    return [Finding("expected", law), Finding(name, text)]
-
-
-def noisy_val(run, use):
-    """Val loss has a large standard error, or varies more than its number of tokens explains; else None."""
-    if run.groups and len(run.groups[-1]) >= 16:
-        error = float(np.std(run.groups[-1], ddof=1) / math.sqrt(len(run.groups[-1])))
-        text = f"The val loss of {run.evals['val'][-1]:.3f} has a standard error of {error:.3f}: "
-        return Finding("noisy val set", f"{text}evaluate on more tokens.") if error > 0.02 else None
-    later = run.lines["step"] >= max(run.warm, 0.1 * run.step)
-    if not run.micro or not run.config.eval_iters or later.sum() < 20:
-        return None
-    one, batches = scatter_of(run.lines["loss"][later]), run.config.eval_iters
-    fair, scatter = one / math.sqrt(batches), {}
-    for split in ("train", "val"):
-        fit, df = run.forecast(split)[0], len(use) - 2
-        scatter[split] = line_fit(run.evals["step"][use], run.evals[split][use])[2]
-        if fit:
-            scatter[split], df = fit["scatter"], int(np.sum(run.evals["step"] >= fit["first_step"])) - 4
-    limit = (1 - 2 / (9 * df) + 3 * math.sqrt(2 / (9 * df))) ** 1.5  # of chi / sqrt(df), Wilson and Hilferty 1931
-    if scatter["val"] < fair * max(1.3, limit):
-        return None
-    gap = (run.evals["val"] - run.evals["train"])[use]
-    text = f"One batch varies by {one:.3f}, so an evaluation on {batches} batches should vary by {fair:.4f}; "
-    text += f"train varies by {scatter['train']:.4f}, val by {scatter['val']:.4f}. "
-    if gap.mean() < -5 * gap.std() / math.sqrt(len(use)):
-        text += f"Val is {-gap.mean():.3f} below train. "
-    return Finding("noisy val set", f"{text}Check the val set: it is small, or not a fair sample.")
+def val_set(run):
+    """Val scatters more than its number of tokens allows and than train does, or lies far below train."""
+    val, train = run.val.since(run.start), run.train.since(run.start)
+    if run.groups and len(run.groups[-1]) >= 8:
+        fair = float(np.std(run.groups[-1], ddof=1) / math.sqrt(len(run.groups[-1])))
+        if fair > 0.02:
+            text = f"The last val loss has a standard error of {fair:.3f}: evaluate on more tokens to compare runs."
+            yield Finding("val error", text)
+    elif run.micro and run.config and run.config.eval_iters:
+        fair = run.plan["eval_error"]
+    else:
+        return
+    if len(val.steps) < 12 or not np.array_equal(val.steps, train.steps):
+        return
+    scatter, of_train = noise(val), noise(train)
+    if scatter > 2 * fair and scatter > math.exp(3 * math.sqrt(2 / len(val.steps))) * of_train:
+        text = f"Val loss varies by {scatter:.4f} between evaluations, train loss by {of_train:.4f}; "
+        yield Finding("noisy val set", f"{text}the number of tokens allows {fair:.4f}. Check the val set: is it small?")
+    gap = (val.values - train.values)[-len(val.late().steps) :]
+    error = max(float(gap.std()) / math.sqrt(len(gap)), 1.4 * fair if run.groups else 0.0)
+    if gap.max() < 0 and -gap.mean() > max(5 * error, 0.03):
+        text = f"Val is {-gap.mean():.3f} +- {error:.3f} below train, in all of the last {len(gap)} evaluations. The "
+        text += "val set is small, or its text is easier than the train text: check it before you compare val losses."
+        yield Finding("val below train", text)
 
 
 def system(run):
@@ -310,6 +358,8 @@ def not_logged(run):
     """What a report could use but these numbers do not have."""
     lacks = {
         "learning rates and sizes (--run_config gives them, and a forecast)": not run.config,
+        "val loss, so overfitting cannot be seen": not len(run.val.steps),
+        "train loss": not len(run.train.steps),
         "gradient norm": "grad_norm" not in run.lines,
         "data-loading time": "data_share" not in run.lines,
         "standard error of an evaluation": not run.groups and not run.micro,

@@ -1,0 +1,85 @@
+"""A noisy curve: how much it scatters, how it changes, whether it has risen above its best. For diagnosis.py.
+
+val = finite(steps, losses)
+fall, error = change(val.late(), noise(val))
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+BINS = 60  # parts of the log lines; the median loss of each is a point of a curve
+
+
+class Curve(NamedTuple):
+    """A loss over steps, finite numbers only."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def since(self, step: float) -> "Curve":
+        return Curve(self.steps[self.steps >= step], self.values[self.steps >= step])
+
+    def late(self) -> "Curve":
+        """The last third of the steps, at least six points."""
+        count = max(6, int(np.sum(self.steps >= self.steps[-1] * 2 / 3))) if len(self.steps) else 0
+        return Curve(self.steps[-count:], self.values[-count:])
+
+
+def finite(steps: np.ndarray, values: np.ndarray) -> Curve:
+    return Curve(steps[np.isfinite(values)], values[np.isfinite(values)])
+
+
+def medians(lines: Curve) -> Curve:
+    """The median of each of up to BINS parts, at its mean step; a part has at least eight points."""
+    count = min(BINS, len(lines.steps) // 8)
+    parts = np.array_split(np.arange(len(lines.steps)), count) if count else []
+    steps = np.array([lines.steps[part].mean() for part in parts])
+    return Curve(steps, np.array([np.median(lines.values[part]) for part in parts]))
+
+
+def noise(curve: Curve) -> float:
+    """Standard deviation of the noise on a smooth curve, from second differences in its later half; inf: unknown.
+
+    The largest of those of points 1, 2 and 4 apart, because slow fluctuations do not show in neighbours; over the
+    logarithm of the steps, where a loss is least curved. Outliers count as four robust deviations.
+    """
+    count = max(10, (len(curve.steps) + 1) // 2)
+    x, y, found = np.log(curve.steps[-count:] + 1), curve.values[-count:], []
+    for lag in (1, 2, 4):
+        if len(y) < 2 * lag + 3:
+            break
+        share = (x[lag:-lag] - x[: -2 * lag]) / (x[2 * lag :] - x[: -2 * lag])
+        away = np.abs(y[lag:-lag] - (1 - share) * y[: -2 * lag] - share * y[2 * lag :])
+        away /= np.sqrt(1 + share**2 + (1 - share) ** 2)
+        found.append(math.sqrt(np.mean(np.minimum(away, 4 * 1.4826 * np.median(away) or math.inf) ** 2)))
+    return max(found) + 1e-6 if found else math.inf
+
+
+def change(part: Curve, scatter: float) -> tuple[float, float]:
+    """The change from the first to the last step of the line through a part, and its standard error."""
+    x = part.steps - part.steps.mean()
+    length = x[-1] - x[0]
+    return float(x @ part.values / (x @ x) * length), float(scatter * length / math.sqrt(x @ x))
+
+
+def critical(df: float, z: float) -> float:
+    """Student's t with the tail probability of the normal quantile z (Cornish and Fisher's expansion)."""
+    return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+
+
+def risen(curve: Curve, least: float) -> tuple[int, float] | None:
+    """(index of the best, rise) of a curve that stays above its best by 5 deviations and by a share `least`; or None.
+
+    "Stays" means the last three points, or the last tenth of them. A best of one point only is no best: the curve is
+    smoothed by medians of three.
+    """
+    y, n = curve.values, len(curve.values)
+    if n < 5:
+        return None
+    smooth = np.array([np.median(y[max(0, i - 1) : i + 2]) for i in range(n)])
+    best, tail = int(smooth[:-1].argmin()), y[-max(3, n // 10) :]
+    scatter = noise(Curve(curve.steps[: best + 1], y[: best + 1]) if best >= 12 else curve)
+    limit = max(5 * scatter, least * smooth[best])
+    return (best, float(np.median(tail) - smooth[best])) if tail.min() > smooth[best] + limit else None
