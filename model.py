@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from onecard import UserError
 
-GPT2_IDS = 50257  # ids of GPT-2's tokenizer; embedding rows past them are padding and never sampled
+GPT2_IDS = 50257  # ids of GPT-2's tokenizer
 IGNORE = -100  # a target with this value does not count, as in torch's cross entropy
 ROPE_THETA = 10_000.0  # base of the rotary frequencies; enough for contexts of a few thousand tokens
 NORM_EPS = 1e-6  # epsilon of RMSNorm, as in Qwen3
@@ -248,6 +248,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.n_ids = min(config.vocab_size, GPT2_IDS)  # the tokenizer's ids; rows past them are padding, never sampled
         self.activation_checkpointing = False  # True: keep only the input of each block, compute the rest again
         self.plan_for: str | None = None  # a device type: plan.py traces a step as that device would run it
         gpt2 = config.arch == "gpt2"
@@ -337,8 +338,8 @@ class GPT(nn.Module):
         return angles.cos(), angles.sin()
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., C) -> logits (..., V) of the tokenizer's ids, in float32 or wider; padding rows are left out."""
-        logits = self.lm_head(x)[..., :GPT2_IDS]
+        """x (..., C) -> logits (..., n_ids) of the tokenizer's ids, in float32 or wider, without padding rows."""
+        logits = self.lm_head(x)[..., : self.n_ids]
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, reduction: str = "mean") -> torch.Tensor:

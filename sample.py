@@ -1,16 +1,16 @@
 """Generates text with a trained model and prints it as it is made; or measures the loss of a text.
 
-    python sample.py --out_dir=out/quickstart
-    python sample.py --out_dir=out/fineweb_4070 --start="The card" --num_samples=3 --temperature=0.7
-    python sample.py --out_dir=out/fineweb_4070 --start=FILE:prompt.txt          # --start=- reads standard input
-    python sample.py --out_dir=out/fineweb_4070 --prompts=prompts.txt --json     # one prompt per line, in batches
-    python sample.py --out_dir=out/fineweb_4070 --score=text.txt
+    python sample.py out/quickstart                                    # or --out_dir=out/quickstart
+    python sample.py out/fineweb_4070 --start="The card" --num_samples=3 --temperature=0.7
+    python sample.py out/fineweb_4070 --start=FILE:prompt.txt          # --start=- reads standard input
+    python sample.py out/fineweb_4070 --prompts=prompts.txt --json     # one prompt per line, in batches
+    python sample.py out/fineweb_4070 --score=text.txt
 
-Every text begins with <|endoftext|>, as every training document does, and ends where the model generates that token.
-Results go to standard output, everything else to standard error.
+Every text begins with the document separator, as every training document does, and ends where the model generates it.
+nanoGPT's characters have no separator: a text without a prompt begins after a line end. Results go to standard output,
+everything else to standard error.
 """
 
-import codecs
 import json
 import math
 import sys
@@ -21,16 +21,16 @@ from pathlib import Path
 
 from configurator import ConfigError, key, load_config, run_script
 from model import GPT
-from onecard import checkpoint
-from onecard.generation import score, stream
+from onecard import checkpoint, pretrained
+from onecard.generation import first_id, score, stream
 from onecard.runtime import pick_device, pick_dtype
-from onecard.tokenizer import Tokenizer, load_tokenizer
+from onecard.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     # files
-    out_dir: str = key("out", "folder that train.py wrote")
+    out_dir: str = key("out", "folder that train.py wrote; also as an argument without a key", inputs=True)
     checkpoint: str = key("latest", "which of its checkpoints", choices=("latest", "best"))
     # prompts
     start: str = key("", "prompt; FILE:name reads it from a file, - from standard input; empty: no prompt")
@@ -93,42 +93,39 @@ def read_prompts(config: SampleConfig) -> list[str]:
     return [config.start]
 
 
-def load(config: SampleConfig, tokenizer: Tokenizer) -> GPT:
-    """The model on its device. Its weights are cast once to the dtype that is computed in, not for every token."""
+def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
+    """The model on its device, and its tokenizer. The weights are cast once to the dtype that is computed in."""
     device = pick_device(config.device)
     dtype = "float32" if config.score and config.dtype == "auto" else config.dtype
     path = Path(config.out_dir) / (checkpoint.LATEST if config.checkpoint == "latest" else checkpoint.BEST)
-    model, saved = checkpoint.load_model(path)
-    if model.config.vocab_size < tokenizer.n_vocab:
-        raise ConfigError(
-            f"{path}: vocab_size={model.config.vocab_size} is less than GPT-2's {tokenizer.n_vocab} ids, so the model "
-            "was trained with another tokenizer; give the --out_dir of a model that was trained with GPT-2's"
-        )
-    log(f"step {saved['iter_num']:,}, best val loss {saved['best_val_loss']:.4f}")
-    return model.to(device, pick_dtype(dtype, device))
+    model, saved = pretrained.read(str(path))  # nanoGPT's ckpt.pt too
+    tokenizer = checkpoint.tokenizer_of(saved, path)
+    model.n_ids = tokenizer.n_vocab
+    log(f"step {saved['iter_num']:,}, best val loss {saved['best_val_loss']:.4f}, tokenizer {tokenizer.name}")
+    return model.to(device, pick_dtype(dtype, device)), tokenizer
 
 
 class Text:
     """A text that grows by one token at a time and is shown in whole characters."""
 
-    def __init__(self, prompt: str, seed: int, config: SampleConfig, tokenizer: Tokenizer):
-        self.prompt, self.seed, self.tokenizer = prompt, seed, tokenizer
+    def __init__(self, prompt: str, ids: list[int], seed: int, config: SampleConfig, tokenizer: Tokenizer):
+        self.prompt, self.ids, self.seed, self.eot = prompt, ids, seed, tokenizer.eot
         self.stop, self.max_tokens = config.stop, config.max_new_tokens
         self.text, self.tokens = "", 0
         self.end = ""  # why it ended: endoftext, stop or max_new_tokens
         self.shown = 0  # characters of prompt and text
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps the bytes of an incomplete character
+        self.decode = tokenizer.decoder(ids)  # keeps the bytes of an incomplete character
 
     def add(self, id: int) -> None:
         """Appends one token. Sets `end` if it is the last one."""
         self.tokens += 1
         if self.tokens == self.max_tokens:
             self.end = "max_new_tokens"
-        if id == self.tokenizer.eot:
+        if id == self.eot:
             self.end = "endoftext"
             return
         searched = max(0, len(self.text) - len(self.stop))
-        self.text += self.decoder.decode(self.tokenizer.decode_bytes([id]))
+        self.text += self.decode(id)
         found = self.text.find(self.stop, searched) if self.stop else -1
         if found >= 0:
             self.text, self.end = self.text[:found], "stop"
@@ -154,27 +151,33 @@ def write_texts(model: GPT, tokenizer: Tokenizer, prompts: list[str], config: Sa
     """Generates and prints the texts, batch_size at a time, in the order of the prompts."""
     n = config.num_samples or (1 if config.prompts else 3)
     prompts = [prompt for prompt in prompts for _ in range(n)]
-    rows = [[tokenizer.eot, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
     longest, block_size = max(map(len, rows)), model.config.block_size
     if longest > block_size:
         log(
             f"a prompt has {longest:,} tokens, more than block_size={block_size}: of a longer text the model reads "
             f"the last {block_size // 2} to {block_size}"
         )
-    texts = [Text(prompt, config.seed + i, config, tokenizer) for i, prompt in enumerate(prompts)]
+    texts = [Text(prompts[i], rows[i], config.seed + i, config, tokenizer) for i in range(len(rows))]
     began = time.perf_counter()
     for i in range(0, len(texts), config.batch_size):
         batch = slice(i, i + config.batch_size)
-        write_batch(model, rows[batch], texts[batch], config)
+        write_batch(model, texts[batch], config)
     seconds, tokens = time.perf_counter() - began, sum(text.tokens for text in texts)
     log(f"texts {len(texts)}, tokens {tokens:,}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
 
 
-def write_batch(model, rows, texts, config):
+def prompt_ids(prompt, tokenizer):
+    """The ids that the model reads first. Without a document separator a prompt stands alone, as in nanoGPT."""
+    ids = tokenizer.encode(prompt).tolist()
+    return ids if ids and tokenizer.eot is None else [first_id(tokenizer), *ids]
+
+
+def write_batch(model, texts, config):
     """Generates these texts together and prints them in order. The first that has not ended is printed as it grows."""
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
     seeds, ended = [text.seed for text in texts], set()
-    steps = stream(model, rows, config.max_new_tokens, seeds=seeds, ended=ended, **sampling)
+    steps = stream(model, [text.ids for text in texts], config.max_new_tokens, seeds=seeds, ended=ended, **sampling)
     for text in texts:
         while not text.end:
             if not config.json:
@@ -188,7 +191,8 @@ def write_batch(model, rows, texts, config):
 
 def write_score(model: GPT, tokenizer: Tokenizer, text: str, config: SampleConfig) -> None:
     """Prints the loss in nats per token, the perplexity, and bits per byte of UTF-8, comparable across vocabularies."""
-    losses = score(model, tokenizer.encode(text).astype("int64"), tokenizer.eot, config.stride, config.batch_size)
+    ids = tokenizer.encode(text).astype("int64")
+    losses = score(model, ids, first_id(tokenizer), config.stride, config.batch_size)
     loss, size = losses.mean().item(), len(text.encode())
     perplexity, bits = math.exp(min(loss, 700)), losses.sum().item() / math.log(2) / size
     if config.json:
@@ -201,14 +205,13 @@ def write_score(model: GPT, tokenizer: Tokenizer, text: str, config: SampleConfi
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(SampleConfig, argv)
-    tokenizer = load_tokenizer()
     if config.score:
         text = read_text("score", config.score)
-        write_score(load(config, tokenizer), tokenizer, text, config)
+        write_score(*load(config), text, config)
     else:
         prompts = read_prompts(config)
         sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
-        write_texts(load(config, tokenizer), tokenizer, prompts, config)
+        write_texts(*load(config), prompts, config)
 
 
 if __name__ == "__main__":

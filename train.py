@@ -24,12 +24,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
-from model import GPT, GPTConfig
-from onecard import checkpoint, forecast, generation, metrics, optim, plan, pretrained
+from model import GPT, GPT2_IDS, GPTConfig
+from onecard import cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
 from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
 from onecard.shards import ShardError, Windows
-from onecard.tokenizer import load_tokenizer
+from onecard.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # default tokens per split in an evaluation, as in llm.c and modded-nanogpt
 BAD_STEPS = 5  # this many bad steps in a row (see watch) end the run
@@ -75,7 +75,7 @@ class TrainConfig:
     n_layer: int = key(12, "layers", low=1)
     n_head: int = key(12, "attention heads per layer", low=1)
     n_embd: int = key(768, "width (channels)", low=1)
-    vocab_size: int = key(50304, "rows of the embedding: GPT-2's 50257 and padding", low=1)
+    vocab_size: int = key(0, "rows of the embedding; 0: the dataset's ids, rounded up to a multiple of 64", low=0)
     activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, slower by a third")
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
@@ -119,7 +119,8 @@ class TrainConfig:
         return self.eval_tokens or self.eval_iters * batch_size * self.block_size or EVAL_TOKENS
 
     def model_args(self) -> dict:
-        return {name: getattr(self, name) for name in GPTConfig.__dataclass_fields__}
+        args = {name: getattr(self, name) for name in GPTConfig.__dataclass_fields__}
+        return args | dict(vocab_size=self.vocab_size or GPTConfig.vocab_size)
 
     def problems(self) -> list[str]:
         """What does not fit together, one message each."""
@@ -143,8 +144,8 @@ class TrainConfig:
             )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
-        if self.gpu and not (self.plan_only and plan.card(self.gpu)):
-            found.append(f"gpu={self.gpu!r} needs --plan_only=True and one of these cards: {', '.join(plan.CARDS)}")
+        if self.gpu and not (self.plan_only and cards.card(self.gpu)):
+            found.append(f"gpu={self.gpu!r} needs --plan_only=True and one of these cards: {', '.join(cards.TABLE)}")
         if self.keep_every and (self.keep_every % self.eval_interval or not self.always_save_checkpoint):
             needs = f"a multiple of eval_interval={self.eval_interval}, with always_save_checkpoint=True"
             found.append(f"keep_every={self.keep_every} has to be {needs}")
@@ -201,6 +202,7 @@ class Run:
     stop: Stop
     train_windows: Windows
     val_windows: Windows
+    tokenizer: Tokenizer | None  # None: not known
     model: GPT
     compiled: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -222,8 +224,10 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     runtime = start_runtime(config)
     if config.from_pretrained:
         open_data(config)  # a mistake there shows before any weights are downloaded
-    config, model, saved, began_from = starting_point(config, runtime.print0)
+    tokenizer = data_tokenizer(config)
+    config, model, saved, began_from = starting_point(config, tokenizer, runtime.print0)
     train_windows, val_windows = open_data(config)
+    val_windows.text_bytes = metrics.text_bytes(val_windows, tokenizer)
     data = checkpoint.data_identity(train_windows, val_windows)
     progress = Progress(began_from=began_from)
     if saved:
@@ -236,13 +240,14 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
             runtime.print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e}{effect}")
     runtime.require_same(step=progress.step, **data)
     windows, facts = (train_windows, val_windows), runtime.plan_facts(config.out_dir)
-    planned = show_plan(config, facts, windows, began_from, runtime.print0)
+    planned = show_plan(config, facts, windows, tokenizer, began_from, runtime.print0)
     if runtime.rank == 0 and not config.eval_only:
         checkpoint.check_room(config.out_dir, planned["disk_need"], resumed=not checkpoint.is_new(config))
 
     torch.manual_seed(config.seed)
     model = model or GPT(GPTConfig(**config.model_args()))
     model.activation_checkpointing = config.activation_checkpointing
+    model.n_ids = tokenizer.n_vocab if tokenizer else model.n_ids
     model.to(runtime.device)
     optimizers = optim.configure_optimizers(model, config, runtime.device.type)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -259,6 +264,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         stop=stop,
         train_windows=train_windows,
         val_windows=val_windows,
+        tokenizer=tokenizer,
         model=model,
         compiled=compile_model(model, (batch_size, config.block_size), config.compile, runtime),
         optimizers=optimizers,
@@ -270,6 +276,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     if runtime.rank == 0 and not config.eval_only:
         start: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
         start |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
+        start["tokenizer"] = tokenizer and {k: v for k, v in tokenizer.state().items() if k != "content"}
         new = checkpoint.is_new(config)
         if new:
             checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
@@ -277,28 +284,42 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     return run
 
 
-def starting_point(config, print0):
+def starting_point(config, tokenizer, print0):
     """What the run starts from: (config, pretrained model or None, checkpoint or None, source of pretrained weights).
 
-    config takes over the network of pretrained weights, also where a run that began with them is resumed.
+    config takes over the network of pretrained weights, also where a run that began with them is resumed, and gets a
+    number for vocab_size=0.
     """
-    saved = checkpoint.find(config, print0)
+    saved, model, args = checkpoint.find(config, print0), None, None
     if config.from_pretrained:
-        model = pretrained.start(config.init_from, config.block_size, config.dropout)
-        return checkpoint.take_network(config, asdict(model.config), config.init_from), model, None, config.init_from
-    began_from = saved.get("began_from", "") if saved else ""
-    if began_from:
-        config = checkpoint.take_network(config, saved["model_args"], saved["path"])
-    return config, None, saved, began_from
+        model, about = pretrained.start(config.init_from, config.block_size, config.dropout)
+        args, source, began_from = asdict(model.config), config.init_from, config.init_from
+    elif saved:
+        about, args, source, began_from = saved, saved["model_args"], saved["path"], saved.get("began_from", "")
+    if args:
+        checkpoint.check_tokenizer(config, tokenizer, about, source)
+        if began_from:
+            config = checkpoint.take_network(config, args, source)
+    return checkpoint.take_vocabulary(config, tokenizer, args), model, saved, began_from if args else ""
+
+
+def data_tokenizer(config):
+    """The dataset's. Where it names none: GPT-2's, as in nanoGPT, or None if vocab_size is too small for GPT-2's."""
+    tokenizer = dataset_tokenizer(Path(config.data_dir) / config.dataset)
+    return tokenizer or (None if 0 < config.vocab_size < GPT2_IDS else load_tokenizer())
 
 
 def open_data(config):
-    folder = Path(config.data_dir) / config.dataset
-    return [Windows(folder, split, config.block_size, config.seed, config.vocab_size) for split in ("train", "val")]
+    folder, rows = Path(config.data_dir) / config.dataset, config.vocab_size or None
+    return [Windows(folder, split, config.block_size, config.seed, rows) for split in ("train", "val")]
 
 
-def show_plan(config, facts, windows, began_from, print0):
-    """Prints and returns the plan. facts: of the device, see Runtime.plan_facts; windows: train and val, if any."""
+def show_plan(config, facts, windows, tokenizer, began_from, print0):
+    """Prints the config and the plan, returns the plan. facts: of the device, see Runtime.plan_facts; windows: train
+    and val, if any."""
+    print0(describe(config))
+    if tokenizer:
+        print0(f"tokens  {tokenizer.name}: {tokenizer.n_vocab:,} ids, vocab_size={config.vocab_size}")
     config = replace(config, init_from=began_from or config.init_from)  # also where the run is resumed
     facts |= {f"{split.split}_tokens": split.tokens for split in windows}
     facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
@@ -311,13 +332,14 @@ def plan_only(config: TrainConfig) -> None:
     """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
     dtype = getattr(torch, config.dtype, torch.bfloat16)  # auto: bfloat16, which every card in the table has
     facts = dict(device=config.gpu, dtype=dtype) if config.gpu else start_runtime(config).plan_facts(config.out_dir)
-    config, _, _, began_from = starting_point(config, print)
+    tokenizer = data_tokenizer(config)
+    config, _, _, began_from = starting_point(config, tokenizer, print)
     try:
         windows = open_data(config)
     except ShardError as error:
         print(f"data    unknown: {error}")
         windows = ()
-    show_plan(config, facts, windows, began_from, print)
+    show_plan(config, facts, windows, tokenizer, began_from, print)
 
 
 # ---- evaluation and checkpoints
@@ -363,7 +385,8 @@ def evaluate(run: Run) -> bool:
     is_best = numbers["val_loss"] < progress.best_val_loss
     progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
     run.record("eval", **numbers, eval_seconds=run.eval_seconds)
-    print0(metrics.eval_line(progress.step, numbers, run.eval_seconds))
+    bits_first = run.tokenizer is not None and run.tokenizer.kind != "gpt2"
+    print0(metrics.eval_line(progress.step, numbers, run.eval_seconds, bits_first))
     progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
     if line := forecast.forecast_line(progress.evals, learning_rates(run.config)):
         print0(line)
@@ -384,6 +407,7 @@ def save(run: Run, names: list[str]) -> None:
     state |= dict(model=run.model.state_dict(), scaler=run.scaler.state_dict())
     state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
     state["data"] = checkpoint.data_identity(run.train_windows, run.val_windows)
+    state["tokenizer"] = run.tokenizer and run.tokenizer.state()
     run.writer.sync()
     checkpoint.save(run.config.out_dir, state, names, run.config.keep_every)
     run.save_seconds = time.monotonic() - began
@@ -479,9 +503,9 @@ def train(config: TrainConfig, stop: Stop) -> int:
             run.record("train", **numbers)
             runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
             progress.window = {}
-        if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer:
+        if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer and run.tokenizer:
             with runtime.autocast(), contextlib.suppress(generation.GenerationError):  # samples cannot end a run
-                texts = generation.sample_texts(model, load_tokenizer())
+                texts = generation.sample_texts(model, run.tokenizer)
                 run.record("samples", texts=texts)
                 runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
     if stop_reason:
@@ -529,8 +553,6 @@ def watch(run: Run, loss: float, finite: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(TrainConfig, argv)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(describe(config), flush=True)
     if config.plan_only:
         plan_only(config)
         return

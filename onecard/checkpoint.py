@@ -6,9 +6,9 @@
 A checkpoint is a torch file with the keys that nanoGPT users know (model, optimizer, model_args, iter_num,
 best_val_loss, config) and more; torch.load reads it. It ends in a trailer with its step and the SHA-256 of everything
 before it, because torch.load notices hardly any flipped bit. It holds only tensors and plain Python and is loaded with
-weights_only=True, so nothing in it can run. In out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before it,
-ckpt_best.pt the one with the best val loss, ckpt_step_*.pt those that keep_every asks for, ckpt_before_decay.pt the one
-at the start of a late decay (wsd).
+weights_only=True, so nothing in it can run. Its tokenizer is in it, so that sampling does not need the dataset. In
+out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before it, ckpt_best.pt the one with the best val loss,
+ckpt_step_*.pt those that keep_every asks for, ckpt_before_decay.pt the one at the start of a late decay (wsd).
 """
 
 import contextlib
@@ -18,14 +18,15 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from configurator import ConfigError, sources_of
-from model import GPT, GPTConfig
+from configurator import ConfigError, changed, sources_of
+from model import GPT, GPT2_IDS, GPTConfig
 from onecard import UserError, durable
+from onecard.tokenizer import Tokenizer, TokenizerError, from_state, load_tokenizer
 
 VERSION = 1
 LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
@@ -150,7 +151,35 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
     state = load(path)
     model = GPT(GPTConfig(**state["model_args"]))
     model.load_state_dict(state.pop("model"))
+    tokenizer = state.get("tokenizer") or {}
+    model.n_ids = tokenizer.get("n_vocab", model.n_ids)
     return model.eval(), state
+
+
+def tokenizer_of(saved: dict, path: str | Path) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with. saved: what it holds; the weights are not needed.
+
+    nanoGPT's checkpoints and older ones carry none: theirs is meta.pkl in the folder of their dataset, or else GPT-2's.
+    Raises CheckpointError if that is impossible, or if the tokenizer cannot be used.
+    """
+    config = saved.get("config") or {}
+    folders = [Path(path).absolute().parent.parent / "data", config.get("data_dir", "data")]  # nanoGPT's, ours
+    folders = [Path(path).parent, *(Path(folder) / config.get("dataset", "DATASET") for folder in folders)]
+    meta = next((file for folder in folders if (file := folder / "meta.pkl").exists()), folders[-1] / "meta.pkl")
+    try:
+        if saved.get("tokenizer"):
+            tokenizer = from_state(saved["tokenizer"])
+        else:
+            tokenizer = load_tokenizer(meta if meta.exists() else "gpt2")
+    except TokenizerError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    rows = saved.get("model_args", {}).get("vocab_size", tokenizer.n_vocab)
+    if tokenizer.n_vocab > rows:
+        raise CheckpointError(
+            f"{path}: vocab_size={rows} is less than the {tokenizer.n_vocab:,} ids of the tokenizer {tokenizer.name}, "
+            f"so it was trained with another one, which is not in the file: put its dataset's meta.pkl at {meta}"
+        )
+    return tokenizer
 
 
 # ---- the checkpoints of a run
@@ -292,7 +321,40 @@ def take_network(config, args: dict, source: str):
     if wrong:
         values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
         raise ConfigError(f"the weights of {source} have {values}: leave out {', '.join(wrong)}")
-    return replace(config, **{name: args[name] for name in NETWORK})
+    return changed(config, **{name: args[name] for name in NETWORK})
+
+
+def take_vocabulary(config, tokenizer: Tokenizer | None, args: dict | None):
+    """config with a number for vocab_size=0: that of the checkpoint whose network is `args`, else the tokenizer's.
+
+    tokenizer: the dataset's, None if it is not known. Raises ConfigError if it has more ids than vocab_size.
+    """
+    if not config.vocab_size:
+        ids = tokenizer.n_vocab if tokenizer else GPT2_IDS
+        rows = args["vocab_size"] if args else 64 * math.ceil(ids / 64)  # a multiple of 64 suits matrix units
+        config = changed(config, vocab_size=rows)
+    if tokenizer and tokenizer.n_vocab > config.vocab_size:
+        raise ConfigError(
+            f"vocab_size={config.vocab_size} is less than the {tokenizer.n_vocab:,} ids of the tokenizer "
+            f"{tokenizer.name} of dataset={config.dataset}: leave out vocab_size, or use another dataset"
+        )
+    return config
+
+
+def check_tokenizer(config, tokenizer: Tokenizer | None, about: dict, source: str) -> None:
+    """Raises ConfigError if the weights of `source` were trained with another tokenizer than the dataset's.
+
+    about: what is known of the weights, see `tokenizer_of`. tokenizer: the dataset's, None if it is not known.
+    """
+    if tokenizer is None:
+        return
+    theirs = tokenizer_of(about, source)
+    if theirs.sha256 != tokenizer.sha256:
+        names = [f"{t.name} ({t.n_vocab:,} ids, SHA-256 {t.sha256[:8]})" for t in (tokenizer, theirs)]
+        raise ConfigError(
+            f"dataset={config.dataset} has the tokenizer {names[0]}, {source} was trained with {names[1]}: the same "
+            "id means other text; use a dataset with that tokenizer, or start a new run with --init_from=scratch"
+        )
 
 
 def data_identity(train_windows, val_windows) -> dict:

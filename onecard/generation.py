@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from model import GPT, IGNORE, Cache
 from onecard import UserError
-from onecard.tokenizer import Tokenizer
+from onecard.tokenizer import Tokenizer, TokenizerError
 
 
 class GenerationError(UserError):
@@ -135,7 +135,7 @@ def stream(
     another text each time. use_cache=False: read the whole window at each step. sampling: see `logits_to_probs`.
     """
     if not all(map(len, prompts)):
-        raise GenerationError("a prompt without any token cannot be continued; begin it with <|endoftext|>")
+        raise GenerationError("a prompt without any token cannot be continued; begin it with the document separator")
     sequences = [list(prompt) for prompt in prompts]
     ended = set() if ended is None else ended
     seeds = [secrets.randbits(63) for _ in prompts] if seeds is None else seeds
@@ -167,15 +167,25 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
     return sequences
 
 
+def first_id(tokenizer: Tokenizer) -> int:
+    """The id before a text: the document separator. Characters have none: a line end, as in nanoGPT, or else id 0."""
+    if tokenizer.eot is not None:
+        return tokenizer.eot
+    try:
+        return int(tokenizer.encode("\n")[0])
+    except TokenizerError:
+        return 0
+
+
 def sample_texts(model: GPT, tokenizer: Tokenizer, n: int = 3, max_new_tokens: int = 100) -> list[str]:
     """n texts from the beginning of a document, with the same seeds every time; no effect on a training run."""
-    training, prompts, seeds = model.training, [[tokenizer.eot]] * n, range(1337, 1337 + n)
+    training, prompts, seeds = model.training, [[first_id(tokenizer)]] * n, range(1337, 1337 + n)
     model.eval()
     try:
         rows = generate(model, prompts, max_new_tokens, seeds=seeds, stop_id=tokenizer.eot, temperature=0.8, top_k=200)
     finally:
         model.train(training)
-    return [tokenizer.decode([id for id in row if id != tokenizer.eot]) for row in rows]
+    return [tokenizer.decode([id for id in row[1:] if id != tokenizer.eot]) for row in rows]
 
 
 @torch.no_grad()

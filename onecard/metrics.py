@@ -16,6 +16,8 @@ import numpy as np
 
 from onecard import UserError
 from onecard.durable import write_refused
+from onecard.shards import Windows, open_tokens
+from onecard.tokenizer import Tokenizer
 
 NAME = "metrics.jsonl"
 EVAL_GROUPS = 64
@@ -192,6 +194,15 @@ def log_line(step: int, max_iters: int, numbers: dict) -> str:
 # ---- numbers of an evaluation
 
 
+def text_bytes(windows: Windows, tokenizer: Tokenizer | None) -> int | None:
+    """Bytes of a split's text in UTF-8: the manifest's number, or counted in nanoGPT's characters; None if unknown."""
+    if windows.text_bytes is not None or tokenizer is None or tokenizer.kind != "chars":
+        return windows.text_bytes
+    lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)])
+    counts = [np.bincount(open_tokens(shard.path), minlength=2**16) for shard in windows.shards]
+    return int(np.sum(counts, axis=0)[: tokenizer.n_vocab] @ lengths)
+
+
 def eval_numbers(train: np.ndarray, val: np.ndarray, tokens: int, text_bytes: int | None) -> dict:
     """train, val (n,): mean loss of each window of a split, in nats per token; tokens, text_bytes: of the val split.
 
@@ -208,12 +219,18 @@ def eval_numbers(train: np.ndarray, val: np.ndarray, tokens: int, text_bytes: in
     return numbers | dict(val_groups=[round(float(group.mean()), 6) for group in groups])
 
 
-def eval_line(step: int, numbers: dict, seconds: float) -> str:
-    """One line for the terminal from the numbers of an "eval" line of the metrics."""
+def eval_line(step: int, numbers: dict, seconds: float, bits_first: bool = False) -> str:
+    """One line for the terminal from the numbers of an "eval" line of the metrics.
+
+    bits_first: bits per byte come first, because a loss per token of this tokenizer compares with few others.
+    """
     error = f" +- {numbers['val_error']:.4f}" if "val_error" in numbers else ""
-    per_byte = f", {numbers['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in numbers else ""
     losses = f"train loss {numbers['train_loss']:.4f}, val loss {numbers['val_loss']:.4f}{error}"
-    return f"step {step}: {losses}, perplexity {numbers['perplexity']:.2f}{per_byte} ({duration(seconds)})"
+    parts = [losses, f"perplexity {numbers['perplexity']:.2f}"]
+    if "bits_per_byte" in numbers:
+        bits = f"{numbers['bits_per_byte']:.4f} bits per byte"
+        parts = [f"val {bits}", *parts] if bits_first else [*parts, bits]
+    return f"step {step}: {', '.join(parts)} ({duration(seconds)})"
 
 
 def duration(seconds: float) -> str:

@@ -1,10 +1,10 @@
 """Weights of other programs in: Hugging Face folders (GPT-2, Qwen3), OpenAI's GPT-2 by name, nanoGPT's ckpt.pt.
 
-    model, about = read("FOLDER")                           # what convert.py reads
-    model = start("gpt2", block_size=1024, dropout=0.1)     # what train.py --init_from=gpt2 starts from
+    model, about = read("FOLDER")                               # what convert.py reads
+    model, about = start("gpt2", block_size=1024, dropout=0.1)  # what train.py --init_from=gpt2 starts from
 
-The one thing to know: a source is refused unless model.py computes exactly what its config describes. The names of the
-weights and tokens in other formats stand here once; convert.py writes with the same tables.
+The one thing to know: a source is refused unless model.py computes exactly what its config describes, and unless its
+tokenizer is known. The names of the weights in other formats stand here once; convert.py writes with the same tables.
 """
 
 import importlib
@@ -21,7 +21,7 @@ import torch
 
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
 from onecard import UserError, checkpoint
-from onecard.tokenizer import ENDOFTEXT, Tokenizer, load_tokenizer
+from onecard.tokenizer import LETTERS, Tokenizer, from_state, load_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, downloaded by transformers
 LAYER_NORM_EPS = 1e-5  # GPT-2's, and torch's default
@@ -65,8 +65,8 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
     """A run's folder, a Hugging Face folder, a ckpt.pt of onecard or nanoGPT, or a HUB_NAME -> (model, about).
 
     which: "latest" or "best", the checkpoint of a run's folder. The model is on the CPU in eval mode. about: all of a
-    onecard checkpoint but its weights; of other sources at most iter_num and best_val_loss.
-    Raises ConvertError and CheckpointError.
+    onecard checkpoint but its weights; of other sources "tokenizer" (a Tokenizer.state()) and at most iter_num and
+    best_val_loss. Raises ConvertError, CheckpointError and TokenizerError.
     """
     path = Path(source)
     if not path.exists() and source not in HUB_NAMES:
@@ -83,22 +83,23 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
         raise ConvertError(f"{path}: there is no such file, and no config.json in its folder; train first") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
-    return checkpoint.load_model(path)
+    model, about = checkpoint.load_model(path)
+    return model, about | dict(tokenizer=checkpoint.tokenizer_of(about, path).state())
 
 
-def start(source: str, block_size: int, dropout: float) -> GPT:
-    """The model that a finetuning run starts from, in training mode, with this context and dropout.
+def start(source: str, block_size: int, dropout: float) -> tuple[GPT, dict]:
+    """(the model that a finetuning run starts from, in training mode, with this context and dropout; see `read`).
 
     Learned positions from block_size on are cut off. Raises ConvertError if the source has fewer positions.
     """
-    model, _ = read(source)
+    model, about = read(source)
     args, weights = asdict(model.config), model.state_dict()
     if args["arch"] == "gpt2":
         if block_size > args["block_size"]:
             remedy = f"set block_size={args['block_size']} or less"
             raise ConvertError(f"block_size={block_size}: {source} has {args['block_size']} positions; {remedy}")
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
-    return build(args | dict(block_size=block_size, dropout=dropout), weights, source).train()
+    return build(args | dict(block_size=block_size, dropout=dropout), weights, source).train(), about
 
 
 def build(args, weights, source):
@@ -119,6 +120,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # without it a pickle can run any code
         args, weights = dict(saved["model_args"]), dict(saved["model"])
+        config = dict(dataset=dict(saved.get("config", {})).get("dataset", ""))
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
         what = "not a whole checkpoint of onecard, nor one of nanoGPT with only tensors and plain values"
         raise ConvertError(f"{path}: {what} ({type(error).__name__}): copy it again, or give another file") from None
@@ -131,6 +133,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
         raise ConvertError(f"{path}: model_args has {', '.join(sorted(unknown))}, unknown to nanoGPT and onecard")
     defaults = dict(bias="transformer.ln_f.bias" in weights, gelu="none")
     about = dict(iter_num=saved.get("iter_num", 0), best_val_loss=float(saved.get("best_val_loss", math.inf)))
+    about |= dict(config=config, tokenizer=checkpoint.tokenizer_of(dict(config=config, model_args=args), path).state())
     return build(defaults | args | saved.get("onecard", {}), weights, path), about
 
 
@@ -144,14 +147,14 @@ def read_hf(source: str) -> tuple[GPT, dict]:
     transformers.utils.logging.set_verbosity_error()  # its report of missing weights; the errors below name them
     config = call_transformers(source, transformers.AutoConfig.from_pretrained)
     args, own = network_of(config, source)
-    check_vocabulary(Path(source))
+    tokenizer = folder_tokenizer(Path(source), own)
     load_weights = transformers.AutoModelForCausalLM.from_pretrained
     model, found = call_transformers(source, load_weights, output_loading_info=True)
     bad = [*found["missing_keys"], *found["mismatched_keys"]]
     if bad:
         raise ConvertError(f"{source}: weights are missing or have the wrong shape, first {bad[0]}: copy it again")
     theirs = {name: weight.float() for name, weight in model.state_dict().items()}
-    return build(args, from_hf(theirs, args), source), own.get("about", {})
+    return build(args, from_hf(theirs, args), source), own.get("about", {}) | dict(tokenizer=tokenizer.state())
 
 
 def call_transformers(source: str, load: Callable, **options) -> Any:
@@ -248,27 +251,26 @@ def transposed(name: str, weight: torch.Tensor, arch: str) -> torch.Tensor:
 
 
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """{token: id} of all 50,257 tokens, spelled in GPT-2's alphabet: each of the 256 bytes is a visible letter."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {byte: chr(byte) for byte in visible}
-    for byte in range(256):
-        if byte not in visible:
-            letters[byte] = chr(256 + len(letters) - len(visible))
-    tokens = ["".join(letters[byte] for byte in tokenizer.decode_bytes([i])) for i in range(tokenizer.eot)]
-    return {token: i for i, token in enumerate(tokens)} | {ENDOFTEXT: tokenizer.eot}
+    """{token: id} of characters, of bytes or of GPT-2, the latter two in GPT-2's alphabet and without <|endoftext|>."""
+    if tokenizer.kind == "chars":
+        return {character: i for i, character in enumerate(json.loads(tokenizer.content or ""))}
+    return {"".join(map(LETTERS.get, token)): i for i, token in enumerate(tokenizer.token_bytes[: tokenizer.eot])}
 
 
-def check_vocabulary(folder: Path) -> None:
-    """Raises ConvertError if the folder has another tokenizer than GPT-2's: its ids would mean other text."""
-    expected = vocabulary(load_tokenizer())
-    del expected[ENDOFTEXT]  # it may be missing, or have another id
-    for path in (folder / "tokenizer.json", folder / "vocab.json"):
-        if not path.exists():
-            continue
+def folder_tokenizer(folder: Path, own: dict) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder: the one that the key "onecard" of its config names, GPT-2's (also where
+    there is no file), or any other tokenizer.json. Raises ConvertError and TokenizerError.
+    """
+    tokenizer = from_state(own.get("tokenizer"))
+    path = next((path for name in ("tokenizer.json", "vocab.json") if (path := folder / name).exists()), folder)
+    if path != folder:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            theirs = dict(content["model"]["vocab"] if path.name == "tokenizer.json" else content)
+            theirs = content["model"]["vocab"] if path.name == "tokenizer.json" else content
+            same = vocabulary(tokenizer).items() <= dict(theirs).items()
         except (ValueError, KeyError, TypeError) as error:
             raise ConvertError(f"{path}: has no readable vocabulary ({error!r}): copy the folder again") from None
-        if not expected.items() <= theirs.items():
-            raise ConvertError(f"{path}: not GPT-2's tokenizer, whose ids onecard uses; give a model with that one")
+        if not same and path.name == "vocab.json":
+            raise ConvertError(f"{path}: not GPT-2's tokenizer; others are read from a tokenizer.json: add that file")
+        tokenizer = tokenizer if same else load_tokenizer(str(path))
+    return tokenizer

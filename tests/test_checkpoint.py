@@ -207,7 +207,7 @@ def test_nothing_in_an_attackers_file_runs_in_loading_training_or_sampling(flags
         lambda: train.main(flags(init_from="auto")),
         lambda: sample.main([f"--out_dir={path.parent}", "--device=cpu"]),
     ):
-        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        with pytest.raises(UserError, match=re.escape(str(path))):
             action()
     assert not mark.exists()
     with contextlib.suppress(RuntimeError):

@@ -54,7 +54,7 @@ def test_a_gpt2_that_transformers_made_keeps_its_logits(activation, gelu, tmp_pa
 
 def test_a_finetuning_start_has_another_dropout_and_fewer_positions(gpt2):
     theirs, folder = gpt2
-    ours = pretrained.start(str(folder), block_size=32, dropout=0.25)
+    ours, _ = pretrained.start(str(folder), block_size=32, dropout=0.25)
     assert ours.training and ours.config.dropout == 0.25 and ours.config.block_size == 32
     assert ours.transformer.h[0].mlp.dropout.p == 0.25
     idx = text_ids(32)

@@ -11,6 +11,7 @@ from networks import save, tiny
 import sample
 from configurator import ConfigError
 from onecard import checkpoint
+from onecard.checkpoint import CheckpointError
 from onecard.generation import GenerationError, generate
 from onecard.tokenizer import load_tokenizer
 
@@ -26,7 +27,7 @@ def out_dir(tmp_path_factory):
 @pytest.fixture
 def run(out_dir, capsys, monkeypatch):
     """Runs sample.main with these keys and returns what it wrote to standard output and standard error."""
-    monkeypatch.setattr(sample, "load_tokenizer", lambda: TOKENIZER)
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda source: TOKENIZER)
 
     def run(*arguments, stdin=b"", **keys):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -98,7 +99,7 @@ def test_a_text_ends_before_stop_wherever_tokens_begin(run, script, stop):
 
 
 def test_a_possible_beginning_of_stop_is_shown_once_it_is_none():
-    text, shown = sample.Text("", 0, sample.SampleConfig(stop="<end>"), TOKENIZER), []
+    text, shown = sample.Text("", [], 0, sample.SampleConfig(stop="<end>"), TOKENIZER), []
     for token in ("a<", "en", "d", "<", "end", ">"):
         for id in ids(token, end=False):
             text.add(id)
@@ -183,7 +184,7 @@ def test_a_mistake_is_one_line(run, tmp_path, keys, message):
 
 
 def test_a_network_of_another_vocabulary_is_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match="vocab_size=96"):
+    with pytest.raises(CheckpointError, match="vocab_size=96"):
         run(out_dir=save(tiny(vocab_size=96), tmp_path / "other"))
 
 
