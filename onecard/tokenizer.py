@@ -14,6 +14,7 @@ import base64
 import codecs
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -77,9 +78,10 @@ class TokenizerError(UserError):
 
 
 def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> Tokenizer:
-    """source: gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl.
+    """source: gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl. Raises TokenizerError.
 
-    encoder, for gpt2 alone: tiktoken or fastokens. Raises TokenizerError.
+    encoder: fastokens encodes gpt2 and a tokenizer.json many times faster; check_parity compares its ids. With any
+    other value the library that defines the ids encodes: tiktoken, or tokenizers for a tokenizer.json.
     """
     if source == "gpt2":
         return GPT2Tokenizer(encoder)
@@ -95,7 +97,7 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
     name = full.parent.name if full.stem in ("tokenizer", "meta") else full.stem
     if path.suffix == ".pkl":
         return CharTokenizer(read_meta(content, path), name)
-    return open_json(content, path, name)
+    return open_json(content, path, name, encoder)
 
 
 def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken") -> Tokenizer:
@@ -104,18 +106,23 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken") -> Token
     Raises TokenizerError if its content is missing, or is not the one that its SHA-256 names.
     """
     state = state or {}
-    kind, name, content = state.get("kind", "gpt2"), state.get("name", "without a name"), state.get("content")
+    kind, name, content = state.get("kind", "gpt2"), str(state.get("name")), state.get("content")
+    sha256 = str(state.get("sha256"))
     if kind in ("gpt2", "bytes"):
         tokenizer = load_tokenizer(kind, encoder)
-        if state.get("sha256", tokenizer.sha256) != tokenizer.sha256:
-            raise TokenizerError(f"tokenizer {name}: not the vocabulary that onecard knows as {kind}")
+        if state and sha256 != tokenizer.sha256:
+            raise TokenizerError(f"tokenizer {name}: its SHA-256 {sha256[:12]}... is not that of {tokenizer.name}")
         return tokenizer
     if kind not in ("chars", "bpe"):
         raise TokenizerError(f"tokenizer {name}: kind={kind} is not known; use the version of onecard that wrote it")
-    if content is None or hashlib.sha256(content.encode()).hexdigest() != state["sha256"]:
-        what = "is missing" if content is None else "is damaged"
-        raise TokenizerError(f"tokenizer {name}: its content {what} (SHA-256 {state['sha256'][:12]}...); copy it again")
-    return CharTokenizer(json.loads(content), name) if kind == "chars" else JsonTokenizer(content, name, state["eot"])
+    if content is None:
+        remedy = "copy it from the folder of its dataset"
+        raise TokenizerError(f"tokenizer {name}: {FILE} with SHA-256 {sha256[:12]}... is missing; {remedy}")
+    if hashlib.sha256(content.encode()).hexdigest() != sha256:
+        raise TokenizerError(f"tokenizer {name}: damaged, its SHA-256 is not {sha256[:12]}...; copy it again")
+    if kind == "chars":
+        return CharTokenizer(json.loads(content), name)
+    return JsonTokenizer(content, name, state["eot"], encoder)
 
 
 def dataset_tokenizer(folder: str | Path) -> Tokenizer | None:
@@ -148,7 +155,7 @@ def dataset_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 
 class Tokenizer:
-    """Encodes and decodes. Each kind has `encode_pieces`, and `token_bytes` or its own `decode_bytes`.
+    """Encodes and decodes. Each kind has `encode_reference`, and `token_bytes` or its own `decode_bytes`.
 
     kind: gpt2, bytes, chars or bpe (any tokenizer.json). sha256: of what defines the vocabulary. eot: the id of the
     document separator, None for characters. content: for chars the JSON list of the characters, for bpe the text of
@@ -163,6 +170,7 @@ class Tokenizer:
     encoder: str
     content: str | None = None
     lossless = True
+    fast: Any = None  # fastokens' tokenizer of the same vocabulary
     token_bytes: list[bytes]  # of each id
 
     def state(self) -> dict[str, Any]:
@@ -179,7 +187,18 @@ class Tokenizer:
         return [text]
 
     def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        """[str] -> [uint16 (n,)], each text by itself. Longer texts than `pieces` gives are slow, or fail."""
+        """[str] -> [uint16 (n,)], each text by itself. Longer texts than `pieces` gives are slow, or fail.
+
+        fastokens and tokenizers use as many threads as the environment's RAYON_NUM_THREADS says.
+        """
+        if self.fast is None:
+            return self.encode_reference(texts)
+        flat, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
+        ids = np.frombuffer(flat, dtype="<u4").astype(np.uint16)
+        return np.split(ids, np.frombuffer(offsets, dtype="<u8").astype(np.int64)[1:-1])
+
+    def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
+        """encode_pieces by the library that defines the ids."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -208,7 +227,7 @@ class Tokenizer:
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's, read from data/gpt2.tiktoken. The ids are tiktoken's; fastokens gives the same several times faster."""
+    """GPT-2's, read from data/gpt2.tiktoken. The ids are tiktoken's."""
 
     kind, name, n_vocab, eot, sha256 = "gpt2", "gpt2", 50257, 50256, VOCABULARY_SHA256
 
@@ -224,7 +243,9 @@ class GPT2Tokenizer(Tokenizer):
         ranks = (line.split()[0] for line in content.splitlines())  # sorted by id
         self.token_bytes = [*map(base64.b64decode, ranks), ENDOFTEXT.encode()]
         self.encoder = encoder
-        self.fast = fast_encoding() if encoder == "fastokens" else None
+        if encoder == "fastokens":
+            fastokens = need("fastokens", "fast")
+            self.fast = fastokens.Tokenizer.from_tiktoken(str(VOCABULARY), pattern=FAST_PATTERN)
 
     @functools.cached_property
     def reference(self) -> tiktoken.Encoding:
@@ -236,13 +257,9 @@ class GPT2Tokenizer(Tokenizer):
     def pieces(self, text: str) -> list[str]:
         return pieces(text)
 
-    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        if self.fast is None:
-            encode = self.reference.encode_to_numpy
-            return [encode(text, disallowed_special=()).astype(np.uint16) for text in texts]
-        ids, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
-        ids = np.frombuffer(ids, dtype="<u4").astype(np.uint16)
-        return np.split(ids, np.frombuffer(offsets, dtype="<u8").astype(np.int64)[1:-1])
+    def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
+        encode = self.reference.encode_to_numpy
+        return [encode(text, disallowed_special=()).astype(np.uint16) for text in texts]
 
 
 class ByteTokenizer(Tokenizer):
@@ -254,7 +271,7 @@ class ByteTokenizer(Tokenizer):
     def __init__(self):
         self.token_bytes = [*(bytes([i]) for i in range(256)), ENDOFTEXT.encode()]
 
-    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint16) for text in texts]
 
 
@@ -271,7 +288,7 @@ class CharTokenizer(Tokenizer):
         self.id_of = np.full(0x110000, -1, dtype=np.int32)  # by code point
         self.id_of[[ord(character) for character in characters]] = np.arange(self.n_vocab)
 
-    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+    def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         """Raises TokenizerError for characters that are not in the vocabulary."""
         rows = [self.id_of[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] for text in texts]
         unknown = {text[i] for text, row in zip(texts, rows, strict=True) for i in np.flatnonzero(row < 0)}
@@ -285,19 +302,22 @@ class CharTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json, encoded by the library `tokenizers`. Its special tokens are never found in texts.
+    """A Hugging Face tokenizer.json, read by the library `tokenizers`. The separator is never found in a text.
 
     A byte-level one without a normalizer is lossless. Others may lose text; check_round_trip tells.
     """
 
-    kind, encoder = "bpe", "tokenizers"
+    kind = "bpe"
 
-    def __init__(self, content: str, name: str, eot: int):
+    def __init__(self, content: str, name: str, eot: int, encoder: str = "tokenizers"):
         self.content, self.name, self.eot = content, name, eot
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         self.library = read_json(content, name)
-        self.library.add_special_tokens([self.library.id_to_token(eot)])
         self.n_vocab = id_count(self.library)
+        self.library.add_special_tokens([self.library.id_to_token(eot)])
+        self.encoder = "fastokens" if encoder == "fastokens" else "tokenizers"
+        if self.encoder == "fastokens":
+            self.fast = fast_json(self.library.to_str(), name)
         layout = json.loads(content)
         self.byte_level = (layout.get("decoder") or {}).get("type") == "ByteLevel"
         self.lossless = self.byte_level and keeps_every_byte(layout)
@@ -316,10 +336,12 @@ class JsonTokenizer(Tokenizer):
     def pieces(self, text: str) -> list[str]:
         return pieces(text) if self.cuts else [text]
 
-    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        """Threads: as many as RAYON_NUM_THREADS says."""
+    def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
-        rows = [np.array(encoding.ids, dtype=np.uint16) for encoding in encoded]
+        return [np.array(encoding.ids, dtype=np.uint16) for encoding in encoded]
+
+    def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        rows = super().encode_pieces(texts)
         for text, row in zip(texts, rows, strict=True):
             if (row == self.eot).any():
                 raise TokenizerError(f"{self.name}: gives its separator's id for the text {text[:40]!r}")
@@ -351,17 +373,7 @@ class JsonTokenizer(Tokenizer):
 # ---- tokenizer.json ------------------------------------------------------------------------------------------
 
 
-def import_tokenizers():
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise TokenizerError(
-            f"a tokenizer.json needs the library tokenizers ({error}); pip install -e '.[tokenizers]'"
-        ) from None
-    return tokenizers
-
-
-def open_json(content: bytes, path: Path, name: str) -> JsonTokenizer:
+def open_json(content: bytes, path: Path, name: str, encoder: str = "tokenizers") -> JsonTokenizer:
     """The tokenizer of a tokenizer.json. Its separator is the end-of-text token that the model names, or a new one."""
     try:
         library = read_json(content.decode(), path)
@@ -371,17 +383,17 @@ def open_json(content: bytes, path: Path, name: str) -> JsonTokenizer:
         raise TokenizerError(f"{path}: has {n_vocab:,} ids; at most {MAX_IDS:,} fit into 16 bits; use a smaller one")
     eot = choose_separator(library, path)
     if eot < n_vocab:
-        return JsonTokenizer(content.decode(), name, eot)
+        return JsonTokenizer(content.decode(), name, eot, encoder)
     if eot >= MAX_IDS:
         raise TokenizerError(f"{path}: has {n_vocab:,} ids and no end-of-text token; no id is left to add one")
-    return JsonTokenizer(library.to_str(), name, eot)
+    return JsonTokenizer(library.to_str(), name, eot, encoder)
 
 
 def read_json(content: str, where: str | Path):
     """The library's tokenizer: every text is ordinary text, and nothing is added, cut off or left to chance."""
-    library = import_tokenizers().Tokenizer
+    library = need("tokenizers", "tokenizers")
     try:
-        tokenizer = library.from_str(content)
+        tokenizer = library.Tokenizer.from_str(content)
     except Exception as error:  # the library raises plain Exceptions
         raise not_one(where, error) from None
     tokenizer.encode_special_tokens = True
@@ -395,6 +407,15 @@ def read_json(content: str, where: str | Path):
 def not_one(where, error):
     remedy = "give the tokenizer.json of a Hugging Face model, or gpt2, or bytes"
     return TokenizerError(f"{where}: not a tokenizer.json that the library tokenizers can read ({error}); {remedy}")
+
+
+def fast_json(content: str, name: str):
+    """fastokens' tokenizer of a tokenizer.json. Raises TokenizerError where it cannot read it."""
+    fastokens = need("fastokens", "fast")
+    try:
+        return fastokens.Tokenizer.from_json_str(content)
+    except Exception as error:  # the library raises plain Exceptions
+        raise TokenizerError(f"{name}: fastokens cannot read this tokenizer.json ({error})") from None
 
 
 def id_count(library) -> int:
@@ -436,7 +457,7 @@ def keeps_every_byte(layout: dict) -> bool:
         and any(step["type"] == "ByteLevel" for step in steps)
         and not layout.get("normalizer")
         and all(token["special"] for token in layout.get("added_tokens") or [])
-        and isinstance(model["vocab"], dict)
+        and "merges" in model
         and model["vocab"].keys() >= BYTES.keys()
         and not model.get("continuing_subword_prefix")
         and not model.get("end_of_word_suffix")
@@ -460,7 +481,7 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> str:
     if not 257 <= n_vocab <= MAX_IDS:
         why = "256 bytes and the separator" if n_vocab < 257 else "ids have 16 bits"
         raise TokenizerError(f"a vocabulary of {n_vocab:,} ids cannot be trained ({why}); use 257 to {MAX_IDS:,}")
-    library = import_tokenizers()
+    library = need("tokenizers", "tokenizers")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -486,13 +507,14 @@ def read_meta(content: bytes, path: Path) -> list[str]:
     """The characters of nanoGPT's meta.pkl in the order of their ids. Code in the file is not run."""
     remedy = "make it again with nanoGPT's prepare.py"
     try:
-        itos = PlainUnpickler(io.BytesIO(content)).load()["itos"]
-        characters = [itos[i] for i in range(len(itos))]
-        valid = all(len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in characters)
+        meta = PlainUnpickler(io.BytesIO(content)).load()
+        characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        valid = meta["stoi"] == {character: i for i, character in enumerate(characters)}
+        valid = valid and all(len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in characters)
     except Exception as error:  # a damaged pickle can raise any
         raise TokenizerError(f"{path}: not nanoGPT's meta.pkl ({error}); nothing of it was run; {remedy}") from None
-    if not valid or not 0 < len(set(characters)) == len(characters) <= MAX_IDS:
-        what = f"itos has to map 0, 1, 2 ... to different characters, at most {MAX_IDS:,}"
+    if not valid or not 0 < len(characters) <= MAX_IDS:
+        what = f"itos and stoi have to map 0, 1, 2 ... to characters and back, at most {MAX_IDS:,}"
         raise TokenizerError(f"{path}: not nanoGPT's meta.pkl: {what}; {remedy}")
     return characters
 
@@ -500,23 +522,23 @@ def read_meta(content: bytes, path: Path) -> list[str]:
 # ---- checks and pieces ---------------------------------------------------------------------------------------
 
 
-def fast_encoding():
-    """fastokens' tokenizer of the same vocabulary. Raises TokenizerError if the package is not installed."""
+def need(module: str, extra: str):
+    """Imports an optional library. Raises TokenizerError if it is not installed."""
     try:
-        import fastokens
+        return importlib.import_module(module)
     except ImportError as error:
-        raise TokenizerError(f"fastokens is not available ({error}); pip install -e '.[fast]'") from error
-    return fastokens.Tokenizer.from_tiktoken(str(VOCABULARY), pattern=FAST_PATTERN)
+        raise TokenizerError(f"{module} is not available ({error}); pip install -e '.[{extra}]'") from error
 
 
-def check_parity(tokenizer: GPT2Tokenizer, texts: Iterable[str]) -> None:
-    """Raises TokenizerError if the encoder differs from tiktoken on HARD_STRINGS or on one of these texts."""
+def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    """Raises TokenizerError if fastokens gives other ids than tiktoken or tokenizers on HARD_STRINGS or these texts."""
     for text in (*HARD_STRINGS, *texts):
-        parts = pieces(text)
-        expected = [tokenizer.reference.encode_to_numpy(part, disallowed_special=()) for part in parts]
-        found = tokenizer.encode_pieces(parts)
-        if not all(map(np.array_equal, expected, found)):
-            raise TokenizerError(f"{tokenizer.encoder} gives other ids than tiktoken for {text[:40]!r}; use tiktoken")
+        parts = tokenizer.pieces(text)
+        if not all(map(np.array_equal, tokenizer.encode_reference(parts), tokenizer.encode_pieces(parts))):
+            reference = "tokenizers" if tokenizer.kind == "bpe" else "tiktoken"
+            raise TokenizerError(
+                f"{tokenizer.encoder} has other ids than {reference} for {text[:40]!r}; use {reference}"
+            )
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
