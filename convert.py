@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,10 +25,10 @@ from pathlib import Path
 import torch
 
 from configurator import key, load_config, run_script
-from model import GPT, GPT2_IDS, NORM_EPS, ROPE_THETA, GPTConfig
+from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
 from onecard import checkpoint, durable, metrics, pretrained
 from onecard.pretrained import ConvertError, need
-from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, load_tokenizer
+from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, from_state
 
 TOLERANCE = 1e-4  # largest permitted difference between our logits and transformers'
 TEXT = Path(__file__).resolve().parent / "README.md"  # real text to compare ids and logits on
@@ -39,13 +40,14 @@ pipeline_tag: text-generation
 
 {table}
 
-The tokenizer is GPT-2's. Every training document began with `<|endoftext|>`, so begin each prompt with it, as in
-`tokenizer("<|endoftext|>The", return_tensors="pt")`. Settings of the training run:
+{use} Settings of the training run:
 
 ```json
 {config}
 ```
 """
+PROMPT = """Every training document began with `{eot}`, so begin each prompt with it, as in
+`tokenizer("{eot}The", add_special_tokens=False, return_tensors="pt")`."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,13 @@ class ConvertConfig:
 # ---- what Hugging Face and GGUF share
 
 
-def common_weights(model: GPT) -> dict[str, torch.Tensor]:
-    """One table for embedding and head, without padding rows; zeros for the biases that GPT-2 has and we may not."""
+def common_weights(model: GPT, n_ids: int) -> dict[str, torch.Tensor]:
+    """One table of n_ids rows for embedding and head; zeros for the biases that GPT-2 has and we may not."""
     weights = model.state_dict()
     del weights["lm_head.weight"]
     for name, weight in list(weights.items()):
         if name.endswith("wte.weight"):
-            weights[name] = weight[:GPT2_IDS]
+            weights[name] = weight[:n_ids]
         elif model.config.arch == "gpt2" and name.endswith(".weight") and not name.endswith("wpe.weight"):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(weight)))
     return weights
@@ -96,60 +98,72 @@ def merges(ids: dict[str, int]) -> list[str]:
 # ---- Hugging Face: a folder with weights, config, tokenizer, model card
 
 
-def write_hf(folder: Path, model: GPT, about: dict, name: str) -> None:
+def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
     """Writes a folder for transformers, lm-evaluation-harness and vLLM. Raises ConvertError if it differs when read."""
     need("transformers", "hf")
     save = need("safetensors.torch", "hf").save
-    c, tokenizer, weights = model.config, load_tokenizer(), common_weights(model)
+    c, weights = model.config, common_weights(model, tokenizer.n_vocab)
     theirs = {}
     for ours, weight in weights.items():
         theirs[pretrained.hf_name(ours, c.arch)] = pretrained.transposed(ours, weight, c.arch).contiguous()
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(save(theirs, metadata={"format": "pt"}))  # save_file hides a full disk
     special = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
-    words = dict(bos_token=ENDOFTEXT, eos_token=ENDOFTEXT, unk_token=ENDOFTEXT, clean_up_tokenization_spaces=False)
-    words |= dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size)
+    words |= dict(clean_up_tokenization_spaces=False)
+    if tokenizer.eot is not None:
+        words |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([tokenizer.eot]))
     contents = {
-        "config.json": hf_config(c, about) | special,
+        "config.json": hf_config(c, tokenizer, about) | special,
         "generation_config.json": special,
-        "tokenizer.json": hf_tokenizer(tokenizer),
+        "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": words,
+        "README.md": model_card(c, tokenizer, about, name, sum(weight.numel() for weight in weights.values())),
     }
     for file, content in contents.items():
-        (folder / file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    card = model_card(c, about, name, sum(weight.numel() for weight in weights.values()))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+        text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / file).write_text(text, encoding="utf-8", newline="")
     check_hf(folder, model, tokenizer)
 
 
-def hf_config(c: GPTConfig, about: dict) -> dict:
+def hf_config(c: GPTConfig, tokenizer: Tokenizer, about: dict) -> dict:
     """The content of config.json. Its key "onecard" holds what only the way back needs."""
     known = {k: about[k] for k in ("iter_num", "best_val_loss") if math.isfinite(about.get(k, math.inf))}
     own = dict(bias=c.bias, vocab_size=c.vocab_size, dropout=c.dropout, about=known)
+    if tokenizer.kind != "bpe":  # that one is its tokenizer.json
+        own |= dict(tokenizer=tokenizer.state())
     name = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}[c.arch]
-    config = dict(architectures=[name], vocab_size=min(c.vocab_size, GPT2_IDS), torch_dtype="float32", onecard=own)
+    config = dict(architectures=[name], vocab_size=tokenizer.n_vocab, torch_dtype="float32", onecard=own)
     if c.arch == "gpt2":
         config |= dict(n_ctx=c.block_size, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
     return pretrained.hf_network(c) | config
 
 
-def hf_tokenizer(tokenizer: Tokenizer) -> dict:
-    """The content of tokenizer.json: GPT-2's way to split a text, then byte pair encoding."""
-    ids = pretrained.vocabulary(tokenizer)
-    bpe = dict(type="BPE", vocab=ids, merges=merges(ids))
-    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
-    special = dict(id=tokenizer.eot, content=ENDOFTEXT) | flags
-    content = dict(version="1.0", truncation=None, padding=None, normalizer=None, added_tokens=[special], model=bpe)
-    return content | dict(pre_tokenizer=level, post_processor=level, decoder=level)
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The text of a tokenizer.json with the same ids: the tokenizer's own, or made from its vocabulary."""
+    if tokenizer.kind == "bpe":
+        return tokenizer.state()["content"]
+    ids, content = pretrained.vocabulary(tokenizer), dict(version="1.0", truncation=None, padding=None, normalizer=None)
+    if tokenizer.kind == "chars":
+        split = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
+        content |= dict(added_tokens=[], pre_tokenizer=split, post_processor=None, decoder=dict(type="Fuse"))
+        content |= dict(model=dict(type="WordLevel", vocab=ids, unk_token=""))  # unknown characters are an error
+    else:
+        ids |= {ENDOFTEXT: tokenizer.eot}
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+        flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
+        content |= dict(added_tokens=[dict(id=tokenizer.eot, content=ENDOFTEXT) | flags], pre_tokenizer=level)
+        content |= dict(post_processor=level, decoder=level, model=dict(type="BPE", vocab=ids, merges=merges(ids)))
+    return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def model_card(c: GPTConfig, about: dict, name: str, parameters: int) -> str:
+def model_card(c: GPTConfig, tokenizer: Tokenizer, about: dict, name: str, parameters: int) -> str:
     """The folder's README.md: network, data, loss, use, and the settings without paths of this machine."""
     config = about.get("config", {})
     rows = {
         "network": f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}",
         "parameters": f"{parameters:,}",
+        "tokenizer": f"{tokenizer.name}, {tokenizer.n_vocab:,} ids",
     }
     if about.get("data"):
         rows["data"] = f"{config.get('dataset')}, {about['data']['train_tokens']:,} training tokens"
@@ -162,7 +176,10 @@ def model_card(c: GPTConfig, about: dict, name: str, parameters: int) -> str:
     table = "\n".join(["| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows.items()]])
     paths = ("out_dir", "data_dir", "init_from", "resume_from")
     settings = {k: v for k, v in config.items() if k not in paths}
-    return CARD.format(name=name, table=table, config=json.dumps(settings, indent=1))
+    use = "Its documents have no separator: begin a prompt with any text."
+    if tokenizer.eot is not None:
+        use = PROMPT.format(eot=tokenizer.decode([tokenizer.eot]))
+    return CARD.format(name=name, table=table, use=use, config=json.dumps(settings, indent=1))
 
 
 def last_evaluation(path: Path, step: int) -> dict[str, float]:
@@ -182,17 +199,22 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     transformers.utils.logging.disable_progress_bar()
     program, text = f"transformers {transformers.__version__}", TEXT.read_text(encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for string in (*HARD_STRINGS, text):
-        ids = theirs(string, split_special_tokens=True, verbose=False)["input_ids"]
+    strings = [*HARD_STRINGS, text]
+    if tokenizer.kind == "chars":
+        known = pretrained.vocabulary(tokenizer)
+        strings = ["".join(character for character in string if character in known) for string in strings]
+    for string in strings:
+        ids = theirs(string, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
         if ids != tokenizer.encode(string).tolist():
             raise ConvertError(f"{program} gives other ids for {string[:40]!r}: install another version")
     copy, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(found.values()), found  # a weight missing, unexpected, or of another shape
-    ids = tokenizer.encode(text)
-    T = min(model.config.block_size - 1, len(ids))
-    starts = range(0, len(ids) - T + 1, T)[:4]  # the first windows of the text, each after <|endoftext|>
-    idx = torch.tensor([[tokenizer.eot, *ids[i : i + T].tolist()] for i in starts])  # (B, T + 1)
-    a, b = model(idx)[..., :GPT2_IDS], copy.eval()(idx).logits
+    begin = [] if tokenizer.eot is None else [tokenizer.eot]
+    ids = tokenizer.encode(strings[-1]).tolist()
+    T = min(model.config.block_size - len(begin), len(ids))
+    starts = range(0, len(ids) - T + 1, T)[:4]  # the first windows of the text, each as a document begins
+    idx = torch.tensor([begin + ids[i : i + T] for i in starts])  # (B, at most block_size)
+    a, b = model(idx)[..., : tokenizer.n_vocab], copy.eval()(idx).logits
     difference, same = (a - b).abs().max().item(), (a.argmax(-1) == b.argmax(-1)).sum().item()
     likeliest = f"same most likely token at {same:,} of {idx.numel():,} positions"
     print(f"{program}: same ids; logits differ by at most {difference:.1e}; {likeliest}")
@@ -203,19 +225,20 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 # ---- GGUF: one file
 
 
-def write_gguf(path: Path, model: GPT, about: dict, name: str) -> None:
+def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
     """Writes a float32 file for llama.cpp and Ollama. llama.cpp's llama-quantize makes it smaller."""
-    c, gguf, ids = model.config, need("gguf", "gguf"), pretrained.vocabulary(load_tokenizer())
+    c, gguf = model.config, need("gguf", "gguf")
     if c.arch == "gpt2" and c.gelu != "tanh":
         reason = "this network has the exact GELU (gelu='none'), but llama.cpp computes GPT-2 with the tanh form alone"
         raise ConvertError(f"--to=gguf: {reason}: its loss would differ; use --to=hf, or train with gelu='tanh'")
+    keys = gguf_network(c, gguf) | gguf_tokenizer(tokenizer, gguf)
     writer = gguf.GGUFWriter(path, c.arch)
-    for what, value in gguf_keys(c, ids, gguf).items():
+    for what, value in keys.items():
         getattr(writer, f"add_{what}")(value)
     writer.add_name(name)
     arch = {arch: number for number, arch in gguf.MODEL_ARCH_NAMES.items()}[c.arch]
     table, weights = gguf.get_tensor_name_map(arch, c.n_layer), {}  # transformers' names -> GGUF's
-    for ours, weight in common_weights(model).items():
+    for ours, weight in common_weights(model, tokenizer.n_vocab).items():
         there = table.get_name(pretrained.hf_name(ours, c.arch), try_suffixes=(".weight", ".bias"))
         weights[there] = weight.contiguous()
         writer.add_tensor(there, weights[there].numpy())
@@ -225,13 +248,13 @@ def write_gguf(path: Path, model: GPT, about: dict, name: str) -> None:
     writer.close()
     reader = gguf.GGUFReader(path)
     check_same(weights, {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}, path)
-    if reader.fields["tokenizer.ggml.tokens"].contents() != list(ids):
-        raise ConvertError(f"{path}: gguf reads back other tokens than it wrote; install another version of gguf")
+    for field, what in (("tokens", "token_list"), ("merges", "token_merges")):
+        if reader.fields[f"tokenizer.ggml.{field}"].contents() != keys[what]:
+            raise ConvertError(f"{path}: gguf reads back other {field} than it wrote; install another version of gguf")
 
 
-def gguf_keys(c, ids, gguf):
-    """The file's keys: network and tokenizer, as arguments of GGUFWriter's add_ methods."""
-    eot = ids[ENDOFTEXT]
+def gguf_network(c, gguf):
+    """The network's keys of the file, as arguments of GGUFWriter's add_ methods."""
     network = dict(context_length=c.block_size, block_count=c.n_layer, embedding_length=c.n_embd, head_count=c.n_head)
     sizes = dict(feed_forward_length=c.n_inner, file_type=gguf.LlamaFileType.ALL_F32)
     D = c.n_embd // c.n_head
@@ -240,33 +263,60 @@ def gguf_keys(c, ids, gguf):
     else:
         network |= dict(head_count_kv=c.n_head, key_length=D, value_length=D)
         network |= dict(layer_norm_rms_eps=NORM_EPS, rope_freq_base=ROPE_THETA)
-    kinds = [gguf.TokenType.CONTROL if token == ENDOFTEXT else gguf.TokenType.NORMAL for token in ids]
-    tokens = dict(tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_list=list(ids), token_types=kinds)
-    special = dict(bos_token_id=eot, eos_token_id=eot, add_bos_token=True)  # <|endoftext|> first, as in training
-    return network | sizes | tokens | special | dict(token_merges=merges(ids))
+    return network | sizes
+
+
+def gguf_tokenizer(tokenizer, gguf):
+    """The tokenizer's keys of the file. Raises ConvertError unless it is byte-level BPE with GPT-2's splitting: a file
+    names a way to split text, and llama.cpp has code for each name.
+    """
+    content = json.loads(tokenizer_json(tokenizer))
+    model, n_vocab, eot = content["model"], tokenizer.n_vocab, tokenizer.eot
+    if model["type"] != "BPE" or model.get("ignore_merges") or not getattr(tokenizer, "cuts", True):
+        reason = f"llama.cpp reads byte-level BPE with GPT-2's splitting of text, and {tokenizer.name} is another kind"
+        raise ConvertError(f"--to=gguf: {reason} of tokenizer: use --to=hf")
+    special = {token["id"]: token["content"] for token in content["added_tokens"]}
+    tokens = {i: token for token, i in model["vocab"].items()} | special
+    kinds = [gguf.TokenType.CONTROL if i == eot or i in special else gguf.TokenType.NORMAL for i in range(n_vocab)]
+    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    pairs = pairs or [f"{ENDOFTEXT} {ENDOFTEXT}"]  # llama.cpp needs a merge; bytes have none, and this one never occurs
+    words = dict(token_list=[tokens.get(i, f"[unused {i}]") for i in range(n_vocab)], token_types=kinds)
+    special_ids = dict(bos_token_id=eot, eos_token_id=eot, add_bos_token=True)  # the separator first, as in training
+    return dict(tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_merges=pairs) | words | special_ids
 
 
 # ---- checkpoints
 
 
-def write_nanogpt(folder: Path, model: GPT, about: dict, name: str) -> None:
-    """Writes a folder with a ckpt.pt for nanoGPT's sample.py: weights and sizes, no optimizer."""
-    c = model.config
+def write_nanogpt(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
+    """Writes a folder for nanoGPT's sample.py: ckpt.pt without optimizer, and meta.pkl if the tokens are characters."""
+    c, weights = model.config, model.state_dict()
     if c.arch != "gpt2":
         raise ConvertError(f"--to=nanogpt: nanoGPT has only GPT-2's network, and this one is {c.arch}: use --to=hf")
+    if tokenizer.kind not in ("gpt2", "chars"):
+        reason = f"its sample.py has GPT-2's tokenizer or characters, and this one is {tokenizer.name}"
+        raise ConvertError(f"--to=nanogpt: {reason}: use --to=hf")
     if c.gelu == "tanh":
         print("nanoGPT computes the exact GELU; this network was trained with the tanh form: logits differ slightly")
     args = {k: v for k, v in asdict(c).items() if k not in ("arch", "gelu")}
-    state = dict(model=model.state_dict(), model_args=args, config={}, onecard={"gelu": c.gelu})
-    state |= dict(iter_num=about.get("iter_num", 0), best_val_loss=about.get("best_val_loss", math.inf))
+    dataset = about.get("config", {}).get("dataset") or name
     folder.mkdir()
+    if tokenizer.kind == "chars":
+        n = args["vocab_size"] = tokenizer.n_vocab  # nanoGPT samples from all rows
+        weights |= {k: weights[k][:n].clone() for k in ("transformer.wte.weight", "lm_head.weight")}
+        ids = pretrained.vocabulary(tokenizer)
+        meta = dict(vocab_size=n, stoi=ids, itos={i: character for character, i in ids.items()})
+        (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+        print(f"copy meta.pkl to data/{dataset}/meta.pkl in nanoGPT's folder: its sample.py reads the characters there")
+    state = dict(model=weights, model_args=args, config=dict(dataset=dataset), onecard=dict(gelu=c.gelu))
+    state |= dict(iter_num=about.get("iter_num", 0), best_val_loss=about.get("best_val_loss", math.inf))
     buffer = io.BytesIO()
     torch.save(state, buffer)
     (folder / "ckpt.pt").write_bytes(buffer.getbuffer())  # torch.save would hide a full disk
-    check_same(model.state_dict(), pretrained.read_nanogpt(folder / "ckpt.pt")[0].state_dict(), folder)
+    check_same(weights, pretrained.read_nanogpt(folder / "ckpt.pt")[0].state_dict(), folder)
 
 
-def write_onecard(folder: Path, model: GPT, about: dict, name: str) -> None:
+def write_onecard(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
     """Writes a folder like a run's: for sample.py, for train.py's init_from, and to resume from."""
     state = dict(config={}, iter_num=0, best_val_loss=math.inf) | about
     state |= dict(model=model.state_dict(), model_args=asdict(model.config))
@@ -325,14 +375,14 @@ def main(argv: list[str] | None = None) -> None:
     path = output_path(config, folder, name)
     with new_path(path) as temporary:
         model, about = pretrained.read(source, config.checkpoint)
-        c, step = model.config, about.get("iter_num", 0)
-        print(f"{source}: {c.arch}, {model.num_params():,} parameters, step {step:,}")
-        if c.vocab_size < GPT2_IDS and config.to in ("hf", "gguf"):
-            reason = f"fewer than the {GPT2_IDS} ids of GPT-2's tokenizer, which --to={config.to} adds"
-            raise ConvertError(f"{source}: vocab_size={c.vocab_size} is {reason}; use --to=nanogpt")
+        c, step, tokenizer = model.config, about.get("iter_num", 0), from_state(about["tokenizer"])
+        print(f"{source}: {c.arch}, {model.num_params():,} parameters, step {step:,}, tokenizer {tokenizer.name}")
+        if c.vocab_size < tokenizer.n_vocab:
+            reason = f"fewer than the {tokenizer.n_vocab} ids of the tokenizer {tokenizer.name}"
+            raise ConvertError(f"{source}: vocab_size={c.vocab_size} is {reason}: put its own tokenizer.json beside it")
         about |= last_evaluation(folder / metrics.NAME, step)
         write = dict(hf=write_hf, gguf=write_gguf, nanogpt=write_nanogpt, onecard=write_onecard)[config.to]
-        write(temporary, model, about, name)
+        write(temporary, model, tokenizer, about, name)
     print(f"{path} is written")
 
 

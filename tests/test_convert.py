@@ -2,8 +2,10 @@
 safetensors, gguf, and llama.cpp where llama-cpp-python is installed (pip install llama-cpp-python builds it)."""
 
 import functools
+import hashlib
 import json
 import math
+import pickle
 import random
 import re
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from networks import NETWORKS, TINY, assert_same, save, text_ids, tiny
 
@@ -19,7 +22,7 @@ from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS, GPTConfig
 from onecard import checkpoint, pretrained
-from onecard.tokenizer import load_tokenizer
+from onecard.tokenizer import PATTERN, CharTokenizer, from_state, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
@@ -27,11 +30,11 @@ EOT = 50256
 
 
 @torch.no_grad()
-def greedy(model, ids, n):
+def greedy(model, ids, n, n_ids=GPT2_IDS):
     """The n most likely ids, one after the other, after the list `ids`."""
     ids, start = list(ids), len(ids)
     for _ in range(n):
-        ids.append(model(torch.tensor([ids]))[0, -1, :GPT2_IDS].argmax().item())
+        ids.append(model(torch.tensor([ids]))[0, -1, :n_ids].argmax().item())
     return ids[start:]
 
 
@@ -53,6 +56,28 @@ def exported(request, tmp_path_factory):
     run = save(model, tmp_path_factory.mktemp("run") / "run")
     convert.main([str(run), "--to=hf"])
     return model, run
+
+
+@functools.cache
+def tokenizer_of(kind):
+    """A tokenizer that is not GPT-2's: bytes, the characters of PAGES, a BPE of 400 ids that was trained on PAGES."""
+    if kind == "chars":
+        return CharTokenizer(sorted(set(PAGES)), "pages")
+    if kind == "bytes":
+        return load_tokenizer("bytes")
+    pytest.importorskip("tokenizers")
+    content = train_tokenizer([PAGES], 400)
+    return from_state(dict(kind="bpe", name="pages", eot=399, content=content, sha256=sha256(content)))
+
+
+def sha256(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def run_with(tokenizer, folder, **network):
+    """-> (a network of this vocabulary, padded to a multiple of 64 rows, the folder of its run)."""
+    model = tiny(**dict(bias=False) | network, vocab_size=64 * math.ceil(tokenizer.n_vocab / 64))
+    return model, save(model, folder, tokenizer=tokenizer.state(), config=dict(dataset="pages"))
 
 
 # ---- Hugging Face
@@ -88,6 +113,13 @@ def test_a_folder_has_the_files_that_other_programs_ask_for_and_comes_back_bit_f
     assert about["iter_num"] == 7
 
 
+def bytes_to_unicode():
+    """GPT-2's alphabet as OpenAI's encoder.py defines it: {letter: byte}."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    rest = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
 def hard_strings():
     """Text that tokenizers trip over, and random characters of all of Unicode."""
     rng = random.Random(0)
@@ -110,14 +142,49 @@ def test_the_exported_tokenizer_gives_tiktokens_ids_and_its_text_back(exported):
     assert theirs("<|endoftext|>Hello world")["input_ids"] == [EOT, 15496, 995]  # as OpenAI published them
 
 
+@pytest.mark.parametrize("arch, kind", [("gpt2", "bytes"), ("qwen3", "bpe"), ("gpt2", "chars"), ("qwen3", "chars")])
+@torch.no_grad()
+def test_every_tokenizer_goes_to_transformers_and_back_with_its_ids(arch, kind, tmp_path):
+    transformers, ours = pytest.importorskip("transformers"), tokenizer_of(kind)
+    model, run = run_with(ours, tmp_path / "run", arch=arch)
+    convert.main([str(run), "--to=hf"])
+    theirs = transformers.AutoTokenizer.from_pretrained(run / "hf")
+    assert len(theirs) == ours.n_vocab and theirs.eos_token_id == theirs.bos_token_id == ours.eot
+    for text in (*hard_strings(), PAGES):
+        text = "".join(character for character in text if kind != "chars" or character in PAGES)
+        ids = theirs(text, split_special_tokens=True, verbose=False)["input_ids"]
+        assert ids == ours.encode(text).tolist(), repr(text)
+        assert theirs.decode(ids) == text
+    prompt = ours.encode("The card").tolist()
+    copy = transformers.AutoModelForCausalLM.from_pretrained(run / "hf").eval()
+    assert copy.config.vocab_size == copy.get_input_embeddings().num_embeddings == ours.n_vocab
+    text = copy.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert text[0, len(prompt) :].tolist() == greedy(model, prompt, 20, ours.n_vocab)
+    convert.main([str(run / "hf"), "--to=onecard", f"--out={tmp_path / 'back'}"])
+    back, about = checkpoint.load_model(tmp_path / "back" / "ckpt.pt")
+    assert_same(model, back, ours.n_vocab)
+    assert from_state(about["tokenizer"]).sha256 == ours.sha256 and about["tokenizer"]["kind"] == kind
+
+
+def test_characters_have_no_separator_and_others_are_an_error(tmp_path):
+    transformers, ours = pytest.importorskip("transformers"), tokenizer_of("chars")
+    _, run = run_with(ours, tmp_path / "run")
+    convert.main([str(run), "--to=hf"])
+    assert "<|endoftext|>" not in (run / "hf" / "README.md").read_text()
+    assert json.loads((run / "hf" / "generation_config.json").read_text())["eos_token_id"] is None
+    with pytest.raises(Exception, match="UNK"):
+        transformers.AutoTokenizer.from_pretrained(run / "hf")("\u2603")
+
+
 def test_the_card_reports_the_loss_with_its_error(tmp_path):
     rows = [dict(kind="eval", step=step, val_loss=loss, val_error=0.1291) for step, loss in ((0, 9.0), (7, 3.3))]
     path, data = tmp_path / "metrics.jsonl", dict(train_tokens=12345)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ev')
     about = convert.last_evaluation(path, 7) | dict(iter_num=7, sequences=70, data=data)
     about["config"] = dict(dataset="fineweb", data_dir="/home/me/data")
-    card = convert.model_card(GPTConfig(**TINY), about, "tiny", 1000)
+    card = convert.model_card(GPTConfig(**TINY), load_tokenizer("bytes"), about, "tiny", 1000)
     assert "3.3000 +- 0.1291" in card and "12,345" in card and "4,480 tokens in 7 steps" in card
+    assert "bytes, 257 ids" in card and '"<|endoftext|>The"' in card
     assert "fineweb" in card and "/home/me" not in card
 
 
@@ -138,6 +205,25 @@ def test_nanogpts_checkpoint_has_its_keys_and_comes_back_bit_for_bit(bias, gelu,
     back, _ = checkpoint.load_model(tmp_path / "back" / "ckpt.pt")
     assert_same(ours, back)
     assert torch.equal(back.lm_head.weight, ours.lm_head.weight)  # the padded rows too
+
+
+def test_characters_go_to_nanogpt_with_the_meta_pkl_that_its_sample_py_reads(tmp_path, capsys):
+    ours = tokenizer_of("chars")
+    model, run = run_with(ours, tmp_path / "run")
+    convert.main([str(run), "--to=nanogpt", f"--out={tmp_path / 'nanoGPT' / 'out'}"])
+    assert "data/pages/meta.pkl" in capsys.readouterr().out
+    folder = tmp_path / "nanoGPT" / "out"
+    meta, saved = pickle.loads((folder / "meta.pkl").read_bytes()), torch.load(folder / "ckpt.pt", weights_only=True)
+    assert saved["config"]["dataset"] == "pages"  # sample.py opens data/{dataset}/meta.pkl
+    assert saved["model_args"]["vocab_size"] == meta["vocab_size"] == len(set(PAGES))  # it samples from every row
+    assert [meta["stoi"][c] for c in "The card"] == ours.encode("The card").tolist()
+    assert "".join(meta["itos"][i] for i in range(ours.n_vocab)) == "".join(sorted(set(PAGES)))
+    (folder.parent / "data" / "pages").mkdir(parents=True)
+    (folder / "meta.pkl").rename(folder.parent / "data" / "pages" / "meta.pkl")  # where the message sends it
+    convert.main([str(folder / "ckpt.pt"), "--to=onecard", f"--out={tmp_path / 'back'}"])
+    back, about = checkpoint.load_model(tmp_path / "back" / "ckpt.pt")
+    assert from_state(about["tokenizer"]).sha256 == ours.sha256
+    assert torch.equal(back.lm_head.weight, model.lm_head.weight[: ours.n_vocab])
 
 
 # ---- GGUF
@@ -181,6 +267,28 @@ def test_a_gguf_file_has_llama_cpps_keys_and_the_tensors_of_the_hugging_face_fol
     first = ["Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s"]  # of OpenAI's vocab.bpe
     assert len(merges) == 50_000 and merges[:9] == first
     assert keys["tokenizer.ggml.token_type"][EOT] == gguf.TokenType.CONTROL
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_vocabulary_of_a_gguf_file_gives_our_ids_in_tiktoken(kind, tmp_path):
+    """tiktoken needs no merges: their order is that of the tokens. So they are compared with those of the tokenizer."""
+    gguf, ours = pytest.importorskip("gguf"), tokenizer_of(kind)
+    _, run = run_with(ours, tmp_path / "run", arch="qwen3")
+    convert.main([str(run), "--to=gguf"])
+    keys = {name: field.contents() for name, field in gguf.GGUFReader(run / "run.gguf").fields.items()}
+    tokens, alphabet = keys["tokenizer.ggml.tokens"], bytes_to_unicode()
+    assert len(tokens) == ours.n_vocab and tokens[ours.eot] == "<|endoftext|>"
+    assert keys["tokenizer.ggml.bos_token_id"] == keys["tokenizer.ggml.eos_token_id"] == ours.eot
+    assert keys["tokenizer.ggml.token_type"] == [gguf.TokenType.NORMAL] * ours.eot + [gguf.TokenType.CONTROL]
+    ranks = {bytes(alphabet[letter] for letter in token): i for i, token in enumerate(tokens[: ours.eot])}
+    theirs = tiktoken.Encoding("x", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    for text in hard_strings():
+        assert theirs.encode_ordinary(text) == ours.encode(text).tolist(), repr(text)
+    merges = [pair.split() for pair in keys["tokenizer.ggml.merges"]]
+    if kind == "bpe":
+        assert merges == json.loads(ours.content)["model"]["merges"] and len(merges) == 400 - 257
+    else:
+        assert not {part for pair in merges for part in pair} & set(tokens[:256])  # one that joins no two bytes
 
 
 @pytest.mark.parametrize("exported", ["gpt2", "qwen3"], indirect=True)
@@ -237,12 +345,41 @@ def refused(run, to, reason):
     [
         (dict(gelu="none"), "gguf", "llama.cpp computes GPT-2 with the tanh form alone"),
         (dict(arch="qwen3", bias=False), "nanogpt", "nanoGPT has only GPT-2's network"),
-        (dict(vocab_size=65), "hf", "vocab_size=65 is fewer than the 50257 ids"),
     ],
 )
 def test_what_the_other_program_cannot_compute_is_refused_with_the_reason(network, to, reason, tmp_path):
     pytest.importorskip("gguf")
     refused(save(tiny(**network), tmp_path / "run"), to, reason)
+
+
+@pytest.mark.parametrize(
+    "kind, to, reason",
+    [
+        ("chars", "gguf", "llama.cpp reads byte-level BPE with GPT-2's splitting of text, and pages is another"),
+        ("bytes", "nanogpt", "sample.py has GPT-2's tokenizer or characters, and this one is bytes"),
+        ("bpe", "nanogpt", "sample.py has GPT-2's tokenizer or characters, and this one is pages"),
+    ],
+)
+def test_a_tokenizer_that_the_format_cannot_hold_is_refused_with_the_reason(kind, to, reason, tmp_path):
+    pytest.importorskip("gguf")
+    refused(run_with(tokenizer_of(kind), tmp_path / "run")[1], to, reason)
+
+
+def test_gguf_refuses_a_tokenizer_json_that_splits_text_in_another_way(tmp_path):
+    pytest.importorskip("gguf")
+    content = json.loads(tokenizer_of("bpe").content)
+    digits = dict(type="Digits", individual_digits=True)
+    content["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[digits, content["pre_tokenizer"]])
+    text = json.dumps(content)
+    other = from_state(dict(kind="bpe", name="digits", eot=399, content=text, sha256=sha256(text)))
+    refused(run_with(other, tmp_path / "run")[1], "gguf", "GPT-2's splitting of text, and digits is another")
+
+
+def test_a_network_smaller_than_the_vocabulary_is_refused(tmp_path):
+    state, message = tokenizer_of("bytes").state(), "vocab_size=65 is (less|fewer) than the 257 ids"
+    run = save(tiny(vocab_size=65), tmp_path / "run", tokenizer=state)
+    with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
+        convert.main([str(run), "--to=hf"])
 
 
 def test_logits_that_differ_fail_the_export(tmp_path, monkeypatch):
