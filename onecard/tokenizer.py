@@ -314,7 +314,10 @@ class JsonTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         self.library = read_json(content, name)
         self.n_vocab = id_count(self.library)
-        self.library.add_special_tokens([self.library.id_to_token(eot)])
+        separator = self.library.id_to_token(eot)
+        if separator is None:
+            raise TokenizerError(f"{name}: its separator {eot} is not one of its ids; copy it again")
+        self.library.add_special_tokens([separator])
         self.encoder = "fastokens" if encoder == "fastokens" else "tokenizers"
         if self.encoder == "fastokens":
             self.fast = fast_json(self.library.to_str(), name)
@@ -355,17 +358,18 @@ class JsonTokenizer(Tokenizer):
     def decoder(self, before: Iterable[int] = ()) -> Callable[[int], str]:
         if self.byte_level:
             return super().decoder(before)
-        shown, new = list(before), []  # an id is decoded with those before it: its spaces may depend on them
+        last, utf8 = list(before)[-1:], codecs.getincrementaldecoder("utf-8")("replace")
+        bytes_of = {  # SentencePiece's fallback
+            self.library.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)
+        }
 
         def step(id: int) -> str:
-            new.append(id)
-            text = self.decode(shown + new)
-            if text.endswith("\ufffd") and len(new) < 4:  # bytes of a character that may still become complete
-                return ""
-            characters = text[len(self.decode(shown)) :]
-            shown[:] = new
-            new.clear()
-            return characters
+            if id in bytes_of:
+                text = utf8.decode(bytes_of[id])
+            else:  # the space before a word depends on the token before it, so both are decoded
+                text = utf8.decode(b"", True) + self.decode([*last, id])[len(self.decode(last)) :]
+            last[:] = [id]
+            return text
 
         return step
 
@@ -376,17 +380,17 @@ class JsonTokenizer(Tokenizer):
 def open_json(content: bytes, path: Path, name: str, encoder: str = "tokenizers") -> JsonTokenizer:
     """The tokenizer of a tokenizer.json. Its separator is the end-of-text token that the model names, or a new one."""
     try:
-        library = read_json(content.decode(), path)
+        text = content.decode()
     except UnicodeDecodeError as error:
         raise not_one(path, error) from None
+    library = read_json(text, path)
+    size = library.get_vocab_size()
+    eot = choose_separator(library, path)
+    if library.get_vocab_size() > size:
+        text = library.to_str()
     if (n_vocab := id_count(library)) > MAX_IDS:
         raise TokenizerError(f"{path}: has {n_vocab:,} ids; at most {MAX_IDS:,} fit into 16 bits; use a smaller one")
-    eot = choose_separator(library, path)
-    if eot < n_vocab:
-        return JsonTokenizer(content.decode(), name, eot, encoder)
-    if eot >= MAX_IDS:
-        raise TokenizerError(f"{path}: has {n_vocab:,} ids and no end-of-text token; no id is left to add one")
-    return JsonTokenizer(library.to_str(), name, eot, encoder)
+    return JsonTokenizer(text, name, eot, encoder)
 
 
 def read_json(content: str, where: str | Path):
@@ -536,9 +540,8 @@ def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
         parts = tokenizer.pieces(text)
         if not all(map(np.array_equal, tokenizer.encode_reference(parts), tokenizer.encode_pieces(parts))):
             reference = "tokenizers" if tokenizer.kind == "bpe" else "tiktoken"
-            raise TokenizerError(
-                f"{tokenizer.encoder} has other ids than {reference} for {text[:40]!r}; use {reference}"
-            )
+            found = f"{tokenizer.encoder} has other ids than {reference} for {text[:40]!r}"
+            raise TokenizerError(f"{found}; leave fastokens out with --encoder=tiktoken")
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
