@@ -1,161 +1,151 @@
-"""The page that report.py writes: findings, curves, plan and samples, in one HTML file that loads nothing else.
+"""The page that report.py writes: verdict, findings, plots, tables and samples in one HTML file that loads nothing.
 
-    write_page("out/run/report.html", run, heading, findings, planned)
+    write_page("out/run/report.html", [run], heading, findings, [planned], defaults)
 
-matplotlib draws the plots as SVG (ImportError without it). `plot` replaces its colours, which are placeholders, with
-the variables of the style sheet, so that plots follow the light and the dark theme.
+onecard/plots.py gathers the curves. The page has a copy of plotly's script (ImportError without plotly), which draws
+them as page.js says; page.css says what the page looks like.
 """
 
-import io
-import math
-import re
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from html import escape
+from pathlib import Path
 
 import numpy as np
 
 from onecard.diagnosis import PROBLEMS, Finding, Run
 from onecard.durable import replacing
-from onecard.forecast import follow
-from onecard.plan import BAND
+from onecard.plots import all_charts, axes_of, earlier_forecasts
 
-INK = {"ink": "#010101", "grid": "#020202", "train": "#030303", "val": "#040404", "band": "#050505", "third": "#060606"}
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1d2733; --soft: #5d6b7a; --grid: #d9dfe6; --train: #2f6fb5;
-  --val: #c4501b; --band: #2c8a57; --third: #7a4fa3; --box: #f3f5f8; --warn: #fdeeda }
-@media (prefers-color-scheme: dark) { :root { --paper: #14181d; --ink: #e4e9ef; --soft: #9aa7b5; --grid: #343d47;
-  --train: #74acea; --val: #f08d5b; --band: #5cc48c; --third: #b48ddd; --box: #1e242b; --warn: #3d2c14 } }
-body { background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 68rem; padding: 1rem }
-h1 { font-size: 1.35rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin: 1.6rem 0 .4rem }
-figure { margin: 0 } figcaption { color: var(--soft); font-size: .9rem } svg { width: 100%; height: auto }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem }
-dl { margin: 0 } dt { font-weight: 600; margin-top: .6rem } dd { margin: 0; overflow-wrap: anywhere }
-.problem { background: var(--warn); border-radius: .4rem; padding: .1rem .6rem .4rem; margin-top: .6rem }
-table { border-collapse: collapse; width: 100%; font-size: .95rem } th { color: var(--soft) }
-td, th { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--grid); font-weight: 400 }
-pre { background: var(--box); border-radius: .4rem; padding: .6rem; white-space: pre-wrap; overflow-wrap: anywhere }
-"""
+HERE = Path(__file__).parent
+SAMPLES, CHARACTERS = 12, 3000  # steps with samples that are shown, length of a sample
+Rows = Sequence[Sequence]
 
 
-def write_page(path: str, run: Run, heading: str, findings: Sequence[Finding], planned: list, refresh: int = 0) -> None:
-    """Writes the page in one go, so that a browser never reads half of it. Raises OSError.
+def write_page(
+    path: str | Path,
+    runs: Sequence[Run],
+    heading: str,
+    findings: Sequence[Finding],
+    planned: Sequence[Rows],
+    defaults: dict,
+    refresh: int = 0,
+) -> None:
+    """Writes the page in one go, so that a browser never reads half of it. Raises ImportError, OSError.
 
-    planned: rows of what, planned, actual. refresh: seconds until a browser loads the page again; 0: never.
+    findings: the verdict first. planned: of each run, rows of what, planned, actual. defaults: of the keys of a config.
+    refresh: seconds until a browser loads the page again; 0: never.
     """
-    items = "".join(
-        f"<div{' class=problem' if name in PROBLEMS else ''}><dt>{escape(name)}<dd>{escape(text)}</div>"
-        for name, text in findings
-    )
-    plots = "".join(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>" for caption, svg in draw(run))
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}' for cell in row)}" for row in planned)
-    table = f"<h2>Planned vs actual</h2><table><tr><th><th>planned<th>actual{rows}</table>" if rows else ""
-    texts = [f"<pre>{escape(text)}</pre>" for text in run.samples[-1]["texts"]] if run.samples else []
-    samples = f"<h2>Samples at step {run.samples[-1]['step']:,}</h2>{''.join(texts)}" if texts else ""
+    from plotly.offline import get_plotlyjs
+
+    earlier = [earlier_forecasts(run) for run in runs]
+    charts = [chart for chart in all_charts(runs, earlier) if chart["curves"]]
+    axes = [axes_of(run) for run in runs]
+    sections = [
+        f"<h1>{escape(heading)}</h1><p class=verdict>{escape(findings[0].text)}</p><dl>{items(findings[1:])}</dl>",
+        f"<h2>Curves</h2>{controls(axes)}<div class=plots>{''.join(map(figure, charts))}</div>",
+        f"<div class=tables>{''.join(map(run_tables, runs, earlier, planned))}</div>",
+        keys_section(runs, defaults),
+        *(samples_section(run, CHARACTERS // len(runs)) for run in runs),
+    ]
     reload = f"<meta http-equiv=refresh content={refresh}>" if refresh else ""
+    data = json.dumps(dict(runs=axes, charts=charts), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{reload}<title>{escape(run.name)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(heading)}</h1><dl>{items}</dl>"
-        f"<h2>Curves</h2><div class=plots>{plots}</div>{table}{samples}\n"
+        f"{reload}<title>{escape(heading)}</title><style>{(HERE / 'page.css').read_text()}</style>"
+        f"<main>{''.join(sections)}</main>\n"
+        f'<script type="application/json" id="numbers">{data}</script>\n'
+        f"<script>{get_plotlyjs()}</script>\n<script>{(HERE / 'page.js').read_text()}</script>\n"
     )
     with replacing(path) as file:
         file.write(page.encode())
 
 
-def draw(run: Run) -> Iterator[tuple[str, str]]:
-    """The plots that the run has numbers for: (caption, SVG)."""
-    lines = run.lines
-    if len(run.evals["step"]) > 1:
-        yield "Loss. Dots: evaluations. Thin line: training steps. Band: expected at the end.", plot(run, draw_loss)
-    if "lr" in lines or run.config:
-        yield "Learning rate. Dotted: the current step.", plot(run, draw_rate)
-    if "grad_norm" in lines:
-        yield "Gradient norm before clipping.", plot(run, draw_norm)
-    if "tokens_per_s" in lines or "ms_per_step" in lines:
-        yield "Speed and memory." if "peak_memory_gib" in lines else "Speed.", plot(run, draw_speed)
+# ---- its parts
 
 
-def plot(run, draw_axes):
-    """SVG of one plot, 389 by 252 points. draw_axes(run, axes) draws it on matplotlib's axes."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    ink, grid = INK["ink"], INK["grid"]
-    style = {f"{what}.{part}": ink for what in ("xtick", "ytick") for part in ("color", "labelcolor")}
-    style |= {"axes.edgecolor": grid, "axes.labelcolor": ink, "text.color": ink, "grid.color": grid}
-    style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "savefig.transparent": True}
-    style |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 12, "svg.hashsalt": draw_axes.__name__}
-    with rc_context(style):
-        figure = Figure(figsize=(5.4, 3.5), layout="constrained")
-        axes = figure.add_subplot()
-        draw_axes(run, axes)
-        axes.set_xlabel("step")
-        axes.locator_params(axis="x", nbins=6)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = re.sub(r"<metadata>.*?</metadata>", "", file.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") :].replace("'DejaVu Sans'", "system-ui")
-    for name, colour in INK.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg
+def items(findings: Sequence[Finding]) -> str:
+    text = ""
+    for name, sentence in findings:
+        mark = " class=problem" if name in PROBLEMS else ""
+        text += f"<dt{mark}>{'! ' if mark else ''}{escape(name)}<dd{mark}>{escape(sentence)}"
+    return text
 
 
-def draw_loss(run, axes):
-    evals, lines = run.evals, run.lines
-    late = evals["step"] >= min(run.warm, evals["step"][-2])
-    if "loss" in lines and not run.micro:
-        shown = lines["step"] >= run.warm
-        axes.plot(lines["step"][shown], lines["loss"][shown], color=INK["train"], lw=0.8, alpha=0.35)
-    errors = np.zeros(len(late))
-    if len(run.groups) == len(late):
-        errors = np.array([2 * np.std(g, ddof=1) / math.sqrt(len(g)) if len(g) > 1 else 0 for g in run.groups])
-    axes.plot(evals["step"][late], evals["train"][late], "o-", color=INK["train"], ms=3.5, lw=1.3, label="train")
-    label = "val, 2 standard errors" if errors.any() else "val"
-    style = dict(color=INK["val"], fmt="o-", ms=3.5, lw=1.3, elinewidth=0.8, label=label)
-    axes.errorbar(evals["step"][late], evals["val"][late], errors[late], **style)
-    fit = run.forecast("val")[0] if run.config and run.step < run.end else None
-    if fit:
-        ahead = np.linspace(fit["step"], fit["end"], 60).astype(int)
-        axes.plot(ahead, follow(fit, run.rates)[ahead], color=INK["band"], ls="--", lw=1.2, label="val, forecast")
-        axes.errorbar(fit["end"], fit["loss"], fit["band"], color=INK["band"], fmt="none", capsize=4)
-    if loss := run.config and run.plan["loss"]:
-        axes.axhspan(loss - BAND, loss + BAND, color=INK["band"], alpha=0.15, lw=0, label="expected at the end")
-    axes.legend(frameon=False, fontsize=11)
-    axes.set_ylabel("nats per token")
+def controls(axes: Sequence[dict]) -> str:
+    """The form that page.js reads. tokens and hours can be chosen where they are known of all runs."""
+    known = {"tokens": "step_tokens", "hours": "hours"}
+    names = ["steps", *(name for name, key in known.items() if all(key in run for run in axes))]
+    scales = "<option>linear<option>log"
+    return (
+        f"<form><label>x axis <select name=axis>{''.join(f'<option>{name}' for name in names)}</select></label>"
+        f"<label>x scale <select name=across>{scales}</select></label>"
+        f"<label>loss scale <select name=scale>{scales}</select></label>"
+        "<label>smoothing <input name=smoothing type=range min=0 max=.98 step=.02 value=0></label></form>"
+        "<p class=soft>Drag to zoom, double-click to zoom out, click on a name below a plot to hide it.</p>"
+        "<noscript>The plots need JavaScript.</noscript>"
+    )
 
 
-def draw_rate(run, axes):
-    if run.config:
-        rates = np.array(run.rates[: 2 * 10**6])
-        shown = np.unique(np.linspace(0, len(rates) - 1, 400).astype(int))
-        axes.plot(shown, rates[shown], color=INK["third"], lw=1.5)
-        axes.axvline(run.step, color=INK["ink"], lw=0.8, ls=":")
-    else:
-        axes.plot(run.lines["step"], run.lines["lr"], color=INK["third"], lw=1.5)
-    axes.set_ylim(0)
-    axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+def figure(chart):
+    alt, title, caption = (escape(chart[name], quote=True) for name in ("text", "title", "caption"))
+    plot = f'<div class=plot id="{chart["id"]}" role=img aria-label="{alt}"></div>'
+    return f"<figure><h3>{title}</h3>{plot}<figcaption>{caption}</figcaption></figure>"
 
 
-def draw_norm(run, axes):
-    axes.plot(run.lines["step"], run.lines["grad_norm"], color=INK["third"], lw=1)
-    if run.config and run.config.grad_clip:
-        axes.axhline(run.config.grad_clip, color=INK["ink"], lw=0.8, ls=":")
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}" if high < 30 * low else "")
+def table(head: Sequence[str], rows: Rows) -> str:
+    cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
+    return f"<div class=wide><table><thead><tr>{''.join(f'<th>{escape(h)}' for h in head)}<tbody>{cells}</table></div>"
 
 
-def draw_speed(run, axes):
-    lines = run.lines
-    name, label = ("tokens_per_s", "tokens/s") if "tokens_per_s" in lines else ("ms_per_step", "ms/step")
-    axes.plot(lines["step"], lines[name], color=INK["train"], lw=1.2)
-    axes.set_ylabel(label)
-    axes.set_ylim(0, 2 * np.nanmedian(lines[name]))  # nanoGPT's time of a step may include an evaluation
-    if "peak_memory_gib" in lines:
-        other = axes.twinx()
-        other.plot(lines["step"], lines["peak_memory_gib"], color=INK["val"], lw=1.2)
-        other.set_ylabel("peak memory, GiB")
-        other.set_ylim(0)
+def spread(values: Sequence, count: int) -> list:
+    """At most `count` of the values, evenly chosen, the first and the last among them."""
+    return [values[i] for i in sorted({round(i) for i in np.linspace(0, len(values) - 1, count)})] if values else []
+
+
+def run_tables(run: Run, earlier: Sequence[dict], planned: Rows) -> str:
+    """Tables on one run: earlier forecasts, planned and actual, what it ran on."""
+    names = dict(device="hardware", dtype="precision", torch="torch", date="started", commit="commit")
+    facts = [(label, run.about[name]) for name, label in names.items() if run.about.get(name)]
+    ended = run.val.values[-1] if earlier and run.finished else None
+    tables = {
+        "Earlier forecasts": (("at", "it said", "it ended"), [forecast_row(row, run.end, ended) for row in earlier]),
+        "Planned vs actual": (("", "planned", "actual"), planned),
+        "Machine and version": (("", ""), facts),
+    }
+    found = (f"<section><h2>{name}</h2>{table(*content)}</section>" for name, content in tables.items() if content[1])
+    return "".join(found)
+
+
+def forecast_row(row, end, ended):
+    came = "not yet" if ended is None else f"{ended:.3f}"
+    if ended is not None:
+        came += ", inside" if abs(ended - row["loss"]) <= row["band"] else ", outside"
+    return f"{row['step'] / end:.0%} (step {row['step']:,})", f"{row['loss']:.3f} +- {row['band']:.3f}", came
+
+
+def keys_section(runs: Sequence[Run], defaults: dict) -> str:
+    """The keys of the configs that differ from the default, or between the runs; the others folded away."""
+    if not all(run.config for run in runs):
+        return ""
+    configs = [asdict(run.config) for run in runs]
+    rows = [(name, *(config[name] for config in configs), value) for name, value in defaults.items()]
+    changed = [row for row in rows if len(set(row[1:])) > 1]
+    same = [row for row in rows if len(set(row[1:])) == 1]
+    head = ("key", *(run.name if len(runs) > 1 else "this run" for run in runs), "default")
+    shown = f"<h2>Keys that differ from their default</h2>{table(head, changed)}" if changed else ""
+    return f"{shown}<details><summary>The other {len(same)} keys</summary>{table(head, same)}</details>"
+
+
+def samples_section(run: Run, characters: int) -> str:
+    """Samples over time, the last ones open."""
+    parts = [f"<h2>Samples of {escape(run.name)}</h2>"] if run.samples else []
+    for record in spread(run.samples, SAMPLES):
+        texts = "".join(f"<pre>{escape(str(text)[:characters])}</pre>" for text in record["texts"][:5])
+        state = " open" if record is run.samples[-1] else ""
+        parts.append(
+            f"<details{state}><summary>Step {record['step']:,}</summary><div class=tables>{texts}</div></details>"
+        )
+    return "".join(parts)

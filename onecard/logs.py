@@ -1,0 +1,246 @@
+"""Reads the numbers of runs: metrics.jsonl of train.py, nanoGPT's printed log, a CSV (also wandb's export).
+
+    runs, damaged = read_records("train.log", defaults)     # {name: records}, the numbers of lines that were skipped
+
+Records are those of metrics.jsonl: dicts with "kind" and "step". One more kind, "micro", has the loss of one micro
+batch, as nanoGPT prints it. A number that is not finite is kept, an absent one is left out.
+"""
+
+import ast
+import csv
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from configurator import evaluate
+from onecard import UserError, metrics
+
+Damaged = list[int]  # numbers of lines
+MAX_STEP = 10**9
+LOSSES = ("train_loss", "val_loss", "loss")
+NUMBER = r"([-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf))"
+LOG_EVAL = re.compile(rf"\bstep (\d+): train loss {NUMBER}, val loss {NUMBER}")
+LOG_ITER = re.compile(rf"\biter (\d+): loss {NUMBER}, time {NUMBER}ms")
+LOG_HEAD = re.compile(r"Overriding config with .*:$|tokens per iteration will be: ([\d,]+)|found vocab_size = (\d+)")
+LOG_KEY = re.compile(r"Overriding: (\w+) = (.*)")
+COLUMNS = {  # of a CSV, in small letters, without the run's name that wandb puts in front
+    "step": "step iter _step iteration global_step trainer/global_step",
+    "val_loss": "val_loss val/loss eval/val_loss valid/loss valid_loss validation_loss eval_loss eval/loss val",
+    "train_loss": "eval/train_loss train_loss train/loss loss train",
+    "loss": "loss train/loss train_loss train_mean train",
+    "bits_per_byte": "bits_per_byte eval/bits_per_byte",
+    "lr": "lr train/lr learning_rate train/learning_rate",
+    "grad_norm": "grad_norm train/grad_norm",
+    "ms_per_step": "ms_per_step train/ms_per_step time_ms",
+    "tokens": "tokens train/tokens",
+    "seconds": "_runtime seconds",
+}
+RUN_COLUMNS = "run run_name run_id experiment name"
+RECORDS: dict[str, dict[str, type]] = {  # what a record of each kind has to hold
+    "start": dict(config=dict),
+    "event": dict(event=str),
+    "samples": dict(texts=list),
+}
+
+
+class LogError(UserError):
+    """A file cannot be read as the numbers of a run."""
+
+
+def read_records(path: str | Path, defaults: dict) -> tuple[dict[str, list[dict]], Damaged]:
+    """Reads a run's folder, its metrics.jsonl, a printed log or a CSV -> {name of a run: its records}, damaged lines.
+
+    A file has one run, named "", or several, if it is a CSV. defaults: the keys of a run of nanoGPT whose log does not
+    change them. Raises LogError.
+    """
+    path = Path(path)
+    file = path / metrics.NAME if path.is_dir() else path
+    text = read_text(file)
+    damaged: Damaged = []
+    if file.suffix == ".jsonl":
+        runs = {"": list(read_metrics(text, damaged))}
+    elif file.suffix in (".csv", ".tsv"):
+        runs = read_csv(text, damaged)
+    else:
+        runs = {"": read_log(text, defaults)}
+    if not any(record["kind"] in ("eval", "train", "micro") for records in runs.values() for record in records):
+        first = f" (line {damaged[0]} is damaged)" if damaged else ""
+        raise LogError(
+            f"{file}: no evaluation and no step found{first}; give metrics.jsonl, nanoGPT's printed log "
+            '("step 500: train loss 5.4, val loss 5.5"), or a CSV with the columns step, and train_loss or val_loss'
+        )
+    return runs, sorted(set(damaged))
+
+
+def read_text(file):
+    """The text of a file. PowerShell writes a printed log in UTF-16."""
+    wanted = "give a run's folder, a printed log, or a CSV"
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise LogError(f"{file}: cannot be read ({error.strerror}); {wanted}") from None
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
+    if "\0" in text:
+        raise LogError(f"{file}: a binary file; {wanted}")
+    return text
+
+
+def read_metrics(text: str, damaged: Damaged) -> Iterator[dict]:
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield checked(json.loads(line))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            if number < len(lines):  # the last line may be incomplete while the run writes it
+                damaged.append(number)
+
+
+def checked(record: dict) -> dict:
+    """The record, with its step as an integer. Raises ValueError, KeyError, TypeError or OverflowError."""
+    step = record["step"]
+    if isinstance(step, bool) or not 0 <= step <= MAX_STEP or step != int(step):
+        raise ValueError("not a step")
+    for name, kind in RECORDS.get(record["kind"], {}).items():
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{name} is not a {kind.__name__}")
+    for name, value in record.items():
+        if isinstance(value, int) or (name in LOSSES and value is not None):
+            float(value)
+    return record | dict(step=int(step))
+
+
+# ---- nanoGPT's printed log
+
+
+def read_log(text: str, defaults: dict) -> list[dict]:
+    """nanoGPT prints its config before the first step. A log that goes back to an earlier step was resumed there."""
+    records: list[dict] = []
+    config: dict | None = None  # printed, and no step since
+    in_file = False  # the lines of a config file are being printed
+    for line in text.split("\n"):
+        line = line.rstrip()
+        if record := log_record(line):
+            step = record["step"]
+            if records and step < records[-1]["step"]:
+                records = [earlier for earlier in records if earlier["step"] < step]
+            if config is not None:
+                records.append(dict(kind="start", step=step, config=config))
+            records.append(record)
+            config, in_file = None, False
+        elif head := LOG_HEAD.match(line):
+            config = defaults.copy() if config is None else config
+            in_file = not (head[1] or head[2])
+            if head[1]:
+                micro_batch = config["batch_size"] * config["block_size"]
+                config["gradient_accumulation_steps"] = max(1, int(head[1].replace(",", "")) // max(1, micro_batch))
+            elif head[2]:
+                config["vocab_size"] = int(head[2])
+        elif override := LOG_KEY.match(line):
+            config, in_file = defaults.copy() if config is None else config, False
+            set_key(config, override[1], override[2])
+        elif in_file and config is not None and (assignment := re.match(r"(\w+)\s*=\s*(.*)", line)):
+            set_key(config, assignment[1], assignment[2])
+    return records
+
+
+def log_record(line):
+    """The record of an "iter" or "step" line, None for another line."""
+    if found := LOG_EVAL.search(line):
+        return dict(kind="eval", step=int(found[1]), train_loss=float(found[2]), val_loss=float(found[3]))
+    if found := LOG_ITER.search(line):
+        return dict(kind="micro", step=int(found[1]), loss=float(found[2]), ms_per_step=float(found[3]))
+    return None
+
+
+def set_key(config, name, text):
+    """Sets a key to the value of a printed expression; to the text itself where nanoGPT printed it without quotes."""
+    try:
+        config[name] = evaluate(ast.parse(text.strip(), mode="eval").body, config)
+    except (SyntaxError, ValueError):  # a ConfigError is a ValueError: of a call, as in f"run {time.time()}"
+        if isinstance(config.get(name), str):
+            config[name] = text
+
+
+# ---- CSV
+
+
+def read_csv(text: str, damaged: Damaged) -> dict[str, list[dict]]:
+    """Runs of a CSV: the only one, those of wandb's columns ("run - metric"), or those named in a column."""
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip() and line.lstrip()[0] != "#"]
+    header = lines[0][1] if lines else ""
+    delimiter = max(",;\t", key=header.count)
+    if delimiter not in header:
+        delimiter = " "
+    rows = []
+    for number, line in lines:
+        try:
+            rows.append((number, next(csv.reader([line], delimiter=delimiter, skipinitialspace=True))))
+        except csv.Error:  # a cell of more than 131,072 characters
+            damaged.append(number)
+    names = [name.strip() for name in rows[0][1]] if rows else []
+    kind_column, run_column = (
+        next((i for i, n in enumerate(names) if n.lower() in c.split()), None) for c in ("kind", RUN_COLUMNS)
+    )
+    runs: dict[str, list[dict]] = {}
+    for run, columns in columns_of_runs(names).items():
+        for number, cells in rows[1:]:
+            try:
+                record = csv_record(cells, columns, decimal_comma=delimiter == ";")
+                if kind_column is not None:
+                    record["kind"] = cells[kind_column]
+                name = run if run_column is None else cells[run_column].strip()
+                runs.setdefault(name, []).append(record)
+            except (ValueError, IndexError, KeyError):
+                damaged.append(number)
+    return {name: records_of_rows(records) for name, records in runs.items()}
+
+
+def columns_of_runs(names: list[str]) -> dict[str, dict[str, int]]:
+    """{run: {our name of a column: its index}}. A column without the name of a run, such as Step, is of all runs."""
+    split = [name.lower().rpartition(" - ") for name in names]
+    runs = list(dict.fromkeys(name[: len(run)] for name, (run, _, _) in zip(names, split, strict=True) if run))
+    found: dict[str, dict[str, int]] = {}
+    for run in runs or [""]:
+        of_run = {metric.strip(): i for i, (r, _, metric) in enumerate(split) if r in ("", run.lower())}
+        columns = {
+            ours: next((of_run[n] for n in theirs.split() if n in of_run), None) for ours, theirs in COLUMNS.items()
+        }
+        found[run] = {ours: i for ours, i in columns.items() if i is not None}
+    return found
+
+
+def csv_record(cells: list[str], columns: dict[str, int], decimal_comma: bool) -> dict:
+    """The numbers of a row; an empty cell is left out. Raises ValueError, or KeyError for a row without a step."""
+    record: dict = {}
+    for name, index in columns.items():
+        cell = cells[index].strip() if index < len(cells) else ""
+        if cell.lower() not in ("", "null", "none", "n/a", "-"):
+            record[name] = float(cell.replace(",", ".") if decimal_comma else cell)
+    return checked(record | dict(kind="row"))
+
+
+def records_of_rows(rows: list[dict]) -> list[dict]:
+    """Rows of a CSV as records: a row with a val loss is an evaluation; the others, and those between, are log lines.
+
+    "nan" is a loss that is not finite; in a column that has it where others leave a cell empty, it is no loss at all.
+    """
+    for name in COLUMNS:
+        finite = [math.isfinite(row[name]) for row in rows if name in row]
+        last = len(finite) - finite[::-1].index(True) if True in finite else 0
+        if finite[:last].count(False) > finite.count(True):
+            rows = [{k: v for k, v in row.items() if k != name or math.isfinite(v)} for row in rows]
+    steps_alone = any("loss" in row and "val_loss" not in row for row in rows)  # the train loss is not an evaluation's
+    records = []
+    for row in rows:
+        kind = row["kind"]
+        if "val_loss" in row:
+            records.append(row | dict(kind="eval"))
+        line = {k: v for k, v in row.items() if k not in ("val_loss", "train_loss", "bits_per_byte")}
+        if not steps_alone:
+            line.pop("loss", None)
+        if kind != "eval" and len(line) > 2:
+            records.append(line | dict(kind="micro" if kind == "iter" else "train"))
+    return records
