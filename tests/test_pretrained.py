@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,8 +21,9 @@ import train
 from configurator import ConfigError
 from model import GPT2_IDS, GPTConfig
 from onecard import checkpoint, pretrained
+from onecard.checkpoint import CheckpointError
 from onecard.pretrained import ConvertError
-from onecard.tokenizer import load_tokenizer
+from onecard.tokenizer import from_state, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +80,7 @@ def test_a_folder_with_a_missing_weight_another_tokenizer_or_another_network_is_
     folder = shutil.copytree(gpt2[1], tmp_path / "theirs")
     ids = {token: (i + 1) % 50256 for token, i in pretrained.vocabulary(load_tokenizer()).items()}
     (folder / "vocab.json").write_text(json.dumps(ids))
-    refused(folder, "not GPT-2's tokenizer")
+    refused(folder, "vocab.json: not GPT-2's tokenizer; others are read from a tokenizer.json")
     (folder / "vocab.json").write_text('{"half')
     refused(folder, "vocab.json: has no readable vocabulary")
     (folder / "vocab.json").unlink()
@@ -88,6 +90,21 @@ def test_a_folder_with_a_missing_weight_another_tokenizer_or_another_network_is_
     refused(folder, r"missing .* transformer\.h\.1\.mlp\.c_fc\.weight")
     (folder / "config.json").write_text('{"model_type": "llama"}')
     refused(folder, "type llama; onecard reads gpt2 and qwen3")
+
+
+def test_another_tokenizer_json_is_carried_and_gpt2s_own_files_are_known(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    hf_gpt2(tmp_path, vocab_size=384)
+    content = train_tokenizer([(ROOT / "README.md").read_text()], 300)
+    (tmp_path / "tokenizer.json").write_text(content)
+    model, about = pretrained.start(str(tmp_path), block_size=64, dropout=0.0)
+    carried = from_state(about["tokenizer"])
+    assert carried.n_vocab == 300 and model.config.vocab_size == 384 and carried.content == content
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert carried.encode("The card's 24 GB").tolist() == library.encode("The card's 24 GB").ids
+    ids = pretrained.vocabulary(load_tokenizer()) | {"<|endoftext|>": 50256, "<|pad|>": 50257}  # a token was added
+    (tmp_path / "tokenizer.json").write_text(json.dumps(dict(model=dict(vocab=ids))))
+    assert pretrained.read(str(tmp_path))[1]["tokenizer"] == load_tokenizer().state()
 
 
 def test_biases_that_the_config_denies_are_not_lost_silently(tmp_path):
@@ -138,9 +155,20 @@ def test_a_checkpoint_that_nanogpt_wrote_is_read_as_it_is(prefix, tmp_path):
     weights[prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()  # the mask that old ones have
     saved = dict(model=weights, optimizer={}, model_args=args, iter_num=5000, best_val_loss=torch.tensor(1.5))
     torch.save(saved | dict(config={"dataset": "shakespeare_char"}), tmp_path / "ckpt.pt")
+    refused(tmp_path / "ckpt.pt", "vocab_size=65 is less than", "shakespeare_char/meta.pkl", error=CheckpointError)
+    write_meta(tmp_path / "meta.pkl", 65)
     ours, about = pretrained.read(str(tmp_path / "ckpt.pt"))
     assert_same(model, ours)
-    assert about == dict(iter_num=5000, best_val_loss=1.5)
+    assert about["iter_num"] == 5000 and about["best_val_loss"] == 1.5
+    assert from_state(about["tokenizer"]).decode([0, 64]) == chr(32) + chr(96)
+    write_meta(tmp_path / "meta.pkl", 66)
+    refused(tmp_path / "ckpt.pt", "vocab_size=65 is less than the 66 ids", error=CheckpointError)
+
+
+def write_meta(path, count):
+    """nanoGPT's meta.pkl of `count` characters from the space on."""
+    itos = {i: chr(32 + i) for i in range(count)}
+    path.write_bytes(pickle.dumps(dict(vocab_size=count, itos=itos, stoi={c: i for i, c in itos.items()})))
 
 
 def test_nothing_in_an_attackers_file_runs(tmp_path):
@@ -165,7 +193,7 @@ def test_a_missing_cut_damaged_or_other_file_is_refused_by_name(tmp_path):
     refused(tmp_path, "ckpt.pt: there is no such file")
     words = dict(cut="not a whole checkpoint", end="damaged", flipped="damaged", no="not a whole checkpoint")
     for name, why in (words | dict(more="model_args has n_experts", empty="the weights do not fit")).items():
-        refused(tmp_path / f"{name}.pt", f"{name}.pt: {why}", error=(ConvertError, checkpoint.CheckpointError))
+        refused(tmp_path / f"{name}.pt", f"{name}.pt: {why}", error=(ConvertError, CheckpointError))
     refused(ROOT / "README.md", "README.md: not a whole checkpoint")
 
 
