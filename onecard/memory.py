@@ -116,8 +116,17 @@ def trace_memory(config, device_type: str, dtype: torch.dtype = torch.bfloat16) 
     """Bytes of all tensors at the peak of an eager training step or evaluation, by what holds them.
 
     device_type: the kind of device to predict for, "cpu" or a card's; dtype: of the matrix products. Not included: what
-    a process needs besides tensors, and the workspaces inside kernels.
+    a process needs besides tensors, and the workspaces inside kernels. Blocks are alike, so of a deep network only 2
+    and 4 layers are traced, and each pair of layers adds the difference: several times faster, and the same bytes.
     """
+    if config.n_layer <= 4:
+        return trace_step(config, device_type, dtype)
+    two, four = (trace_step(replace(config, n_layer=n), device_type, dtype) for n in (2, 4))
+    return {part: two[part] + (four[part] - two[part]) * (config.n_layer - 2) // 2 for part in two}
+
+
+def trace_step(config, device_type, dtype):
+    """trace_memory of exactly this network."""
     live, kernels = LiveBytes(), contextlib.nullcontext() if device_type == "cpu" else card_kernels()
     with FakeTensorMode(), live, kernels:
         model = GPT(GPTConfig(**config.model_args()))

@@ -1,4 +1,4 @@
-"""What a run will need, cost and reach, before it starts: memory, hours, expected loss; the table of cards.
+"""What a run will need, cost and reach, before it starts: memory, hours, expected loss, warnings.
 
 train.py shows it at its start, and alone with --plan_only=True; report.py sets it beside what came:
 
@@ -11,66 +11,18 @@ reason is given instead.
 """
 
 import math
+import time
+from dataclasses import replace
 
 import torch
 
 from model import GPT, GPTConfig
+from onecard.cards import card
 from onecard.memory import batch_sizes_that_fit, trace_memory
+from onecard.optim import configure_optimizers
 
 GiB = 2**30
-# Number of multiprocessors (SMs), which tells apart two cards of one name; TFLOPS of dense 16-bit matrix products with
-# 32-bit accumulation; memory in GiB (the smaller where a card is sold with two sizes). GeForce: the vendor's
-# architecture whitepapers (GA102 2020, Ada 2022, Blackwell 2025) and, for cards that they leave out, their rule: SMs x
-# 512 FLOP a clock x boost clock. Others: the vendor's datasheets.
-CARDS = {
-    "RTX 3060": (28, 25.5, 12),
-    "RTX 3060 Ti": (38, 32.4, 8),
-    "RTX 3070": (46, 40.6, 8),
-    "RTX 3070 Ti": (48, 43.5, 8),
-    "RTX 3080": (68, 59.5, 10),
-    "RTX 3080 Ti": (80, 68.2, 12),
-    "RTX 3090": (82, 71.0, 24),
-    "RTX 3090 Ti": (84, 80.0, 24),
-    "RTX 4060": (24, 30.2, 8),
-    "RTX 4060 Ti": (34, 44.1, 8),
-    "RTX 4070": (46, 58.3, 12),
-    "RTX 4070 SUPER": (56, 71.0, 12),
-    "RTX 4070 Ti": (60, 80.2, 12),
-    "RTX 4070 Ti SUPER": (66, 88.2, 16),
-    "RTX 4080": (76, 97.5, 16),
-    "RTX 4080 SUPER": (80, 104.4, 16),
-    "RTX 4090": (128, 165.2, 24),
-    "RTX 5060": (30, 38.4, 8),
-    "RTX 5060 Ti": (36, 47.4, 8),
-    "RTX 5070": (48, 61.7, 12),
-    "RTX 5070 Ti": (70, 87.9, 16),
-    "RTX 5080": (84, 112.6, 16),
-    "RTX 5090": (170, 209.5, 32),
-    "A10": (72, 125.0, 24),
-    "A100": (108, 312.0, 40),
-    "H100": (132, 989.0, 80),  # SXM; the PCIe card has 114 SMs
-    "H200": (132, 989.0, 141),
-    "L4": (58, 121.0, 24),
-    "L40S": (142, 362.0, 48),
-}
-FORM_FACTORS = ("SXM4", "PCIE", "PCIe", "HBM3", "40GB", "80GB", "24GB", "16GB", "12GB", "8GB")
 DESKTOP = 11.2 / 12  # share of a card's memory that is free where a desktop uses the rest
-
-
-def card(name: str) -> tuple[int, float, int] | None:
-    """(SMs, TFLOPS, GiB) of a card by its driver's name ("NVIDIA GeForce RTX 4070") or a short one ("4070"), or None.
-
-    The whole name has to match, so that an "RTX 4070 Laptop GPU" is not taken for an RTX 4070.
-    """
-    words = " ".join(w for w in name.replace("-", " ").split() if w not in ("NVIDIA", "GeForce", *FORM_FACTORS))
-    known = {key.lower(): row for key, row in CARDS.items()}
-    return known.get(words.lower()) or known.get(f"rtx {words.lower()}")
-
-
-def peak_flops(name: str, sms: int | None = None) -> float | None:
-    """FLOP/s of a card by its name and, if given, its number of multiprocessors; None unless a row matches both."""
-    row = card(name)
-    return row[1] * 1e12 if row and sms in (None, row[0]) else None
 
 
 def network(config) -> GPT:
@@ -106,25 +58,41 @@ def best_size(parameters: float, tokens: float) -> tuple[float, float]:
     return n, product / n
 
 
+def usual_rate(parameters: float) -> float:
+    """The learning rate that suits AdamW and GPT-2's network with so many parameters in blocks (Kaplan 2020, D.6)."""
+    return 0.003239 - 0.0001395 * math.log(parameters)
+
+
+def critical_batch(loss: float) -> float:
+    """Tokens of a step above which more help little (Kaplan et al. 2020, eq. 5.3); at twice this they cost compute."""
+    return 2.1e8 / loss ** (1 / 0.21)
+
+
 def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | None, str | None]:
     """(val loss on FineWeb at the end of the run, None), or (None, the reason why there is no expectation)."""
-    n, tokens = network(config).num_params(), config.step_tokens * config.max_iters
+    model, tokens = network(config), config.step_tokens * config.max_iters
+    counts, vocab_size = model.parameter_counts(), model.config.vocab_size
+    n, usual = counts["total"], usual_rate(counts["blocks"])
     multiplier = MULTIPLIER.get((config.arch, config.optimizer))
     end = config.lr_decay_iters or config.max_iters
     if config.init_from not in ("scratch", "resume", "auto"):
         reason = f"the scaling law holds for random initial weights, not for those of {config.init_from}"
     elif multiplier is None:
         reason = f"the scaling law is for GPT-2's network with AdamW, not for {config.arch} with {config.optimizer}"
-    elif not 50257 <= config.vocab_size <= 51200:
-        reason = f"the scaling law is for GPT-2's tokens, not for a vocabulary of {config.vocab_size:,}"
+    elif not 50257 <= vocab_size <= 51200:
+        reason = f"the scaling law is for GPT-2's tokens, not for a vocabulary of {vocab_size:,}"
     elif not 2e7 <= n <= 1.6e9:
         reason = f"the scaling law is not validated for {n / 1e6:,.0f}M parameters"
     elif not 5e8 <= tokens <= 5e11:
         reason = f"the scaling law is not validated for {tokens / 1e6:,.1f}M tokens"
     elif (epochs or 0) > 4.05:
         reason = "the scaling law is for new tokens; beyond 4 epochs a repeated token is worth less"
+    elif config.decay_lr and config.warmup_iters > 0.2 * config.max_iters:
+        reason = f"the scaling law is for a short warm-up, not for one of {config.warmup_iters:,} steps"
     elif end > 1.05 * config.max_iters or rates[-1] > 0.3 * max(rates):
         reason = "the scaling law is for finished schedules; here the learning rate is still high at max_iters"
+    elif not usual / 5 <= config.learning_rate <= 5 * usual:
+        reason = f"the scaling law is for a good learning rate, about {usual:.1g}, not {config.learning_rate:g}"
     else:
         return law(n, tokens * multiplier), None
     return None, reason
@@ -133,6 +101,7 @@ def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | N
 # ---- the whole plan
 
 SMALL = 3e7  # parameters: on a CPU, memory is no limit for a smaller network
+MEASURED_ON = 58.3e12  # FLOP/s: the peak of the RTX 4070, on which the shares of the peak were measured
 NOISE = 0.4  # standard deviation of the loss of one window of 1,024 tokens: 16 of them scatter by 0.1 (both anchors)
 
 
@@ -147,6 +116,7 @@ def plan(
     world_size: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     free_bytes: int | None = None,
+    total_bytes: int | None = None,
     gpu_processes: str = "",
     disk_free: int | None = None,
     trace: bool | None = None,
@@ -154,15 +124,15 @@ def plan(
     """All that can be known of a run beforehand; None where it cannot.
 
     train_tokens, val_tokens: in the dataset; eval_tokens: of each split in an evaluation; device: "cpu", or the name
-    of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes: of the card's memory;
-    gpu_processes: the other processes on it; trace: predict the memory of a step, which takes a few seconds; None: not
-    for a small network on a CPU.
+    of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes, total_bytes: of the card's
+    memory; gpu_processes: the other processes on it; trace: predict the memory of a step, which takes a few seconds;
+    None: not for a small network on a CPU, whose speed is measured instead.
     """
-    model, known = network(config), card(device)
+    model, known = network(config), card(device, sms, total_bytes)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
     tokens, eval_tokens = config.step_tokens * config.max_iters, min(eval_tokens, val_tokens or eval_tokens)
-    if trace is None:
-        trace = device != "cpu" or counts["total"] > SMALL
+    small_on_cpu = device == "cpu" and counts["total"] <= SMALL
+    measure, trace = trace is None and small_on_cpu, not small_on_cpu if trace is None else trace
     memory = trace_memory(config, "cpu" if device == "cpu" else "cuda", dtype) if trace and config.batch_size else None
     kept = config.max_iters // config.keep_every if config.keep_every else 0
     found = {
@@ -178,19 +148,26 @@ def plan(
         "device": device,
         "dtype": dtype,
         "memory": memory,
-        "free_bytes": free_bytes or (DESKTOP * known[2] * GiB if known else None),
-        "used_bytes": known[2] * GiB - free_bytes if known and free_bytes else 0,
+        "card": known,
+        "free_bytes": free_bytes or (DESKTOP * known.gib * GiB if known else None),
+        "used_bytes": total_bytes - free_bytes if total_bytes and free_bytes else 0,
         "gpu_processes": gpu_processes,
         "disk_need": checkpoint_bytes(counts["total"], kept),
         "disk_free": disk_free,
-        "peak": peak_flops(device, sms),
+        "peak": known.tflops * 1e12 if known else None,
         "hours": None,
     }
+    evaluations = config.max_iters // config.eval_interval + 1
+    evaluated = evaluations * 2 / 3 * eval_tokens  # two splits; a forward pass is a third of a step
+    found["eval_share"] = evaluated / (tokens + evaluated) if tokens else 0.0
     if found["peak"] and config.compile and dtype != torch.float32:
-        evaluations = config.max_iters // config.eval_interval + 1
-        flops = found["flops"] + evaluations * 2 / 3 * eval_tokens * flops_per_token  # two splits, a forward is a third
         found["utilisation"] = utilisation(config.n_embd, found["peak"])
-        found["hours"] = flops / (found["peak"] * found["utilisation"] * world_size) / 3600
+        speed = found["peak"] * found["utilisation"] * world_size  # FLOP/s
+        found["hours"] = (tokens + evaluated) * flops_per_token / speed / 3600
+    elif measure and config.batch_size:
+        micro_batch, update = measured_seconds(config, dtype)
+        micro_batches = (tokens + evaluated) / (config.batch_size * config.block_size)
+        found["hours"] = (micro_batches * micro_batch / world_size + config.max_iters * update) / 3600
     found["loss"], found["no_loss"] = expected_loss(config, rates, found["epochs"])
     found["warnings"] = list(warnings(config, found))
     return found
@@ -210,7 +187,27 @@ def utilisation(n_embd: int, peak: float) -> float:
     40% on an H100, where llm.c had 41% (10.26B tokens in 45 minutes on eight cards, says modded-nanogpt's README).
     """
     share = min(0.82, max(0.5, 0.69 + 0.13 * math.log2(n_embd / 384)))
-    return share * min(1.0, (CARDS["RTX 4070"][1] * 1e12 / peak) ** 0.25)
+    return share * min(1.0, (MEASURED_ON / peak) ** 0.25)
+
+
+def measured_seconds(config, dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of a micro batch, forward and backward, and of the optimizers' step: measured here, on the CPU."""
+    with torch.random.fork_rng():
+        model = GPT(GPTConfig(**config.model_args()))
+    optimizers = configure_optimizers(model, config, "cpu")
+    tokens = (
+        torch.arange(config.batch_size * (config.block_size + 1)).view(config.batch_size, -1) % model.config.vocab_size
+    )
+    for _ in range(2):  # the first is slower: buffers are made
+        started = time.perf_counter()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        done = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+        ended = time.perf_counter()
+    return done - started, ended - done
 
 
 def hours_left(config, step: int, seconds_per_step: float, eval_seconds: float = 0.0) -> float:
@@ -227,7 +224,7 @@ def warnings(config, found):
     yield from data_warnings(found)
     if advice := size_advice(found):
         yield advice
-    yield from schedule_warnings(config)
+    yield from schedule_warnings(config, found)
     if config.n_embd < 64 * config.n_head and config.n_embd >= 128:
         remedy = f"; use --n_head={config.n_embd // 64}" if config.n_embd % 64 == 0 else ""
         yield f"head size {config.n_embd // config.n_head}: 64 or 128 learn better and run faster{remedy}"
@@ -237,12 +234,14 @@ def warnings(config, found):
             f"dropout={config.dropout:g} with {epochs:.2f} epochs: a model does not overfit so early; dropout costs "
             "loss, memory and time: use --dropout=0"
         )
-    if config.dtype == "float16" and card(found["device"]):  # every card in the table has bfloat16
+    if found["card"] and config.dtype == "float16" and found["card"].has_bfloat16:
         yield (
             "float16 skips steps to find its scale; --dtype=bfloat16 is as fast on this card and needs no scale "
             "(float16 has three more bits of precision)"
         )
-    critical = 2.1e8 / found["loss"] ** (1 / 0.21) if found["loss"] else math.inf  # Kaplan et al. 2020, eq. 5.3
+    if found["card"] and config.dtype == "bfloat16" and not found["card"].has_bfloat16:
+        yield f"{found['card'].name} has no bfloat16 arithmetic and emulates it slowly; use --dtype=float16"
+    critical = critical_batch(found["loss"]) if found["loss"] else math.inf
     if config.step_tokens > 2 * critical:
         yield (
             f"{config.step_tokens:,} tokens a step: above {critical:,.0f}, more help little (Kaplan et al. 2020); "
@@ -250,12 +249,25 @@ def warnings(config, found):
         )
 
 
-def schedule_warnings(config):
+def schedule_warnings(config, found):
+    rate, usual = config.learning_rate, usual_rate(found["parameters"]["blocks"])
+    if config.init_from in ("scratch", "resume", "auto") and not usual / 10 <= rate <= 15 * usual:
+        yield (
+            f"learning_rate={rate:g}: about {usual:.1g} is usual for GPT-2's network of this size with AdamW (Kaplan "
+            f"et al. 2020, D.6), and some times more with Muon; try --learning_rate={usual:.1g}"
+        )
+    share = found["eval_share"]
+    if share > 0.3 and config.max_iters >= 100:
+        every = math.ceil(config.eval_interval * share / (1 - share) / 0.1)
+        yield (
+            f"evaluations take about {share:.0%} of the time; use --eval_interval={every} or a smaller --eval_tokens"
+        )
     if not config.decay_lr:
         return
     if config.warmup_iters > 0.1 * config.max_iters and config.max_iters >= 100:
+        never = ", so the learning rate never reaches its peak" if config.warmup_iters >= config.max_iters else ""
         yield (
-            f"warm-up of {config.warmup_iters:,} in {config.max_iters:,} steps: "
+            f"warm-up of {config.warmup_iters:,} in {config.max_iters:,} steps{never}: "
             f"--warmup_iters={config.max_iters // 50} is enough"
         )
     if config.min_lr > 0.101 * config.learning_rate:
@@ -268,18 +280,25 @@ def schedule_warnings(config):
 def memory_and_disk_warnings(config, found):
     need, free, used = sum((found["memory"] or {}).values()), found["free_bytes"], found["used_bytes"]
     if free and need > free:
-        sizes = batch_sizes_that_fit(config, free, "cuda", found["dtype"])
-        remedy = "use --activation_checkpointing=True or a smaller network"
-        if sizes:
-            steps = (
-                "" if config.tokens_per_step else f" --gradient_accumulation_steps={config.step_sequences // sizes[-1]}"
-            )
-            remedy = f"--batch_size={sizes[-1]}{steps} fits, with the same results"
         ending = f"; or end other processes, which use {used / GiB:.1f} GiB" if used > 0.1 * free else ""
-        yield f"memory: {need / GiB:.1f} GiB needed, {free / GiB:.1f} GiB free: {remedy}{ending}"
+        yield f"memory: {need / GiB:.1f} GiB needed, {free / GiB:.1f} GiB free: {memory_remedy(config, found)}{ending}"
     if found["disk_free"] and found["disk_need"] > found["disk_free"]:
         need, free = (f"{found[name] / 1e9:.1f} GB" for name in ("disk_need", "disk_free"))
         yield f"disk: checkpoints need up to {need}, {free} are free: free some, or choose another --out_dir"
+
+
+def memory_remedy(config, found):
+    """A change that fits: a smaller micro batch, with activation checkpointing if need be, else a smaller network."""
+    checkpointed = replace(config, activation_checkpointing=True)
+    for candidate, key in ((config, ""), (checkpointed, "--activation_checkpointing=True ")):
+        sizes = batch_sizes_that_fit(candidate, found["free_bytes"], "cuda", found["dtype"])
+        if sizes:
+            micro = config.step_sequences // sizes[-1]
+            steps = "" if config.tokens_per_step else f" --gradient_accumulation_steps={micro}"
+            return f"{key}--batch_size={sizes[-1]}{steps} fits, with the same results"
+    memory = found["memory"]
+    state = 2 * memory["weights"] + memory["optimizer state"]  # a gradient for each weight
+    return f"weights, gradients and optimizer alone need {state / GiB:.1f} GiB: use a smaller --n_layer or --n_embd"
 
 
 def data_warnings(found):
@@ -325,7 +344,9 @@ def lines(found: dict, config):
             f"standard error about {found['eval_error']:.4f}"
         )
     yield from memory_lines(found, config)
-    if found["hours"]:
+    if found["hours"] and not found["peak"]:
+        yield f"time    about {duration(found['hours'])}, from the time of one micro batch, not compiled"
+    elif found["hours"]:
         yield (
             f"time    about {found['hours']:.1f} h (modelled): {found['flops']:.2e} FLOP on {found['device']} at "
             f"{found['utilisation']:.0%} of its peak of {found['peak'] / 1e12:.0f} TFLOPS"
@@ -340,6 +361,10 @@ def lines(found: dict, config):
         yield f"loss    no expectation: {found['no_loss']}"
     for text in found["warnings"]:
         yield f"WARNING {text}"
+
+
+def duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def memory_lines(found, config):

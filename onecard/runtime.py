@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from onecard import UserError, plan
+from onecard import UserError
+from onecard.cards import card
 from onecard.memory import BUDGET, batch_sizes_that_fit, divisors
 
 CPU_BATCH_TOKENS = 2**12  # a larger micro batch is not faster on a CPU
@@ -55,7 +56,7 @@ class Runtime:
         facts["disk_free"] = shutil.disk_usage(folder).free
         if self.device.type == "cuda":
             facts["sms"] = torch.cuda.get_device_properties(self.device).multi_processor_count
-            facts["free_bytes"] = torch.cuda.mem_get_info(self.device)[0]
+            facts["free_bytes"], facts["total_bytes"] = torch.cuda.mem_get_info(self.device)
             facts["gpu_processes"] = gpu_processes()
         return facts
 
@@ -172,8 +173,9 @@ def start_runtime(config) -> Runtime:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains float32
-        card = torch.cuda.get_device_properties(device)
-        peak_flops = plan.peak_flops(card.name, card.multi_processor_count)
+        driver = torch.cuda.get_device_properties(device)
+        found = card(driver.name, driver.multi_processor_count)
+        peak_flops = found.tflops * 1e12 if found else None
     if world_size > 1:
         micro_steps(config.step_sequences, config.batch_size or 1, world_size)  # raises if it does not divide
         backend = config.backend if device.type == "cuda" else "gloo"

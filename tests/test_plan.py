@@ -6,6 +6,7 @@ from pathlib import Path
 import curves
 import numpy as np
 import pytest
+import torch
 from curves import anchor, learning_rates
 from runs import flags_of
 
@@ -22,32 +23,6 @@ SOUND |= dict(max_iters=10000, lr_decay_iters=10000, warmup_iters=300)
 def plan_of(config, **facts):
     """Without the memory of a step unless it is asked for, as that takes seconds."""
     return plan.plan(config, learning_rates(config), **dict(trace=False) | facts)
-
-
-# ---- cards
-
-
-def test_ada_cards_have_the_peak_of_their_sms_and_boost_clock():
-    for name, sms, ghz in (("RTX 4070", 46, 2.475), ("RTX 4090", 128, 2.52), ("RTX 4070 Ti SUPER", 66, 2.61)):
-        assert plan.peak_flops(name) == pytest.approx(sms * 512 * ghz * 1e9, rel=0.005)
-
-
-@pytest.mark.parametrize(
-    "name, sms, tflops",
-    [
-        ("NVIDIA GeForce RTX 4070", 46, 58.3),
-        ("NVIDIA GeForce RTX 4070 SUPER", None, 71.0),
-        ("4070 ti", None, 80.2),
-        ("NVIDIA A100-SXM4-80GB", 108, 312.0),
-        ("NVIDIA H200", 132, 989.0),
-        ("NVIDIA GeForce RTX 4070 Laptop GPU", 36, None),
-        ("NVIDIA GeForce RTX 4070", 36, None),
-        ("NVIDIA GeForce RTX 9999", None, None),
-        ("cpu", None, None),
-    ],
-)
-def test_a_card_is_known_by_its_whole_name_or_not_at_all(name, sms, tflops):
-    assert plan.peak_flops(name, sms) == (tflops and tflops * 1e12)
 
 
 # ---- the loss to expect
@@ -79,6 +54,9 @@ def test_the_best_size_is_the_minimum_at_equal_flops():
         (dict(lr_decay_iters=40000), None, "finished schedules"),
         (dict(decay_lr=False), None, "finished schedules"),
         (dict(), 8.0, "beyond 4 epochs"),
+        (dict(learning_rate=1.0), None, "a good learning rate, about 0.0009, not 1"),
+        (dict(learning_rate=1e-7, min_lr=0.0), None, "a good learning rate"),
+        (dict(warmup_iters=50000), None, "a short warm-up"),
     ],
 )
 def test_no_loss_is_expected_where_the_law_does_not_hold(keys, epochs, why):
@@ -135,6 +113,10 @@ def test_the_plan_of_the_founding_run_has_its_figures_and_its_mistakes():
         (dict(gradient_accumulation_steps=512, max_iters=1250, lr_decay_iters=1250, warmup_iters=50), "8,388,608 tok"),
         (dict(max_iters=100, lr_decay_iters=100, warmup_iters=5), "a parameter; about 20 are"),
         (dict(max_iters=40000, lr_decay_iters=40000), "4.2 epochs: beyond 4 passes"),
+        (dict(learning_rate=1.0), r"learning_rate=1: about 0.0007 is usual .*--learning_rate=0.0007"),
+        (dict(learning_rate=1e-7, min_lr=0.0), "learning_rate=1e-07: about 0.0007 is usual"),
+        (dict(warmup_iters=30000), "the learning rate never reaches its peak: --warmup_iters=400"),
+        (dict(eval_interval=1), "evaluations take about 93% of the time; use --eval_interval=1"),
     ],
 )
 def test_a_choice_that_costs_something_has_a_warning_and_only_that_one(keys, words):
@@ -157,8 +139,8 @@ def test_a_try_has_no_warning_of_what_only_a_real_run_can_follow():
 def test_where_memory_and_disk_are_short_the_plan_names_who_has_it_and_a_micro_batch_that_fits():
     """5.9 GB of the founding run's card were used by another process, and it died in its first backward pass."""
     keys, free = SOUND | dict(gradient_accumulation_steps=4), int(5.4 * GiB)
-    facts = dict(device="NVIDIA GeForce RTX 4070", gpu_processes="4242, python3, 5900 MiB", disk_free=10**9)
-    found = plan_of(curves.config(**keys), trace=True, free_bytes=free, **facts)
+    facts = dict(device="NVIDIA GeForce RTX 4070", gpu_processes="4242, python3, 5900 MiB", total_bytes=12 * GiB)
+    found = plan_of(curves.config(**keys), trace=True, free_bytes=free, disk_free=10**9, **facts)
     shown = "\n".join(plan.lines(found, curves.config(**keys)))
     assert "6.6 GiB in use by others: 4242, python3, 5900 MiB" in shown and "or end other processes" in shown
     assert "disk: checkpoints need up to 7.5 GB, 1.0 GB are free" in shown
@@ -167,6 +149,21 @@ def test_where_memory_and_disk_are_short_the_plan_names_who_has_it_and_a_micro_b
     assert size * steps == 16 * 4
     fits = curves.config(**keys | dict(batch_size=size, gradient_accumulation_steps=steps))
     assert "memory: " not in str(plan_of(fits, trace=True, free_bytes=free, **facts)["warnings"])
+
+
+def test_the_memory_remedy_is_one_that_fits():
+    """With less than the state of the network, only a smaller network helps, not activation checkpointing."""
+    config = curves.config(**SOUND | dict(n_layer=2, n_embd=4096, n_head=64, tokens_per_step=2**17, vocab_size=8192))
+    for gib, remedy in ((6, "use a smaller --n_layer"), (8.5, "--activation_checkpointing=True --batch_size=")):
+        found = plan_of(config, device="RTX 4070", free_bytes=int(gib * GiB), trace=True)
+        assert remedy in found["warnings"][0]
+
+
+def test_the_hours_of_a_small_run_on_a_cpu_are_measured():
+    sizes = dict(n_layer=2, n_embd=128, n_head=2, block_size=128, vocab_size=512, batch_size=4)
+    config = curves.config(**sizes, gradient_accumulation_steps=1, max_iters=100, lr_decay_iters=100, warmup_iters=5)
+    found = plan_of(config, trace=None, dtype=torch.float32, eval_tokens=4096)
+    assert 0 < found["hours"] < 0.1 and "from the time of one micro batch" in "\n".join(plan.lines(found, config))
 
 
 # ---- as train.py shows it
