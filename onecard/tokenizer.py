@@ -80,8 +80,8 @@ class TokenizerError(UserError):
 def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> Tokenizer:
     """source: gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl. Raises TokenizerError.
 
-    encoder: fastokens encodes gpt2 and a tokenizer.json many times faster; check_parity compares its ids. With any
-    other value the library that defines the ids encodes: tiktoken, or tokenizers for a tokenizer.json.
+    encoder: fastokens is many times faster, for gpt2 and a tokenizer.json with GPT-2's splitting pattern; check_parity
+    compares its ids. With any other value the library that defines the ids encodes: tiktoken or tokenizers.
     """
     if source == "gpt2":
         return GPT2Tokenizer(encoder)
@@ -318,14 +318,16 @@ class JsonTokenizer(Tokenizer):
         if separator is None:
             raise TokenizerError(f"{name}: its separator {eot} is not one of its ids; copy it again")
         self.library.add_special_tokens([separator])
-        self.encoder = "fastokens" if encoder == "fastokens" else "tokenizers"
-        if self.encoder == "fastokens":
-            self.fast = fast_json(self.library.to_str(), name)
         layout = json.loads(content)
         self.byte_level = (layout.get("decoder") or {}).get("type") == "ByteLevel"
         self.lossless = self.byte_level and keeps_every_byte(layout)
         splits = layout.get("pre_tokenizer") or {}
         self.cuts = self.lossless and splits["type"] == "ByteLevel" and splits.get("use_regex", True)  # GPT-2's pattern
+        self.encoder = "fastokens" if encoder == "fastokens" else "tokenizers"
+        if encoder == "fastokens":
+            if not self.cuts:  # with byte fallback, for example, it gives other ids here and there
+                raise TokenizerError(f"{name}: fastokens is used with GPT-2's splitting pattern only; use tokenizers")
+            self.fast = need("fastokens", "fast").Tokenizer.from_json_str(self.library.to_str())
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:  # type: ignore[override]
@@ -359,12 +361,10 @@ class JsonTokenizer(Tokenizer):
         if self.byte_level:
             return super().decoder(before)
         last, utf8 = list(before)[-1:], codecs.getincrementaldecoder("utf-8")("replace")
-        bytes_of = {  # SentencePiece's fallback
-            self.library.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)
-        }
+        bytes_of = {self.library.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
 
         def step(id: int) -> str:
-            if id in bytes_of:
+            if id in bytes_of:  # a letter that is not in the vocabulary is spelled in bytes
                 text = utf8.decode(bytes_of[id])
             else:  # the space before a word depends on the token before it, so both are decoded
                 text = utf8.decode(b"", True) + self.decode([*last, id])[len(self.decode(last)) :]
@@ -411,15 +411,6 @@ def read_json(content: str, where: str | Path):
 def not_one(where, error):
     remedy = "give the tokenizer.json of a Hugging Face model, or gpt2, or bytes"
     return TokenizerError(f"{where}: not a tokenizer.json that the library tokenizers can read ({error}); {remedy}")
-
-
-def fast_json(content: str, name: str):
-    """fastokens' tokenizer of a tokenizer.json. Raises TokenizerError where it cannot read it."""
-    fastokens = need("fastokens", "fast")
-    try:
-        return fastokens.Tokenizer.from_json_str(content)
-    except Exception as error:  # the library raises plain Exceptions
-        raise TokenizerError(f"{name}: fastokens cannot read this tokenizer.json ({error})") from None
 
 
 def id_count(library) -> int:
