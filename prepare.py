@@ -1,11 +1,12 @@
-"""Text to tokens: parquet, .jsonl or .txt files in, shards and a manifest in data/<dataset> out. Never needs torch.
+"""Text to tokens: parquet, .jsonl, .json, .txt or .md files in, shards and a manifest in data/<dataset> out.
 
     python prepare.py                                        (data/quickstart, from text that is part of Python)
+    python prepare.py my.txt notes/ --dataset=mine           (your own text)
     python prepare.py fineweb/*.parquet --dataset=fineweb    (python prepare.py --help lists every key)
 
-The one thing to know: a unit is one range of rows of one file. It writes its own shards and then its record, so a run
-that was stopped continues with the units that have no record, and the bytes are the same with any number of workers.
-The manifest is written last and makes the dataset complete.
+It never needs torch. The one thing to know: a unit is one range of rows of one file, or a few small files. It writes
+its own shards and then its record, so a run that was stopped continues with the units that have no record, and the
+bytes are the same with any number of workers. The manifest is written last and makes the dataset complete.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -29,17 +31,20 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from configurator import describe, key, load_config, run_script
-from onecard import UserError, durable
+from configurator import key, load_config, run_script, sources_of
+from onecard import dataset, durable
+from onecard.dataset import PrepareError, Progress, bytes_per_token, read_plan
 from onecard.quickstart import write_quickstart
-from onecard.shards import ShardError, check_shard, layout, open_tokens, read_manifest, write_json, write_manifest
-from onecard.sources import DamagedError, SourceError, examine, find_files, read_texts, token_count
-from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, load_tokenizer
-from onecard.units import STATE, decode, encode_texts, make_job, unit_record, work
+from onecard.shards import ShardError, check_shard, layout, open_tokens, other_datasets, read_manifest, write_manifest
+from onecard.sources import token_count
+from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, dataset_tokenizer, load_tokenizer
+from onecard.units import STATE, encode_texts, job_tokenizer, make_job, unit_record, work
 
-BYTES_PER_TOKEN = 4.67  # of FineWeb; a file's footer gives bytes of text, shard_tokens and max_tokens are tokens
 PLANNING_SECONDS = 5.0  # that a task waits for other tasks, which own the whole dataset only while they plan
 INSPECT_TOKENS = 50_000_000  # read by --inspect
+FAST_BYTES = 10_000_000  # of text; checking fastokens takes longer than encoding less
+OWN_TEXT_BYTES = 50_000_000  # config/own_text.py is for less text than this
+QUICKSTART = {"tokenizer": "bytes", "val_fraction": 0.1}  # its settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,14 @@ class PrepareConfig:
     inputs: tuple[str, ...] = key((), "files, folders, globs, hf:// paths; none: the quickstart", inputs=True)
     dataset: str = key("", "name of the dataset: the folder data_dir/dataset")
     data_dir: str = key("data", "the folder of all datasets")
-    text_column: str = key("text", "column of a parquet file, or key of a .jsonl line, with the text")
-    val_fraction: float = key(0.005, "share of documents in val, by a hash of the text", low=0.0, high=0.5)
+    tokenizer: str = key("gpt2", "gpt2, bytes, or the path of a tokenizer.json")
+    train_tokenizer: int = key(0, "train a tokenizer with so many ids on the inputs, 8192 say", low=0, high=65536)
+    text_column: str = key("text", "column of a parquet file, or key of a JSON object, with the text")
+    val_fraction: float = key(0.005, "share of val, by a hash of the text; up to 0.25 of a small text", low=0, high=0.5)
     shard_tokens: int = key(100_000_000, "approximate tokens per shard", low=1000, high=1_000_000_000)
     max_tokens: int = key(0, "stop with the row group that reaches this many tokens (0: take all)", low=0)
     workers: int = key(0, "worker processes (0: one per core)", low=0)
-    encoder: str = key("auto", "auto: fastokens if it is installed", choices=("auto", "tiktoken", "fastokens"))
+    encoder: str = key("auto", "auto: fastokens for 10 MB or more", choices=("auto", "tiktoken", "fastokens"))
     task: str = key("", "3/16: only the third of 16 parts of the units; run --merge when all parts are done")
     merge: bool = key(False, "complete a dataset whose tasks are done")
     verify: bool = key(False, "check every byte of a finished dataset")
@@ -61,7 +68,14 @@ class PrepareConfig:
     def problems(self) -> list[str]:
         found = []
         if self.inputs and not self.dataset:
-            found.append(f"dataset: no name for the dataset made from {self.inputs[0]}; add --dataset=fineweb, say")
+            name = re.sub(r"\W+", "_", Path(self.inputs[0]).name.split(".")[0]).strip("_") or "mine"
+            found.append(f"dataset: no name for the dataset made from {self.inputs[0]}; add --dataset={name}, say")
+        if self.train_tokenizer and "tokenizer" in sources_of(self):
+            found.append("train_tokenizer: excludes --tokenizer; give one of the two")
+        if 0 < self.train_tokenizer < 257:
+            found.append(
+                f"train_tokenizer: {self.train_tokenizer} is less than 256 bytes and a separator; give 257 or more"
+            )
         task = re.fullmatch(r"(\d+)/(\d+)", self.task)
         if self.task and not (task and 1 <= int(task[1]) <= int(task[2])):
             found.append(f"task: {self.task!r} is not a task; the tasks of sixteen are 1/16 to 16/16")
@@ -70,64 +84,14 @@ class PrepareConfig:
         return found
 
 
-class PrepareError(UserError):
-    """A user's mistake: which file or key, why, and what to do."""
+# ---- the units ---------------------------------------------------------------------------------------------
 
 
-# ---- the plan ----------------------------------------------------------------------------------------------
-
-
-def examine_all(config: PrepareConfig) -> tuple[list[tuple[dict, list]], list[str]]:
-    """([(source, its units)], problems of damaged files, which are left out). Raises PrepareError for all others."""
-    found: dict[str, tuple] = {}  # by the id of the source
-    damaged, problems = [], []
-    for path in find_files(config.inputs):
-        try:
-            source, units = examine(path, config.text_column, config.shard_tokens * BYTES_PER_TOKEN)
-            if source["id"] in found:
-                print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
-            found.setdefault(source["id"], (source, units))
-        except DamagedError as error:
-            damaged.append(str(error))
-        except SourceError as error:
-            problems.append(str(error))
-    if problems or (damaged and not found):
-        raise PrepareError("\n".join(problems + damaged))
-    return list(found.values()), damaged
-
-
-def make_plan(found: list[tuple[dict, list]], config: PrepareConfig, folder: Path) -> dict:
-    """The plan: settings, sources, units. New units are added at its end; a unit's number never changes.
-
-    Raises PrepareError for a changed setting or source.
-    """
-    path = folder / STATE / "plan.json"
-    settings = {name: getattr(config, name) for name in ("text_column", "val_fraction", "shard_tokens")}
-    before = path.read_text(encoding="utf-8") if path.exists() else ""
-    plan: dict = json.loads(before) if before else {"sources": [], "units": [], "settings": settings}
-    problems = []
-    for name, value in settings.items():
-        known = plan["settings"][name]
-        if value != known and (config.inputs or value != getattr(PrepareConfig, name)):
-            remedy = f"use --{name}={known}, or another --dataset"
-            problems.append(f"{name}: {folder} was started with {known!r}, not {value!r}; {remedy}")
-    by_id = {source["id"]: source for source in plan["sources"]}
-    paths = {source["path"] for source in plan["sources"]}
-    for source, units in found:
-        if source["id"] in by_id:
-            by_id[source["id"]]["path"] = source["path"]  # the file may have moved
-        elif source["path"] in paths:
-            problems.append(f"{source['path']}: has changed since {folder} was started; use another --dataset")
-        else:
-            plan["units"] += [{"source": len(plan["sources"]), **unit} for unit in units]
-            plan["sources"].append(source)
-    if not plan["units"]:
-        problems.append(f"{folder}: nothing to prepare; name files that have rows")
-    if problems:
-        raise PrepareError("\n".join(problems))
-    if json.dumps(plan, indent=1) != before:
-        write_json(path, plan)
-    return plan
+def asked_settings(config: PrepareConfig, folder: Path) -> dict:
+    """The settings of a dataset that the user has given. The others are those of the dataset, or the defaults."""
+    names = [name for name in (*dataset.SETTINGS, "tokenizer", "train_tokenizer") if name in sources_of(config)]
+    new_quickstart = folder.name == "quickstart" and not read_plan(folder)
+    return (QUICKSTART if new_quickstart else {}) | {name: getattr(config, name) for name in names}
 
 
 def read_records(plan: dict, numbers: range, folder: Path) -> dict[int, dict]:
@@ -136,6 +100,8 @@ def read_records(plan: dict, numbers: range, folder: Path) -> dict[int, dict]:
     for number in numbers:
         try:
             record = json.loads(unit_record(folder, number).read_text(encoding="utf-8"))
+            if record.get("files") != plan["units"][number].get("files"):
+                raise ShardError("files were added to it")
             for shard in record["shards"]:
                 if layout(folder / shard["name"])[1] != shard["tokens"]:
                     raise ShardError(f"{folder / shard['name']}: not the size that was written")
@@ -157,7 +123,7 @@ def next_units(plan: dict, records: dict, numbers, running, failed, max_tokens: 
     ready, before, exact = [], 0.0, True  # before: tokens of the units before this one; exact: no estimate among them
     for number in numbers:
         limit = (max_tokens or math.inf) - before
-        record, most = records.get(number), 1.5 * plan["units"][number]["bytes"] / BYTES_PER_TOKEN
+        record, most = records.get(number), 1.5 * expected_tokens(plan, number)
         if limit <= 0:
             break
         if number in failed:
@@ -169,6 +135,10 @@ def next_units(plan: dict, records: dict, numbers, running, failed, max_tokens: 
             ready.append((number, int(limit) if exact and max_tokens else 0))
         exact, before = False, before + most
     return ready
+
+
+def expected_tokens(plan: dict, number: int) -> float:
+    return plan["units"][number]["bytes"] / bytes_per_token(plan["settings"])
 
 
 def fits(record: dict, limit: float) -> bool:
@@ -185,10 +155,10 @@ def run_units(plan, records, numbers, config, folder, encoder, size):
     size: bytes of text to read, about. Raises ShardError if a file cannot be written, PrepareError if a worker
     process dies. No worker and no temporary file is left then, or after Ctrl-C.
     """
-    failed, jobs, tokens, started = {}, {}, 0, time.monotonic()  # jobs: {connection: job}
+    failed, jobs = {}, {}  # jobs: {connection: job}
     todo = next_units(plan, records, numbers, (), failed, config.max_tokens)
     pool = start_workers(config.workers, len(todo), encoder)
-    bar = tqdm(total=size, unit="B", unit_scale=True, disable=None)
+    progress = Progress(size, "prepared")
     try:
         while todo or jobs:
             for connection in [c for c in pool if c not in jobs][: len(todo)]:
@@ -197,16 +167,14 @@ def run_units(plan, records, numbers, config, folder, encoder, size):
             for connection in multiprocessing.connection.wait(list(jobs)):
                 kind, content = connection.recv()
                 if kind == "progress":
-                    tokens += content[1]
-                    bar.set_postfix_str(f"{tokens / (time.monotonic() - started) / 1e6:.2f}M tokens/s", False)
-                    bar.update(content[0])
+                    progress.update(*content)
                     continue
                 number = jobs.pop(connection)["number"]
                 if kind == "stop":
                     raise ShardError(content)
                 if kind == "failed":
                     failed[number] = content
-                    bar.write(f"  failed: {content}", file=sys.stderr)
+                    progress.bar.write(f"  failed: {content}", file=sys.stderr)
                 else:
                     records[number] = content
                 running = [job["number"] for job in jobs.values()]
@@ -214,11 +182,11 @@ def run_units(plan, records, numbers, config, folder, encoder, size):
     except (EOFError, ConnectionError) as error:
         pool[connection].join()
         raise PrepareError(
-            f"{jobs[connection]['path']}: its worker process died (exit code {pool[connection].exitcode}; -9 often "
+            f"{jobs[connection]['paths'][0]}: its worker process died (exit code {pool[connection].exitcode}; -9 often "
             "means that memory ran out); finished units are kept: run it again with fewer --workers"
         ) from error
     finally:
-        bar.close()
+        progress.bar.close()
         for process in pool.values():
             process.terminate()
             process.join()
@@ -257,12 +225,10 @@ def remove_leftovers(folder: Path, numbers: range, plan: dict) -> None:
 # ---- the dataset -------------------------------------------------------------------------------------------
 
 
-def prepare(config: PrepareConfig, folder: Path) -> int:
-    """Plans, prepares what is missing, and completes the dataset. Returns the exit code."""
-    state, started = folder / STATE, time.monotonic()
-    found, damaged = examine_all(config)
-    if not found and not state.exists():
-        raise PrepareError(f"{folder}: nothing is prepared here yet; name the files to prepare")
+def prepare(config: PrepareConfig, asked: dict, folder: Path) -> int:
+    """Plans, prepares what is missing, and completes the dataset. asked: see asked_settings. Returns the exit code."""
+    state, started, before = folder / STATE, time.monotonic(), read_plan(folder)
+    plan, damaged, content = dataset.plan_dataset(config.inputs, asked, folder)
     state.mkdir(parents=True, exist_ok=True)
     task, tasks = map(int, config.task.split("/")) if config.task else (1, 1)
     whole, own = state / "all.lock", state / f"task_{task}_of_{tasks}.lock"
@@ -270,11 +236,11 @@ def prepare(config: PrepareConfig, folder: Path) -> int:
         if config.task:
             locks.enter_context(durable.owned(own, f"task {config.task} of {folder}"))
             with durable.owned(whole, str(folder), patience=PLANNING_SECONDS):
-                plan = make_plan(found, config, folder)
+                dataset.write_plan(plan, content, before, folder)
         else:
             for path in (whole, *state.glob("task_*.lock")):
                 locks.enter_context(durable.owned(path, f"{folder} ({path.name})"))
-            plan = make_plan(found, config, folder)
+            dataset.write_plan(plan, content, before, folder)
         numbers = range(task - 1, len(plan["units"]), tasks)
         remove_leftovers(folder, numbers, plan)
         for problem in damaged:
@@ -303,36 +269,33 @@ def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareCo
     if there and 0 < config.max_tokens < min(there["tokens"], there["settings"].get("max_tokens") or math.inf):
         remedy = "leave it out, or use another --dataset"
         raise PrepareError(f"max_tokens: {folder} holds {there['tokens']:,} tokens already; {remedy}")
-    texts = first_texts(plan, todo[0][0])
-    encoder = choose_encoder(config, texts)
-    tokens = sum(map(len, encode_texts(load_tokenizer(), texts)))
-    bytes_per_token = sum(len(text.encode()) for text in texts) / tokens if tokens else BYTES_PER_TOKEN
+    texts = dataset.first_texts(make_job(plan, todo[0][0], 0, folder))
+    tokenizer = job_tokenizer(plan["settings"], folder)
+    tokens = sum(map(len, encode_texts(tokenizer, texts)))
+    ratio = sum(len(text.encode()) for text in texts) / tokens if tokens else bytes_per_token(plan["settings"])
     size = sum(plan["units"][number]["bytes"] for number in numbers if number not in records)  # of text to read, about
     if config.max_tokens:
         done = sum(record["tokens"] for record in records.values())
-        size = min(size, int(max(0, config.max_tokens - done) * BYTES_PER_TOKEN))
-    need, free = int(2 * size / bytes_per_token), shutil.disk_usage(folder).free
+        size = min(size, int(max(0, config.max_tokens - done) * bytes_per_token(plan["settings"])))
+    encoder = choose_encoder(config, texts, size) if tokenizer.kind == "gpt2" else tokenizer.encoder
+    need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
     print(f"{folder}: {len(numbers)} units of {len(plan['sources'])} files, {len(records)} of them done already")
-    print(f"  to do: {size / 1e6:,.1f} MB of text, about {need / 2e6:,.1f}M tokens; {encoder}")
-    print(f"  disk:  {need / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+    print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens of {tokenizer.name}, by {encoder}")
+    print(f"  disk:  {amount(need)}B needed, {amount(free)}B free")
     if need > free:
         remedy = "make room, use another --data_dir, or take fewer tokens with --max_tokens"
         raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
     return run_units(plan, records, numbers, config, folder, encoder, size)
 
 
-def first_texts(plan: dict, number: int) -> list[str]:
-    """Up to 100 documents of a unit. None if they cannot be read: the unit itself reports why."""
-    job = make_job(plan, number, 0, "")
-    with contextlib.suppress(DamagedError, UnicodeDecodeError):
-        for _, values, _ in read_texts(job["path"], job["unit"], job["text_column"]):
-            return [decode(value)[0] for value in values[:100] if value]
-    return []
+def amount(number: float) -> str:
+    """1234567 -> "1.23 M"."""
+    return re.sub("(?<=\\d)(?=[kMGT]?$)", " ", tqdm.format_sizeof(number, divisor=1000))
 
 
-def choose_encoder(config: PrepareConfig, texts: list[str]) -> str:
-    """fastokens if it is installed and gives tiktoken's ids for hard strings and these texts."""
-    if config.encoder == "tiktoken":
+def choose_encoder(config: PrepareConfig, texts: list[str], size: float) -> str:
+    """fastokens if it is installed and gives tiktoken's ids for hard strings and these texts. size: bytes of text."""
+    if config.encoder == "tiktoken" or (config.encoder == "auto" and size < FAST_BYTES):
         return "tiktoken"
     try:
         check_parity(GPT2Tokenizer("fastokens"), texts)
@@ -366,26 +329,42 @@ def finish(plan: dict, records: dict, config: PrepareConfig, folder: Path, faile
     if manifest != known:  # a source may have moved
         write_manifest(folder, manifest)
     print(summary(manifest))
-    run = "quickstart.py" if folder.name == "quickstart" else f"fineweb_4070.py --dataset={folder.name}"
-    print(f"next: python train.py config/{run}")
+    print(f"next: python train.py {next_config(manifest, folder)}")
+
+
+def next_config(manifest: dict, folder: Path) -> str:
+    """The config file and the keys of train.py that suit the size of a dataset."""
+    name, place = (
+        shlex.quote(folder.name),
+        "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}",
+    )
+    if folder.name == "quickstart":
+        return f"config/quickstart.py{place}"
+    if sum(shard["text_bytes"] for shard in manifest["shards"]) < OWN_TEXT_BYTES:
+        return f"config/own_text.py --dataset={name} --out_dir=out/{name}{place}"
+    return f"config/fineweb_4070.py --dataset={name}{place}"
 
 
 def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed: dict) -> dict:
-    tokenizer, shards = load_tokenizer(), []
-    libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", "tiktoken", "fastokens"))
+    settings, shards = dict(plan["settings"]), []
+    tokenizer = settings.pop("tokenizer", None) or {
+        name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
+    }
+    encoders = ("tiktoken", "fastokens") if "kind" not in tokenizer else ("tokenizers",)
+    libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", *encoders))
     for name in libraries:
-        with contextlib.suppress(PackageNotFoundError):  # fastokens is optional
+        with contextlib.suppress(PackageNotFoundError):  # some are optional
             libraries[name] = version(name)
     for record in records:
-        place = {name: record[name] for name in ("row_groups", "rows", "range") if name in record}
+        place = {name: record[name] for name in ("row_groups", "rows", "range", "files") if name in record}
         place["source"] = plan["sources"][record["source"]]["path"]
         shards += [shard | place for shard in record["shards"]]
     return {
         "version": 1,
-        "tokenizer": {name: getattr(tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")},
+        "tokenizer": tokenizer,
         "encoder": " and ".join(sorted({record["encoder"] for record in records})),
         "libraries": libraries | {"python": sys.version.split()[0]},
-        "settings": plan["settings"] | {"max_tokens": config.max_tokens},
+        "settings": settings | {"max_tokens": config.max_tokens},
         **{name: sum(record[name] for record in records) for name in ("documents", "tokens", "replaced")},
         "skipped": {reason: sum(record["skipped"][reason] for record in records) for reason in ("null", "empty")},
         "failed": [failed[number] for number in sorted(failed)],
@@ -403,9 +382,12 @@ def summary(manifest: dict) -> str:
         ratio = size / max(1, tokens - documents)
         lines.append(f"  {split:5} {documents:>11,} {tokens:>17,} {ratio:>12.2f} {len(shards):>7,}")
     if all(shard["split"] == "train" for shard in manifest["shards"]):
-        lines.append("  no document is in val, which train.py needs: make a new dataset with --val_fraction=0.1, say")
-    skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items())
-    lines.append(f"  skipped: {skipped}; lone surrogates replaced: {manifest['replaced']:,}")
+        lines.append(
+            "  no document is in val, which train.py needs: make another --dataset with --val_fraction=0.1, say"
+        )
+    if any(manifest["skipped"].values()) or manifest["replaced"]:
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items())
+        lines.append(f"  skipped: {skipped}; lone surrogates replaced: {manifest['replaced']:,}")
     if manifest["failed"]:
         lines.append(f"  FAILED: {len(manifest['failed'])} units, the first because {manifest['failed'][0]}")
     return "\n".join(lines)
@@ -415,17 +397,20 @@ def verify(folder: Path, manifest: dict) -> int:
     """Checks every byte of every shard, and the number of tokens against the sources. Returns the exit code."""
     problems, unchecked = [], set()
     tokens_of: dict[tuple, int] = {}  # {(source, rows): tokens without separators}
+    is_gpt2 = manifest["tokenizer"]["sha256"] == GPT2Tokenizer.sha256
+    has_counts = is_gpt2 and "paragraph_chars" not in manifest["settings"]
+    dataset_tokenizer(folder)  # its file is the one of the manifest
     with tqdm(total=sum(2 * s["tokens"] for s in manifest["shards"]), unit="B", unit_scale=True, disable=None) as bar:
         for shard in manifest["shards"]:
             try:
                 check_shard(folder / shard["name"], shard, manifest["tokenizer"])
             except ShardError as error:
-                problems.append(f"{error}; delete the file and prepare again: only its unit is prepared again")
+                problems.append(str(error))
             place = (shard["source"], *shard.get("row_groups", ()), *shard.get("rows", ()))
             tokens_of[place] = tokens_of.get(place, 0) + shard["tokens"] - shard["documents"]
             bar.update(2 * shard["tokens"])
-    for (path, *rows), tokens in tokens_of.items():
-        expected = token_count(path, *rows) if rows else None
+    for (path, *rows), tokens in tokens_of.items() if has_counts else ():
+        expected = token_count(path, *rows) if rows else tokens  # of text files nothing is known
         if expected is None:
             unchecked.add(path)
         elif expected != tokens:
@@ -441,7 +426,7 @@ def inspect(folder: Path, manifest: dict) -> int:
     """Prints a dataset: counts, lengths of documents, sources, and the first and last documents as text."""
     print(f"{folder}: {manifest['encoder']}, settings {manifest['settings']}")
     print(summary(manifest))
-    tokenizer, counted, lengths = load_tokenizer(), 0, []
+    tokenizer, counted, lengths = dataset_tokenizer(folder) or load_tokenizer(), 0, []
     for shard in manifest["shards"]:
         tokens = open_tokens(folder / shard["name"])[:INSPECT_TOKENS]
         lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot), append=len(tokens)) - 1)
@@ -473,24 +458,24 @@ def with_quickstart(config: PrepareConfig) -> PrepareConfig:
     path = Path(config.data_dir) / "quickstart" / "quickstart.parquet"
     if not path.exists():
         write_quickstart(path)
-    fraction = 0.05 if config.val_fraction == PrepareConfig.val_fraction else config.val_fraction
-    return dataclasses.replace(config, inputs=(str(path),), dataset="quickstart", val_fraction=fraction)
+    return dataclasses.replace(config, inputs=(str(path),), dataset="quickstart")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(PrepareConfig, argv)
-    print(describe(config))
     folder = Path(config.data_dir) / (config.dataset or "quickstart")
     if config.verify or config.inspect:
         manifest = read_manifest(folder)
         if manifest is None:
-            raise PrepareError(f"{folder}: no finished dataset; prepare it first")
+            unfinished = "run prepare.py again to finish it" if read_plan(folder) else other_datasets(folder)
+            raise PrepareError(f"{folder}: no finished dataset; {unfinished}")
         code = inspect(folder, manifest) if config.inspect else verify(folder, manifest)
     else:
         try:
+            asked = asked_settings(config, folder)
             if not config.inputs and folder.name == "quickstart":
                 config = with_quickstart(config)
-            code = prepare(config, folder)
+            code = prepare(config, asked, folder)
         except BrokenPipeError:  # of this program's own output, `| head`
             raise
         except OSError as error:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import difflib
 import hashlib
 import itertools
 import json
@@ -201,7 +202,7 @@ def find_shards(folder: str | Path, split: str) -> tuple[list[Shard], dict | Non
     """
     folder, shards = Path(folder), []
     if not folder.is_dir():
-        raise ShardError(f"{folder}: no such folder; make it with: python prepare.py --dataset={folder.name}")
+        raise ShardError(f"{folder}: no such folder; {other_datasets(folder)}")
     manifest = read_manifest(folder)
     if manifest is None and (folder / ".prepare" / "plan.json").exists():
         raise ShardError(f"{folder}: prepare.py has not finished here; run it again to complete the dataset")
@@ -218,6 +219,15 @@ def find_shards(folder: str | Path, split: str) -> tuple[list[Shard], dict | Non
         if entry["split"] == split:
             shards.append(shard)
     return shards, manifest
+
+
+def other_datasets(folder: Path) -> str:
+    """What to do where there is no such dataset: the nearest name in the same folder, or all names, and prepare.py."""
+    names = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+    near = difflib.get_close_matches(folder.name, names, n=1)
+    known = f"did you mean {near[0]}?" if near else f"{folder.parent} has {', '.join(names) or 'no dataset'}."
+    files = "" if folder.name == "quickstart" else " FILES"
+    return f"{known} To make it: python prepare.py{files} --dataset={folder.name}"
 
 
 def hash_of_ends(path):
@@ -284,16 +294,18 @@ class Windows:
             if vocab_size is not None and self.tokenizer.get("n_vocab", 0) > vocab_size:
                 raise ShardError(
                     f"{self.folder}: its tokenizer {self.tokenizer['name']} has {self.tokenizer['n_vocab']} ids, more "
-                    f"than vocab_size={vocab_size}: set vocab_size=50304, or prepare the data again"
+                    f"than vocab_size={vocab_size}; set --vocab_size=0, which takes the number of the dataset"
                 )
             self.text_bytes = sum(entry["text_bytes"] for entry in manifest["shards"] if entry["split"] == split)
         listing = [[shard.path.name, shard.tokens, shard.identity] for shard in self.shards]
         self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         if len(self) == 0:
-            remedy = "prepare more text or a larger val_fraction" if split == "val" else "prepare more text"
+            larger = ", or another dataset with a larger val_fraction" if split == "val" else ""
+            longest = max((shard.tokens for shard in self.shards), default=0)
+            smaller = f", or use --block_size={longest - 1}" if longest > 1 else ""
             raise ShardError(
                 f"{self.folder}: the {split} split has {self.tokens:,} tokens in {len(self.shards)} files, too few for "
-                f"one window of {block_size} + 1; {remedy}, or train with a smaller block_size"
+                f"one window of {block_size} + 1; prepare more text{larger}{smaller}"
             )
 
     def __len__(self) -> int:

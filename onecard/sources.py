@@ -1,4 +1,4 @@
-"""Where text comes from: parquet files here or on the hub, .jsonl and .txt files. Which there are, and their rows.
+"""Where text comes from: parquet files here or on the hub, .jsonl, .json, .txt and .md files; and their rows.
 
     files = find_files(["fineweb/", "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"])
     source, units = examine(files[0], column="text", shard_bytes=467_000_000)
@@ -14,9 +14,11 @@ import io
 import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +26,15 @@ import pyarrow.parquet as pq
 from onecard import UserError
 from onecard.durable import sha256_of
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz", ".txt.zst")
+SUFFIXES = (".parquet", *(f".{kind}{pack}" for kind in ("jsonl", "json", "txt", "md") for pack in ("", ".gz", ".zst")))
+FORMATS = ".parquet, .jsonl, .json, .txt or .md (the last four also .gz or .zst)"
 BATCH_BYTES = 1 << 20  # of text in a batch of rows, about
 TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after this many bytes
+SMALL_FILE = 1_000_000  # bytes; smaller text files share a shard, because a window never crosses the end of a shard
+JSON_BYTES = 1 << 30  # a larger .json file is refused, because it is read as a whole
 HUB_TRIES = 5  # in addition to those of huggingface_hub
+TEXT_KEYS = ("text", "content", "body", "value")  # of a message in a chat export
+AUTHOR_KEYS = ("from", "sender", "sender_name", "role", "user", "author")
 
 
 class SourceError(UserError):
@@ -40,16 +47,20 @@ class DamagedError(SourceError):
 
 def find_files(inputs: Sequence[str]) -> list[str]:
     """The files behind files, folders, globs and hf:// paths, in order. Raises SourceError, a line for each problem."""
-    files, problems, suffixes = [], [], ", ".join(SUFFIXES)
+    files, problems = [], []
     for name in inputs:
         try:
             found = find_hub(name) if name.startswith("hf://") else find_local(name)
         except DamagedError as error:
             problems.append(str(error))
             continue
-        if not found:
-            problems.append(f"{name}: no such file, or no file in it that ends in {suffixes}; check the name")
-        problems += [f"{path}: not one of {suffixes}; leave it out" for path in found if not path.endswith(SUFFIXES)]
+        if not found and os.path.isdir(name):
+            problems.append(f"{name}: no file in this folder ends in {FORMATS}; name another folder")
+        elif not found:
+            problems.append(f"{name}: no such file or folder; check the name")
+        for path in found:
+            if not path.lower().endswith(SUFFIXES):
+                problems.append(f"{path}: does not end in {FORMATS}; leave it out, or convert it to .txt")
         files += found
     if problems:
         raise SourceError("\n".join(problems))
@@ -57,12 +68,23 @@ def find_files(inputs: Sequence[str]) -> list[str]:
 
 
 def find_local(name):
-    """A file, the matches of a glob, or the files below a folder: only its parquet files if it has any."""
+    """A file, the matches of a glob, or the files below a folder: only its parquet files if it has any.
+
+    Hidden files and folders, such as .git, are left out of a folder.
+    """
     path, found = Path(name), sorted(map(Path, glob.glob(name, recursive=True)))
     if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES))
-        found = [p for p in below if p.suffix == ".parquet"] or below
+        below = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
+        below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        found = [p for p in below if kind_of(p.name) == "parquet"] or below
+        if len(found) < len(below):
+            print(f"  {name}: has parquet files, so its {len(below) - len(found)} other files are left out")
     return [p.as_posix() for p in ([path] if path.is_file() else found)]
+
+
+def kind_of(path: str) -> str:
+    """The format of a file by its name: "parquet", "jsonl", "json", "txt" or "md", compressed or not."""
+    return path.lower().removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
 
 
 def find_hub(name):
@@ -87,6 +109,14 @@ def open_file(path):
 
 
 @contextlib.contextmanager
+def open_text(path):
+    """A text file as its uncompressed bytes."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
+    with open_file(path) as plain:
+        yield io.BufferedReader(pa.input_stream(plain, compression)) if compression else plain
+
+
+@contextlib.contextmanager
 def reading(path):
     """Turns an error of the body, which reads a file, into a DamagedError that names the file."""
     try:
@@ -106,16 +136,19 @@ def examine(path: str, column: str, shard_bytes: float) -> tuple[dict, list[dict
 
     The id is a hash of a parquet file's footer, or of a text file's content. Raises SourceError or DamagedError.
     """
+    kind = kind_of(path)
     with reading(path), open_file(path) as file:
         size, start = file.seek(0, os.SEEK_END), 0
-        if path.endswith(".parquet"):
+        if kind == "parquet":
             parquet = pq.ParquetFile(file)
             file.seek(size - 8)
             start = size - 8 - int.from_bytes(file.read(4), "little")  # of the footer
         file.seek(start)
         source = {"path": path, "bytes": size, "id": f"{size:x}-{sha256_of(file)}"}
-    if not path.endswith(".parquet"):
-        return source, cut_bytes(path, size, shard_bytes)
+    if kind != "parquet":
+        units = cut_bytes(path, size, shard_bytes)
+        check_texts(path, units[0], column, size)
+        return source, units
     names = parquet.schema_arrow.names
     if column not in names:
         raise SourceError(f"{path}: no column {column!r} in {', '.join(names)}; choose one with --text_column=")
@@ -155,12 +188,43 @@ def cut_groups(groups: list[tuple[int, int]], shard_bytes: float) -> list[dict]:
 
 
 def cut_bytes(path: str, size: int, shard_bytes: float) -> list[dict]:
-    """Units of a text file: the lines that begin in a range of bytes. A compressed file is one unit."""
-    if path.endswith((".gz", ".zst")):
-        return [{"range": [0, None], "bytes": 3 * size}]  # compressed to a third, about: for the estimate
+    """Units of a text file: the lines that begin in a range of bytes. A .json or compressed file is one unit.
+
+    A small file is one unit that the plan may join with others: its entry "files" counts them.
+    """
+    compressed = path.lower().endswith((".gz", ".zst"))
+    text_bytes = 3 * size if compressed else size  # compressed to a third, about: for the estimate
+    if size < min(SMALL_FILE, shard_bytes / 2):
+        return [{"files": 1, "bytes": text_bytes}]
+    if compressed or kind_of(path) == "json":
+        return [{"range": [0, None], "bytes": text_bytes}]
     parts = max(1, round(size / shard_bytes))
     ends = [size * part // parts for part in range(parts + 1)]
     return [{"range": [start, stop], "bytes": stop - start} for start, stop in itertools.pairwise(ends)]
+
+
+def check_texts(path: str, unit: dict, column: str, size: int) -> None:
+    """Reads a small file to its end, and the first texts of a larger one.
+
+    Raises DamagedError if it is damaged, SourceError if there is no text in the objects of a JSON file.
+    """
+    if kind_of(path) == "json" and size > JSON_BYTES:
+        raise SourceError(f"{path}: larger than {JSON_BYTES >> 30} GiB; write one object per line to a .jsonl file")
+    has_text, empty = False, True
+    for positions, values, _ in read_texts(path, unit, column):
+        empty = empty and not values
+        for position, value in zip(positions, values, strict=True):
+            has_text = has_text or value is not None
+            if isinstance(value, bytes) and "files" in unit:
+                try:
+                    value.decode("utf-8", "surrogatepass")
+                except UnicodeDecodeError as error:
+                    at = position + error.start
+                    raise DamagedError(f"{path}: byte {at:,} is not UTF-8; save it as UTF-8 text") from error
+        if has_text and "files" not in unit:
+            return
+    if not has_text and not empty:
+        raise SourceError(f"{path}: no text in {column!r}; its {describe_json(path)}; name a key with --text_column=")
 
 
 def read_texts(path: str, unit: dict, column: str) -> Iterator[tuple[Sequence[int], list, int | None]]:
@@ -172,8 +236,12 @@ def read_texts(path: str, unit: dict, column: str) -> Iterator[tuple[Sequence[in
         yield from read_parquet(path, unit, column)
         return
     positions, values, size = [], [], 0
-    start, stop = unit["range"]
-    rows = read_jsonl(path, start, stop, column) if ".jsonl" in path else read_txt(path, start, stop)
+    start, stop = unit.get("range", (0, None))
+    kind = kind_of(path)
+    if kind == "json":
+        rows = read_json(path, column)
+    else:
+        rows = read_jsonl(path, start, stop, column) if kind == "jsonl" else read_txt(path, start, stop)
     with reading(path):
         for position, value in rows:
             positions.append(position)
@@ -228,9 +296,7 @@ def parquet_batches(file, path, unit, column, start):
 
 def read_lines(path, start, stop):
     """(position, line) of the lines that begin in these bytes."""
-    compression = "gzip" if path.endswith(".gz") else "zstd" if path.endswith(".zst") else None
-    with open_file(path) as plain:
-        file = io.BufferedReader(pa.input_stream(plain, compression)) if compression else plain
+    with open_text(path) as file:
         if start:
             file.seek(start - 1)
             start += len(file.readline()) - 1
@@ -244,12 +310,102 @@ def read_jsonl(path, start, stop, column):
         if not line.strip():
             continue
         try:
-            value = json.loads(line).get(column)
+            found = json.loads(line)
+            value = found.get(column)
+            plain = isinstance(value, str) or (value is None and column in found)
+            texts = [value] if plain else documents_in(found, column) or [None]
         except (ValueError, AttributeError, RecursionError) as error:
             raise DamagedError(f"{path}: the line at byte {position:,} is not a JSON object ({error})") from error
-        if not isinstance(value, str | None):
+        if value is not None and texts == [None]:
             raise DamagedError(f"{path}: {column!r} in the line at byte {position:,} is not text")
-        yield position, value
+        for text in texts:
+            yield position, text
+
+
+def read_json(path, column):
+    """(number, text) of the documents of a .json file: a list of strings or objects, an object with a list, lines."""
+    with open_text(path) as file:
+        content = file.read()
+    try:
+        try:
+            found = json.loads(content)
+        except ValueError:
+            found = [json.loads(line) for line in content.splitlines() if line.strip()]
+        strings = isinstance(found, list) and all(isinstance(item, str) for item in found)
+        texts = found if strings else documents_in(found, column)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path}: is not JSON ({error}); check that the file is complete") from error
+    yield from enumerate(texts or [None])
+
+
+def documents_in(value: Any, column: str) -> list[str]:
+    """The documents in a JSON value: texts of objects, and chats, whose messages become lines "name: text".
+
+    A chat is a list of objects with one of AUTHOR_KEYS, as in the exports of Telegram, Discord, Slack, ChatGPT or
+    Claude. A long one is cut into several documents. Without any text: [].
+    """
+    if isinstance(value, dict):
+        if (text := text_of(value, column)) is not None:
+            return [text]
+        if isinstance(tree := value.get("mapping"), dict):  # ChatGPT's: the messages are nodes of a tree
+            return documents_in([node.get("message") for node in tree.values() if isinstance(node, dict)], column)
+        parts = [part for part in value.values() if isinstance(part, dict | list)]
+        found = [texts for part in parts if (texts := documents_in(part, column))]
+        return found[0] if len(found) == 1 else []  # of several lists none is chosen
+    objects = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    messages = [(author_of(item), text) for item in objects if (text := text_of(item, column))]
+    if any(author for author, _ in messages):
+        chat = "\n".join(f"{author}: {text}" if author else text for author, text in messages)
+        return list(cut_text(chat, TXT_BYTES))
+    return [text for item in objects for text in documents_in(item, column)]
+
+
+def text_of(item: dict, column: str) -> str | None:
+    """The text of an object, a string or a list of parts. None if it has none."""
+    texts = []
+    for key in TEXT_KEYS if column == "text" else (column,):
+        value = item.get(key)
+        value = value.get("parts") if isinstance(value, dict) else value
+        if isinstance(value, list):
+            parts = [part.get("text") if isinstance(part, dict) else part for part in value]
+            value = "".join(part for part in parts if isinstance(part, str)) or None
+        if isinstance(value, str):
+            texts.append(value)
+    return next(filter(None, texts), texts[0] if texts else None)
+
+
+def author_of(item: dict) -> str | None:
+    """Who wrote a message. An author that is text is no sign of a chat: articles have that too."""
+    for key in AUTHOR_KEYS:
+        value = item.get(key)
+        if isinstance(value, dict):
+            value = value.get("name") or value.get("role")
+        elif key == "author":
+            continue
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def describe_json(path):
+    """What is in a JSON file without text, for the message."""
+    with open_text(path) as file:
+        keys = re.findall(rb'"([^"\\]{1,40})"\s*:', file.read(1 << 16))
+    names = ", ".join(dict.fromkeys(key.decode("utf-8", "replace") for key in keys[:100]))
+    return f"keys are {names[:200]}" if names else "content has no objects and no strings"
+
+
+def cut_text(text: str, size: int) -> Iterator[str]:
+    """Cuts a text into parts of `size` to 2 * `size` characters, at a blank line, a line end, a space or anywhere."""
+    start = 0
+    while len(text) - start > 2 * size:
+        for mark in (r"\n\s*\n", r"\n", r"\s", ""):
+            if found := re.compile(mark).search(text, start + size, start + 2 * size):
+                break
+        yield text[start : found.end()]
+        start = found.end()
+    if start < len(text):
+        yield text[start:]
 
 
 def read_txt(path, start, stop):

@@ -1,6 +1,6 @@
-"""One unit of work of prepare.py: a range of rows of one file in, its shards and its record out.
+"""One unit of work of prepare.py: a range of rows of one file, or a few small files, in; its shards and record out.
 
-    record = prepare_unit(job, load_tokenizer(), report=lambda text_bytes, tokens: None)
+    record = prepare_unit(job, job_tokenizer(job, "tiktoken"), report=lambda text_bytes, tokens: None)
 
 `work` is what a worker process runs. The one thing to know: this module needs the package onecard alone, no script and
 no torch, so a worker on another machine needs no clone. What a unit writes depends on its job alone; its record is
@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from onecard.shards import MANIFEST, ShardError, ShardWriter, write_json
-from onecard.sources import DamagedError, read_texts
-from onecard.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
+from onecard.sources import DamagedError, cut_text, read_texts
+from onecard.tokenizer import Tokenizer, TokenizerError, check_round_trip, from_state, replace_surrogates
 
 STATE = ".prepare"  # the folder in a dataset with the plan, the records and the locks
 
@@ -29,42 +31,59 @@ STATE = ".prepare"  # the folder in a dataset with the plan, the records and the
 def make_job(plan: dict, number: int, limit: int, folder: str | Path) -> dict:
     """All that a worker must know of a unit of this plan (the content of plan.json), as plain data."""
     unit = plan["units"][number]
+    sources = plan["sources"][unit["source"] : unit["source"] + unit.get("files", 1)]
     job = {"number": number, "limit": limit, "folder": str(folder), "unit": unit}
-    return plan["settings"] | job | {"path": plan["sources"][unit["source"]]["path"]}
+    return plan["settings"] | job | {"paths": [source["path"] for source in sources]}
+
+
+def job_tokenizer(settings: dict, folder: str | Path, encoder: str = "tiktoken") -> Tokenizer:
+    """The tokenizer of a plan's settings or of a job. A tokenizer.json lies in the folder of the dataset.
+
+    Raises TokenizerError if that is missing, or is not the one that the dataset was started with.
+    """
+    state = settings.get("tokenizer")
+    if state and "file" in state:
+        path = Path(folder) / state["file"]
+        content = path.read_text(encoding="utf-8") if path.exists() else None
+        try:
+            return from_state(state | {"content": content}, encoder)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}, or use another --dataset") from error
+    return from_state(state, encoder)
 
 
 def prepare_unit(job: dict, tokenizer: Tokenizer, report: Callable[[int, int], object]) -> dict:
     """Reads, encodes and writes one unit. Returns its record, which is on disk by then.
 
     job["limit"]: stop after the row group in which this many tokens are reached (0: no limit). report(bytes of text,
-    tokens) is called after each batch of rows. Raises DamagedError if the source cannot be read, ShardError if a
-    file cannot be written.
+    tokens) is called after each batch of rows. Raises DamagedError if the source cannot be read or encoded,
+    ShardError if a file cannot be written.
     """
     folder, number, limit = Path(job["folder"]), job["number"], job["limit"]
     if unit_record(folder, number).exists():  # the unit is done a second time: until then the dataset is incomplete
         (folder / MANIFEST).unlink(missing_ok=True)
         unit_record(folder, number).unlink()
-    record: dict = {"unit": number, **job["unit"], "limit": limit, "complete": True, "encoder": tokenizer.encoder}
-    record |= {"documents": 0, "tokens": 0, "replaced": 0, "skipped": {"null": 0, "empty": 0}, "shards": []}
+    record = {"unit": number, **job["unit"], "limit": limit, "complete": True, "encoder": tokenizer.encoder}
+    record |= new_record()
     writers: dict[str, ShardWriter] = {}  # by split; a split without documents gets no shard
     entries: dict[str, dict] = {}  # by split: what the record says of its shard
     with contextlib.ExitStack() as stack:
-        for positions, values, group_end in read_texts(job["path"], job["unit"], job["text_column"]):
-            texts, contents = as_texts(positions, values, job, record)
-            tokens = 0
-            for content, ids in zip(contents, encode_texts(tokenizer, texts), strict=True):
-                split = "val" if in_val(content, job["val_fraction"]) else "train"
+        for path, positions, values, group_end in read_unit(job):
+            documents = as_documents(path, positions, values, job, record)
+            encoded = encode_documents(documents, tokenizer)
+            for document, ids in zip(documents, encoded, strict=True):
+                split = document.split
                 if split not in writers:
                     name = f"{split}_{number:06d}.bin"
                     writers[split] = stack.enter_context(ShardWriter(folder / name))
                     entries[split] = {"name": name, "split": split, "documents": 0, "text_bytes": 0}
                 writers[split].write(ids)
                 entries[split]["documents"] += 1
-                entries[split]["text_bytes"] += len(content)
-                tokens += len(ids)
-            record["documents"] += len(texts)
+                entries[split]["text_bytes"] += document.size
+            tokens = sum(map(len, encoded))
+            record["documents"] += len(documents)
             record["tokens"] += tokens
-            report(sum(map(len, contents)), tokens)
+            report(sum(document.size for document in documents), tokens)
             if limit and group_end and record["tokens"] >= limit:
                 stop, record["complete"] = positions[-1] + 1, False
                 for place, end in (("row_groups", group_end), ("rows", stop), ("range", stop)):
@@ -78,25 +97,43 @@ def prepare_unit(job: dict, tokenizer: Tokenizer, report: Callable[[int, int], o
     return record
 
 
-def as_texts(positions: Sequence[int], values: list, job: dict, record: dict) -> tuple[list[str], list[bytes]]:
-    """A batch of rows as texts and as their UTF-8 bytes. Counts skipped rows and replaced characters in the record.
+def new_record() -> dict:
+    """The counts of a unit before its first row."""
+    return {"documents": 0, "tokens": 0, "replaced": 0, "skipped": {"null": 0, "empty": 0}, "shards": []}
+
+
+def read_unit(job: dict) -> Iterator[tuple[str, Sequence[int], list, int | None]]:
+    """The rows of the files of a unit in batches: (path, positions, values, end of a row group or None)."""
+    for path in job["paths"]:
+        for batch in read_texts(path, job["unit"], job["text_column"]):
+            yield path, *batch
+
+
+class Document(NamedTuple):
+    place: str  # for messages: file and row
+    text: str
+    size: int  # bytes of UTF-8
+    split: str  # "train" or "val"
+
+
+def as_documents(path: str, positions: Sequence[int], values: list, job: dict, record: dict) -> list[Document]:
+    """The documents of a batch of rows. Counts skipped rows and replaced characters in the record.
 
     Raises DamagedError for a row that is not UTF-8.
     """
-    texts, contents = [], []
+    documents = []
     for position, value in zip(positions, values, strict=True):
         if not value:
             record["skipped"]["null" if value is None else "empty"] += 1
             continue
+        place = f"{path}: row {position:,}" if "rows" in job["unit"] else f"{path}: the text at byte {position:,}"
         try:
             text, content, replaced = decode(value)
         except UnicodeDecodeError as error:
-            place = f"row {position:,}" if "rows" in job["unit"] else f"the text at byte {position:,}"
-            raise DamagedError(f"{job['path']}: {place} is not UTF-8 ({error.reason}); remove it") from error
+            raise DamagedError(f"{place} is not UTF-8 ({error.reason}); remove it") from error
         record["replaced"] += replaced
-        texts.append(text)
-        contents.append(content)
-    return texts, contents
+        documents += [Document(place, *part) for part in split_text(text, content, job)]
+    return documents
 
 
 def decode(value: bytes | str) -> tuple[str, bytes, int]:
@@ -114,10 +151,44 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     return [np.concatenate([separator, *(next(encoded) for _ in part)]) for part in parts]
 
 
-def in_val(content: bytes, val_fraction: float) -> bool:
+def encode_documents(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The tokens of each document, as encode_texts gives them. Raises DamagedError if its ids do not keep the text."""
+    try:
+        encoded = encode_texts(tokenizer, [document.text for document in documents])
+    except TokenizerError as error:
+        raise DamagedError(f"{documents[0].place} or one after it: {error}") from error
+    if not tokenizer.lossless:
+        for document, ids in zip(documents, encoded, strict=True):
+            if tokenizer.decode(ids[1:]) != document.text:
+                try:
+                    check_round_trip(tokenizer, [document.text])
+                except TokenizerError as error:
+                    raise DamagedError(f"{document.place}: {error}") from error
+    return encoded
+
+
+# ---- train and val -----------------------------------------------------------------------------------------
+
+
+def in_val(content: bytes, val_fraction: float, split_seed: int = 0) -> bool:
     """Whether a document is in the val split: by a hash of its text, so that duplicates are in the same split."""
-    drawn = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    return drawn < val_fraction * 2**64
+    drawn = hashlib.blake2b(content, digest_size=8, salt=split_seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(drawn, "little") < val_fraction * 2**64
+
+
+def split_text(text: str, content: bytes, settings: dict) -> Iterator[tuple[str, int, str]]:
+    """The documents of a row: (text, bytes, split). The row is one document, or it is split by paragraphs.
+
+    Then a hash decides for each group of paragraphs, and groups that follow each other in one split are one document.
+    """
+    rule = settings["val_fraction"], settings.get("split_seed", 0)
+    if "paragraph_chars" not in settings:
+        yield text, len(content), "val" if in_val(content, *rule) else "train"
+        return
+    groups = cut_text(text, settings["paragraph_chars"])
+    for chosen, run in itertools.groupby(groups, key=lambda group: in_val(group.encode(), *rule)):
+        part = "".join(run)
+        yield part, len(part.encode()), "val" if chosen else "train"
 
 
 def unit_record(folder: Path, number: int) -> Path:
@@ -128,15 +199,15 @@ def work(connection: Connection, encoder: str, threads: int) -> None:
     """A worker process: takes jobs from the connection, sends (progress | done | failed | stop, content)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by fastokens and tokenizers
-    tokenizer = load_tokenizer(encoder=encoder)
-
+    tokenizer = None
     with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone; temporary files are removed
         while True:
             job = connection.recv()
             try:
+                tokenizer = tokenizer or job_tokenizer(job, job["folder"], encoder)
                 record = prepare_unit(job, tokenizer, lambda *counts: connection.send(("progress", counts)))
                 connection.send(("done", record))
-            except ShardError as error:
+            except (ShardError, TokenizerError) as error:
                 connection.send(("stop", str(error)))
             except DamagedError as error:
                 connection.send(("failed", str(error)))

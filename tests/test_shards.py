@@ -194,9 +194,10 @@ def test_too_few_tokens_and_no_dataset_come_with_a_remedy(dataset, tmp_path):
     (tmp_path / "begun" / ".prepare").mkdir(parents=True)
     (tmp_path / "begun" / ".prepare" / "plan.json").write_text("{}")
     for folder, split, message in (
-        ("small", "train", r"train split has 10 tokens .* smaller block_size"),
+        ("small", "train", r"train split has 10 tokens .*prepare more text, or use --block_size=9"),
         ("small", "val", r"val split has 0 tokens in 0 files.* larger val_fraction"),
-        ("none", "train", r"python prepare\.py --dataset=none"),
+        ("none", "train", r"has begun, small\. To make it: python prepare\.py FILES --dataset=none"),
+        ("smal", "train", r"did you mean small\? To make it: "),
         ("begun", "train", r"not finished here; run it again"),
     ):
         with pytest.raises(ShardError, match=message):

@@ -1,0 +1,308 @@
+"""What a dataset is to be made of: its settings, its tokenizer, its split into train and val, its files and units.
+
+    plan, damaged, content = plan_dataset(["my.txt", "notes/"], {"tokenizer": "bytes"}, Path("data/mine"))
+    write_plan(plan, content, before=None, folder=Path("data/mine"))
+
+The plan is .prepare/plan.json. The one thing to know: planning writes nothing and depends on the inputs alone, so each
+mistake is reported before any work, and several processes that plan the same files make the same plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from onecard import UserError, durable
+from onecard.shards import other_datasets, write_json
+from onecard.sources import DamagedError, SourceError, cut_text, examine, find_files, kind_of
+from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
+from onecard.tokenizer import train_tokenizer as train_bpe
+from onecard.units import STATE, as_documents, decode, in_val, make_job, new_record, read_unit
+
+SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
+SAMPLE_BYTES, SAMPLE_UNITS = 100_000_000, 100  # what a tokenizer is trained on, at most
+SMALL_BYTES, SMALL_ROWS = 100_000_000, 2000  # a dataset below both is read before it is split into train and val
+LEAST_BYTES = 10_000  # of text in a dataset
+USUAL_VAL_BYTES, LEAST_VAL_BYTES = 500_000, 2500  # in val, of a small dataset, unless val_fraction is given
+FEW_DOCUMENTS = 5  # expected in val; with fewer the documents of a small dataset are split by paragraphs
+SPLIT_SEEDS = 64  # tried, until val gets about its share
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
+
+
+class PrepareError(UserError):
+    """Inputs or settings that cannot become a dataset: which, why, and what to do."""
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------
+
+
+def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict, list[str], str]:
+    """(plan, problems of damaged files, which are left out; text of a new tokenizer.json or ""). Writes nothing.
+
+    asked: the settings that the user gave: those of SETTINGS, tokenizer (gpt2, bytes or a path), train_tokenizer (how
+    many ids). The others are those of the dataset, or the defaults. Raises a UserError for what cannot be used.
+    """
+    plan, tokenizer = read_plan(folder), load_tokenizer(asked["tokenizer"]) if "tokenizer" in asked else None
+    if tokenizer and tokenizer.eot is None:
+        raise TokenizerError(f"{asked['tokenizer']}: has no document separator; use a tokenizer.json, gpt2 or bytes")
+    if plan:
+        check_settings(plan["settings"], asked, tokenizer, folder)
+        found, damaged = examine_all(inputs, plan["settings"])
+        return add_sources(plan, found, folder), damaged, ""
+    if not inputs:
+        raise PrepareError(f"{folder}: nothing is prepared here yet; {other_datasets(folder)}")
+    settings, content = {name: asked.get(name, default) for name, default in SETTINGS.items()}, ""
+    if tokenizer and tokenizer.kind != "gpt2":
+        settings["tokenizer"], content = split_state(tokenizer)
+    if n_vocab := asked.get("train_tokenizer", 0):
+        settings["train_tokenizer"] = n_vocab
+    found, damaged = examine_all(inputs, settings)
+    plan = add_sources({"sources": [], "units": [], "settings": settings}, found, folder)
+    jobs = [make_job(plan, number, 0, folder) for number in range(len(plan["units"]))]
+    if settings["val_fraction"] and is_small(plan):
+        settings |= choose_split(jobs, asked.get("val_fraction"))
+    if tokenizer and not tokenizer.lossless:
+        check_round_trip(tokenizer, first_texts(jobs[0]))
+    if n_vocab:
+        settings["tokenizer"], content = split_state(train_on_sample(plan, n_vocab, folder))
+    return plan, damaged, content
+
+
+def split_state(tokenizer: Tokenizer) -> tuple[dict, str]:
+    """(a tokenizer's entry in settings and manifest, the text of its tokenizer.json, which is a file of its own)."""
+    state = tokenizer.state()
+    content = state.pop("content", "")
+    return state | ({"file": FILE} if content else {}), content
+
+
+def read_plan(folder: Path) -> dict | None:
+    path = folder / STATE / "plan.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_plan(plan: dict, content: str, before: dict | None, folder: Path) -> None:
+    """Writes the plan and the dataset's tokenizer.json. before: what read_plan gave when this plan was made.
+
+    Raises PrepareError if another process has changed the plan since, unless it has made the same.
+    """
+    there = read_plan(folder)
+    if there not in (before, plan):
+        raise PrepareError(f"{folder}: another process has changed its plan; run this command again")
+    if content:
+        with durable.replacing(folder / FILE) as file:
+            file.write(content.encode())
+    if plan != there:
+        write_json(folder / STATE / "plan.json", plan)
+
+
+def check_settings(known: dict, asked: dict, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """Raises PrepareError if the dataset was started with other settings than are asked for."""
+    pairs = [(name, known[name], asked[name]) for name in SETTINGS if name in asked]
+    state = known.get("tokenizer") or load_tokenizer().state()
+    here = f"{state['name']} ({state['sha256'][:8]})"
+    if tokenizer and tokenizer.sha256 != state["sha256"]:
+        pairs.append(("tokenizer", here, f"{tokenizer.name} ({tokenizer.sha256[:8]})"))
+    if n_vocab := asked.get("train_tokenizer"):
+        pairs.append(("train_tokenizer", known.get("train_tokenizer", here), n_vocab))
+    problems = [
+        f"{name}: {folder} was started with {value}, not {other}; leave out --{name}, or use another --dataset"
+        for name, value, other in pairs
+        if value != other
+    ]
+    if problems:
+        raise PrepareError("\n".join(problems))
+
+
+def bytes_per_token(settings: dict) -> float:
+    """Of English text, about: 4.67 with GPT-2's 50,257 ids (on FineWeb), 1 with bytes; the logarithm between."""
+    ids = settings.get("train_tokenizer") or (settings.get("tokenizer") or {}).get("n_vocab", 50257)
+    return 1 + 3.67 * math.log(ids / 257) / math.log(50257 / 257)
+
+
+def examine_all(inputs: Sequence[str], settings: dict) -> tuple[list[tuple[dict, list]], list[str]]:
+    """([(source, its units)], problems of damaged files, which are left out). Raises PrepareError for all others."""
+    found: dict[str, tuple] = {}  # by the id of the source
+    damaged, problems = [], []
+    shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
+    for path in find_files(inputs):
+        try:
+            source, units = examine(path, settings["text_column"], shard_bytes)
+            if source["id"] in found:
+                print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
+            found.setdefault(source["id"], (source, units))
+        except DamagedError as error:
+            damaged.append(str(error))
+        except SourceError as error:
+            if path in inputs or kind_of(path) == "parquet":
+                problems.append(str(error))
+            else:  # a folder of notes may hold .json files of other programs
+                print(f"  left out: {error}")
+    if problems or (damaged and not found):
+        raise PrepareError("\n".join(problems + damaged))
+    return list(found.values()), damaged
+
+
+def add_sources(plan: dict, found: list[tuple[dict, list]], folder: Path) -> dict:
+    """The plan with the new sources and their units at its end. Raises PrepareError for a file that has changed.
+
+    A unit's number never changes. Small files join the last unit if that is of small files: it is prepared again.
+    """
+    problems, shard_bytes = [], plan["settings"]["shard_tokens"] * bytes_per_token(plan["settings"])
+    by_id = {source["id"]: source for source in plan["sources"]}
+    paths = {source["path"] for source in plan["sources"]}
+    for source, units in found:
+        last = plan["units"][-1] if plan["units"] else {}
+        if source["id"] in by_id:
+            by_id[source["id"]]["path"] = source["path"]  # the file may have moved
+        elif source["path"] in paths:
+            remedy = f"use another --dataset, or delete {folder} to make it again"
+            problems.append(f"{source['path']}: has changed since {folder} was started; {remedy}")
+        elif "files" in units[0] and "files" in last and last["bytes"] + units[0]["bytes"] <= shard_bytes:
+            plan["sources"].append(source)
+            last["files"] += 1
+            last["bytes"] += units[0]["bytes"]
+        else:
+            plan["units"] += [{"source": len(plan["sources"]), **unit} for unit in units]
+            plan["sources"].append(source)
+    if not plan["units"]:
+        problems.append(f"{folder}: nothing to prepare; name files that have rows")
+    if problems:
+        raise PrepareError("\n".join(problems))
+    return plan
+
+
+# ---- train and val -----------------------------------------------------------------------------------------
+
+
+def is_small(plan: dict) -> bool:
+    """Whether the text is so little that it is read before it is split into train and val."""
+    rows = sum(source.get("rows", 0) for source in plan["sources"])  # known of parquet files
+    return sum(unit["bytes"] for unit in plan["units"]) < SMALL_BYTES and rows < SMALL_ROWS
+
+
+def choose_split(jobs: list[dict], val_fraction: float | None) -> dict:
+    """The settings of a small dataset's split: val_fraction, and if it has few documents how to split by paragraphs.
+
+    val_fraction: what was asked for; None: a tenth, less of more than 5 MB, more of less than 25 KB. Of the seeds of
+    the hash the first is taken with which val gets about its share, so neither split is empty. Raises PrepareError if
+    there is too little text.
+    """
+    problems: list[str] = []  # of files that cannot be read to their end
+    contents = [content for job in jobs for content in readable(job, problems)]
+    total = sum(map(len, contents))
+    if not total or (total < LEAST_BYTES and val_fraction is None):
+        what = f"{jobs[0]['paths'][0]}: {total:,} bytes of text in {sum(len(job['paths']) for job in jobs)} files"
+        reason = "".join(f"; {problem}" for problem in problems[:1])
+        raise PrepareError(f"{what}; at least {LEAST_BYTES:,} are needed, better 1,000,000{reason}")
+    usual = round(max(0.005, min(0.1, USUAL_VAL_BYTES / total), min(0.25, LEAST_VAL_BYTES / total)), 4)
+    asked = usual if val_fraction is None else val_fraction
+    if len(contents) * asked >= FEW_DOCUMENTS and is_good_split(contents, asked, 0):
+        return {"val_fraction": asked}
+    chars = min(4000, max(1000, total // 200))
+    groups = [group.encode() for content in contents for group in cut_text(content.decode(), chars)]
+    for fraction in (asked, usual):  # what was asked for may be less than one group
+        for seed in range(SPLIT_SEEDS):
+            if is_good_split(groups, fraction, seed):
+                few = f"few documents ({len(contents)})"
+                print(f"  {few}: split by paragraphs, about {fraction:.1%} of the text is val")
+                return {"val_fraction": fraction, "paragraph_chars": chars, "split_seed": seed}
+    raise PrepareError(
+        f"{jobs[0]['paths'][0]}: too few different paragraphs to split {total:,} bytes of text into train and val "
+        f"({len(set(groups)):,} of about {chars:,} characters); add other text"
+    )
+
+
+def readable(job: dict, problems: list[str]) -> Iterator[bytes]:
+    """The UTF-8 bytes of each row of a unit, up to one that cannot be read: the unit itself reports that."""
+    try:
+        for _, _, values, _ in read_unit(job):
+            for value in filter(None, values):
+                yield decode(value)[1]
+    except DamagedError as error:
+        problems.append(str(error))
+    except UnicodeDecodeError:
+        problems.append(f"{job['paths'][0]} is not UTF-8; save it as UTF-8 text")
+
+
+def is_good_split(contents: list[bytes], val_fraction: float, seed: int) -> bool:
+    """Whether val gets half to twice its share of the bytes, and train some."""
+    val = sum(len(content) for content in contents if in_val(content, val_fraction, seed))
+    share = val / sum(map(len, contents))
+    return val_fraction / 2 <= share <= min(2 * val_fraction, 0.9)
+
+
+# ---- the tokenizer -----------------------------------------------------------------------------------------
+
+
+def first_texts(job: dict) -> list[str]:
+    """Up to 100 documents of a unit. None if they cannot be read: the unit itself reports why."""
+    with contextlib.suppress(DamagedError, UnicodeDecodeError):
+        for _, _, values, _ in read_unit(job):
+            if texts := [decode(value)[0] for value in values[:100] if value]:
+                return texts
+    return []
+
+
+def train_on_sample(plan: dict, n_vocab: int, folder: Path) -> Tokenizer:
+    """A tokenizer of the inputs, the same from the same plan.
+
+    It is trained on the train split of at most SAMPLE_UNITS units, evenly spaced, and of each on the texts at its
+    beginning, in all about SAMPLE_BYTES.
+    """
+    units, started = plan["units"], time.monotonic()
+    numbers = range(0, len(units), math.ceil(len(units) / SAMPLE_UNITS))
+    size = sum(units[number]["bytes"] for number in numbers)
+    share = SAMPLE_BYTES / size if size > SAMPLE_BYTES else math.inf
+    with Progress(min(size, SAMPLE_BYTES), "tokenizer: read") as progress:
+        texts = (text for number in numbers for text in sample(make_job(plan, number, 0, folder), share, progress))
+        tokenizer = open_json(train_bpe(texts, n_vocab).encode(), folder / FILE, folder.name)
+    few = "" if tokenizer.n_vocab == n_vocab else f" (no more pairs occur twice, so not {n_vocab:,})"
+    seconds, read = time.monotonic() - started, f"{progress.done / 1e6:,.1f} MB of text"
+    print(f"  tokenizer: {tokenizer.n_vocab:,} ids{few}, trained in {seconds:.0f} s on {read} of {len(numbers)} units")
+    return tokenizer
+
+
+def sample(job: dict, share: float, progress: Progress) -> Iterator[str]:
+    """The train split's texts at the beginning of a unit, until this share of its bytes is read."""
+    taken = 0
+    with contextlib.suppress(DamagedError):  # the unit itself reports it
+        for path, positions, values, _ in read_unit(job):
+            documents = as_documents(path, positions, values, job, new_record())
+            yield from (document.text for document in documents if document.split == "train")
+            size = sum(document.size for document in documents)
+            progress.update(size)
+            taken += size
+            if taken >= share * job["unit"]["bytes"]:
+                return
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line every LINE_SECONDS. done: bytes of text."""
+
+    def __init__(self, total: float, what: str):
+        self.total, self.what, self.done, self.tokens = total, what, 0, 0
+        self.started = self.shown = time.monotonic()
+        self.bar = tqdm(total=int(total), unit="B", unit_scale=True, desc=f"  {what}", disable=None, leave=False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.bar.close()
+
+    def update(self, size: int, tokens: int = 0) -> None:
+        self.done += size
+        self.tokens += tokens
+        now = time.monotonic()
+        rate = f"{self.tokens / (now - self.started) / 1e6:.2f}M tokens/s" if self.tokens else ""
+        self.bar.set_postfix_str(rate, refresh=False)
+        self.bar.update(size)
+        if self.bar.disable and now - self.shown > LINE_SECONDS:
+            self.shown = now
+            print(f"  {self.what} {self.done / 1e6:,.0f} of about {self.total / 1e6:,.0f} MB  {rate}", flush=True)
