@@ -100,55 +100,47 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
     return open_json(content, path, name, encoder)
 
 
-def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken") -> Tokenizer:
+def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a `state()`. None, or a dict without kind, is GPT-2's: so in old datasets and checkpoints.
 
-    Raises TokenizerError if its content is missing, or is not the one that its SHA-256 names.
+    folder: of a dataset, whose manifest names a file there (state["file"]) instead of the content. Raises
+    TokenizerError if the content is missing, or is not the one that state["sha256"] names.
     """
     state = state or {}
-    kind, name, content = state.get("kind", "gpt2"), str(state.get("name")), state.get("content")
-    sha256 = str(state.get("sha256"))
+    kind, content, sha256 = state.get("kind", "gpt2"), state.get("content"), str(state.get("sha256"))
+    where, remedy = f"tokenizer {state.get('name')}", "copy it again, or run prepare.py again with the same tokenizer"
     if kind in ("gpt2", "bytes"):
         tokenizer = load_tokenizer(kind, encoder)
         if state and sha256 != tokenizer.sha256:
-            raise TokenizerError(f"tokenizer {name}: its SHA-256 {sha256[:12]}... is not that of {tokenizer.name}")
+            raise TokenizerError(f"{where}: its SHA-256 {sha256[:12]}... is not that of {tokenizer.name}; {remedy}")
         return tokenizer
     if kind not in ("chars", "bpe"):
-        raise TokenizerError(f"tokenizer {name}: kind={kind} is not known; use the version of onecard that wrote it")
+        raise TokenizerError(f"{where}: kind={kind} is not known; use the version of onecard that wrote it")
+    if content is None and folder is not None and "file" in state:
+        path = Path(folder) / state["file"]
+        where = f"{path}: {where}"
+        content = path.read_bytes().decode(errors="replace") if path.exists() else None
     if content is None:
-        remedy = "copy it from the folder of its dataset"
-        raise TokenizerError(f"tokenizer {name}: {FILE} with SHA-256 {sha256[:12]}... is missing; {remedy}")
+        raise TokenizerError(f"{where}: missing, its SHA-256 is {sha256[:12]}...; {remedy}")
     if hashlib.sha256(content.encode()).hexdigest() != sha256:
-        raise TokenizerError(f"tokenizer {name}: damaged, its SHA-256 is not {sha256[:12]}...; copy it again")
+        raise TokenizerError(f"{where}: changed or damaged, its SHA-256 was {sha256[:12]}...; {remedy}")
     if kind == "chars":
-        return CharTokenizer(json.loads(content), name)
-    return JsonTokenizer(content, name, state["eot"], encoder)
+        return CharTokenizer(json.loads(content), state["name"])
+    return JsonTokenizer(content, state["name"], state["eot"], encoder)
 
 
 def dataset_tokenizer(folder: str | Path) -> Tokenizer | None:
     """The tokenizer of a dataset: what its manifest names, or nanoGPT's meta.pkl beside files without a manifest.
 
-    None if it names none, or one of another program, of which the name alone is known. Raises TokenizerError if the
-    file of the tokenizer is missing or was changed, ShardError if the manifest is damaged.
+    None if it names none, or one of another program, of which the name alone is known. Raises TokenizerError as
+    from_state does, ShardError if the manifest is damaged.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest, meta = read_manifest(folder), Path(folder) / "meta.pkl"
     if manifest is None:
-        meta = folder / "meta.pkl"
         return load_tokenizer(meta) if meta.exists() else None
     state = manifest.get("tokenizer") or {}
-    if "kind" not in state and state.get("sha256") != VOCABULARY_SHA256:
-        return None
-    if "file" in state:
-        path, remedy = folder / state["file"], "copy it again, or delete the dataset and run prepare.py again"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise TokenizerError(f"{path}: the dataset's tokenizer: {error.strerror}; {remedy}") from None
-        if hashlib.sha256(content).hexdigest() != state["sha256"]:
-            raise TokenizerError(f"{path}: changed since the dataset was prepared; {remedy}")
-        state = state | {"content": content.decode()}
-    return from_state(state)
+    known = "kind" in state or state.get("sha256") == VOCABULARY_SHA256
+    return from_state(state, folder=folder) if known else None
 
 
 # ---- the kinds -----------------------------------------------------------------------------------------------
