@@ -98,6 +98,8 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     device = pick_device(config.device)
     dtype = "float32" if config.score and config.dtype == "auto" else config.dtype
     path = Path(config.out_dir) / (checkpoint.LATEST if config.checkpoint == "latest" else checkpoint.BEST)
+    if not path.exists():
+        raise ConfigError(f"{path}: no checkpoint here; train first, or check --out_dir")
     model, saved = pretrained.read(str(path))  # nanoGPT's ckpt.pt too
     tokenizer = checkpoint.tokenizer_of(saved, path)
     model.n_ids = tokenizer.n_vocab

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import describe, key, load_config, run_script
 from model import GPT, GPT2_IDS, GPTConfig
-from onecard import cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
+from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
 from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
 from onecard.shards import ShardError, Windows
@@ -52,6 +52,8 @@ class TrainConfig:
     allow_new_data: bool = key(False, "let a resumed run continue with another dataset")
     plan_only: bool = key(False, "print what the run would need, cost and reach, then exit")
     gpu: str = key("", "with plan_only: plan for this card, such as 'RTX 4070', instead of the one here")
+    budget_hours: float = key(0.0, "with plan_only: show the networks and tokens that fit N hours of the card", low=0.0)
+    write_config: str = key("", "with budget_hours: write the best of them as this config file, such as config/mine.py")
     # evaluation, log, checkpoints
     eval_interval: int = key(2000, "steps between evaluations", low=1)
     eval_tokens: int = key(0, f"tokens per split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
@@ -124,31 +126,26 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """What does not fit together, one message each."""
-        found = []
+        found = checkpoint.problems(self)
         if self.from_pretrained and self.init_from not in pretrained.HUB_NAMES and not os.path.exists(self.init_from):
-            names = ", ".join(("scratch", "resume", "auto", *pretrained.HUB_NAMES, "a Hugging Face folder, a ckpt.pt"))
+            names = ", ".join(("scratch, resume, auto", *pretrained.HUB_NAMES, "a Hugging Face folder, a ckpt.pt"))
             found.append(f"init_from={self.init_from!r} is not a file or folder; use {names}")
-        if self.from_pretrained and self.resume_from:
-            found.append(f"init_from={self.init_from} and resume_from={self.resume_from} exclude each other: set one")
         if self.wandb_artifact and not self.wandb_log:
             found.append("wandb_artifact=True needs wandb_log=True")
         if self.n_embd % self.n_head:
             found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
-        if remainder := self.tokens_per_step % self.block_size:
-            below = self.tokens_per_step - remainder
-            nearest = f"use {below:,} or {below + self.block_size:,}"
-            found.append(
-                f"tokens_per_step={self.tokens_per_step:,} is no multiple of block_size={self.block_size}: {nearest}"
-            )
+        if self.tokens_per_step % self.block_size:
+            below = self.tokens_per_step // self.block_size * self.block_size
+            reason = f"no multiple of block_size={self.block_size}: use {below:,} or {below + self.block_size:,}"
+            found.append(f"tokens_per_step={self.tokens_per_step:,} is {reason}")
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
         if self.gpu and not (self.plan_only and cards.card(self.gpu)):
             found.append(f"gpu={self.gpu!r} needs --plan_only=True and one of these cards: {', '.join(cards.TABLE)}")
-        if self.keep_every and (self.keep_every % self.eval_interval or not self.always_save_checkpoint):
-            needs = f"a multiple of eval_interval={self.eval_interval}, with always_save_checkpoint=True"
-            found.append(f"keep_every={self.keep_every} has to be {needs}")
+        if (self.budget_hours and not self.plan_only) or (self.write_config and not self.budget_hours):
+            found.append("write_config needs budget_hours, and budget_hours needs --plan_only=True")
         return found
 
 
@@ -203,6 +200,7 @@ class Run:
     train_windows: Windows
     val_windows: Windows
     tokenizer: Tokenizer | None  # None: not known
+    data: dict  # what identifies the data, see checkpoint.data_identity
     model: GPT
     compiled: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -222,25 +220,19 @@ class Run:
 def setup(config: TrainConfig, stop: Stop) -> Run:
     """Device, weights, data, plan, optimizers, compiler: in the order in which a mistake costs the user least time."""
     runtime = start_runtime(config)
-    if config.from_pretrained:
-        open_data(config)  # a mistake there shows before any weights are downloaded
-    tokenizer = data_tokenizer(config)
-    config, model, saved, began_from = starting_point(config, tokenizer, runtime.print0)
-    train_windows, val_windows = open_data(config)
-    val_windows.text_bytes = metrics.text_bytes(val_windows, tokenizer)
+    train_windows, val_windows, tokenizer = open_data(config)
+    config, model, origin = starting_point(config, tokenizer, runtime.print0)
+    train_windows.vocab_size = val_windows.vocab_size = config.vocab_size
     data = checkpoint.data_identity(train_windows, val_windows)
-    progress = Progress(began_from=began_from)
+    saved, progress = None if model else origin, Progress(began_from=config.init_from if model else "")
     if saved:
         old = checkpoint.saved_config(saved, TrainConfig)
         checkpoint.check_same_run(saved, old, config, data, runtime.print0)  # network, seed, tokens per step, data
         progress = Progress.restore(saved)
-        before, after = learning_rate(progress.step, old), learning_rate(progress.step, config)
-        if not math.isclose(before, after, rel_tol=0.01):
-            effect = ": the loss will rise at first" if after > before else ""
-            runtime.print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e}{effect}")
+        checkpoint.warn_of_jump(*(learning_rate(progress.step, c) for c in (old, config)), runtime.print0)
     runtime.require_same(step=progress.step, **data)
     windows, facts = (train_windows, val_windows), runtime.plan_facts(config.out_dir)
-    planned = show_plan(config, facts, windows, tokenizer, began_from, runtime.print0)
+    planned = show_plan(config, facts, windows, tokenizer, origin, runtime.print0)
     if runtime.rank == 0 and not config.eval_only:
         checkpoint.check_room(config.out_dir, planned["disk_need"], resumed=not checkpoint.is_new(config))
 
@@ -265,6 +257,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         train_windows=train_windows,
         val_windows=val_windows,
         tokenizer=tokenizer,
+        data=data,
         model=model,
         compiled=compile_model(model, (batch_size, config.block_size), config.compile, runtime),
         optimizers=optimizers,
@@ -274,57 +267,45 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         micro_steps=micro_steps,
     )
     if runtime.rank == 0 and not config.eval_only:
-        start: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
-        start |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
-        start["tokenizer"] = tokenizer and {k: v for k, v in tokenizer.state().items() if k != "content"}
-        new = checkpoint.is_new(config)
-        if new:
+        if new := checkpoint.is_new(config):
             checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
-        run.writer = metrics.start(config, progress, new, start, runtime.print0)
+        start = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
+        start |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
+        run.writer = metrics.start(config, progress, tokenizer, new, start, runtime.print0)
     return run
 
 
-def starting_point(config, tokenizer, print0):
-    """What the run starts from: (config, pretrained model or None, checkpoint or None, source of pretrained weights).
-
-    config takes over the network of pretrained weights, also where a run that began with them is resumed, and gets a
-    number for vocab_size=0.
-    """
-    saved, model, args = checkpoint.find(config, print0), None, None
-    if config.from_pretrained:
-        model, about = pretrained.start(config.init_from, config.block_size, config.dropout)
-        args, source, began_from = asdict(model.config), config.init_from, config.init_from
-    elif saved:
-        about, args, source, began_from = saved, saved["model_args"], saved["path"], saved.get("began_from", "")
-    if args:
-        checkpoint.check_tokenizer(config, tokenizer, about, source)
-        if began_from:
-            config = checkpoint.take_network(config, args, source)
-    return checkpoint.take_vocabulary(config, tokenizer, args), model, saved, began_from if args else ""
-
-
-def data_tokenizer(config):
-    """The dataset's. Where it names none: GPT-2's, as in nanoGPT, or None if vocab_size is too small for GPT-2's."""
-    tokenizer = dataset_tokenizer(Path(config.data_dir) / config.dataset)
-    return tokenizer or (None if 0 < config.vocab_size < GPT2_IDS else load_tokenizer())
-
-
 def open_data(config):
+    """(train windows, val windows, tokenizer). A dataset without one: GPT-2's, as in nanoGPT, or None if too large."""
     folder, rows = Path(config.data_dir) / config.dataset, config.vocab_size or None
-    return [Windows(folder, split, config.block_size, config.seed, rows) for split in ("train", "val")]
+    train, val = (Windows(folder, split, config.block_size, config.seed, rows) for split in ("train", "val"))
+    tokenizer = dataset_tokenizer(folder) or (None if 0 < config.vocab_size < GPT2_IDS else load_tokenizer())
+    val.text_bytes = metrics.text_bytes(val, tokenizer)
+    return train, val, tokenizer
 
 
-def show_plan(config, facts, windows, tokenizer, began_from, print0):
-    """Prints the config and the plan, returns the plan. facts: of the device, see Runtime.plan_facts; windows: train
-    and val, if any."""
+def starting_point(config, tokenizer, print0):
+    """(config, pretrained model or None, what is known of the weights that the run starts from, None for random ones).
+
+    config has a number for vocab_size=0, and the network of pretrained weights, also where a run from them is resumed.
+    """
+    model, origin = None, checkpoint.find(config, print0)
+    if config.from_pretrained:
+        model, origin = pretrained.start(config.init_from, config.block_size, config.dropout)
+        origin |= dict(model_args=asdict(model.config), path=config.init_from, began_from=config.init_from)
+    return checkpoint.take_over(config, tokenizer, origin), model, origin
+
+
+def show_plan(config, facts, windows, tokenizer, origin, print0):
+    """Prints config and plan, returns the plan. facts: see Runtime.plan_facts; windows: of train and val, if any."""
+    began_from = (origin or {}).get("began_from") or config.init_from  # also where the run is resumed
+    planned, facts = replace(config, init_from=began_from), facts | {f"{w.split}_tokens": w.tokens for w in windows}
+    facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
+    found = plan.plan(planned, learning_rates(config), trace=True if config.plan_only else None, **facts)
     print0(describe(config))
     if tokenizer:
-        print0(f"tokens  {tokenizer.name}: {tokenizer.n_vocab:,} ids, vocab_size={config.vocab_size}")
-    config = replace(config, init_from=began_from or config.init_from)  # also where the run is resumed
-    facts |= {f"{split.split}_tokens": split.tokens for split in windows}
-    facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
-    found = plan.plan(config, learning_rates(config), trace=True if config.plan_only else None, **facts)
-    print0("\n".join(plan.lines(found, config)))
+        print0(f"ids     {tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}; vocab_size={config.vocab_size}")
+    print0("\n".join(plan.lines(found, planned)))
     return found
 
 
@@ -332,14 +313,16 @@ def plan_only(config: TrainConfig) -> None:
     """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
     dtype = getattr(torch, config.dtype, torch.bfloat16)  # auto: bfloat16, which every card in the table has
     facts = dict(device=config.gpu, dtype=dtype) if config.gpu else start_runtime(config).plan_facts(config.out_dir)
-    tokenizer = data_tokenizer(config)
-    config, _, _, began_from = starting_point(config, tokenizer, print)
+    windows, tokenizer = (), None
     try:
-        windows = open_data(config)
+        *windows, tokenizer = open_data(config)
     except ShardError as error:
         print(f"data    unknown: {error}")
-        windows = ()
-    show_plan(config, facts, windows, tokenizer, began_from, print)
+    config, _, origin = starting_point(config, tokenizer, print)
+    if config.budget_hours:
+        budget.show(config, facts, windows[0].tokens if windows else None)
+        return
+    show_plan(config, facts, windows, tokenizer, origin, print)
 
 
 # ---- evaluation and checkpoints
@@ -385,8 +368,7 @@ def evaluate(run: Run) -> bool:
     is_best = numbers["val_loss"] < progress.best_val_loss
     progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
     run.record("eval", **numbers, eval_seconds=run.eval_seconds)
-    bits_first = run.tokenizer is not None and run.tokenizer.kind != "gpt2"
-    print0(metrics.eval_line(progress.step, numbers, run.eval_seconds, bits_first))
+    print0(metrics.eval_line(progress.step, numbers, run.eval_seconds, run.tokenizer))
     progress.evals.append((progress.step, numbers["train_loss"], numbers["val_loss"]))
     if line := forecast.forecast_line(progress.evals, learning_rates(run.config)):
         print0(line)
@@ -405,8 +387,7 @@ def save(run: Run, names: list[str]) -> None:
     began = time.monotonic()
     state = run.progress.as_saved() | optim.state_dicts(run.optimizers)
     state |= dict(model=run.model.state_dict(), scaler=run.scaler.state_dict())
-    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
-    state["data"] = checkpoint.data_identity(run.train_windows, run.val_windows)
+    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config), data=run.data)
     state["tokenizer"] = run.tokenizer and run.tokenizer.state()
     run.writer.sync()
     checkpoint.save(run.config.out_dir, state, names, run.config.keep_every)
@@ -534,8 +515,7 @@ def watch(run: Run, loss: float, finite: bool) -> None:
         return
     scale = run.scaler.get_scale() if run.scaler.is_enabled() else None
     progress.skipped_steps += 1
-    if scale is None or scale < 1:
-        progress.bad_steps += 1
+    progress.bad_steps += scale is None or scale < 1
     run.record("event", event="skipped", sequences=sequences, scale=scale)
     if progress.bad_steps >= BAD_STEPS:
         newest = checkpoint.newest(run.config.out_dir)

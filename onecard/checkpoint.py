@@ -163,9 +163,10 @@ def tokenizer_of(saved: dict, path: str | Path) -> Tokenizer:
     Raises CheckpointError if that is impossible, or if the tokenizer cannot be used.
     """
     config = saved.get("config") or {}
-    folders = [Path(path).absolute().parent.parent / "data", config.get("data_dir", "data")]  # nanoGPT's, ours
-    folders = [Path(path).parent, *(Path(folder) / config.get("dataset", "DATASET") for folder in folders)]
-    meta = next((file for folder in folders if (file := folder / "meta.pkl").exists()), folders[-1] / "meta.pkl")
+    dataset = config.get("dataset") or "DATASET"
+    nearby, here = Path(path).absolute().parent.parent / "data", Path(config.get("data_dir", "data"))
+    files = [folder / "meta.pkl" for folder in (Path(path).parent, nearby / dataset, here / dataset)]
+    meta = next((file for file in files if file.exists()), files[-1])
     try:
         if saved.get("tokenizer"):
             tokenizer = from_state(saved["tokenizer"])
@@ -282,6 +283,17 @@ def owned(out_dir: str | Path):
 # ---- resuming: what a run goes on from, and whether it may
 
 
+def problems(config) -> list[str]:
+    """What does not fit together in the keys about checkpoints, one message each."""
+    found = []
+    if config.from_pretrained and config.resume_from:
+        found.append(f"init_from={config.init_from} and resume_from={config.resume_from} exclude each other: set one")
+    if config.keep_every and (config.keep_every % config.eval_interval or not config.always_save_checkpoint):
+        needs = f"a multiple of eval_interval={config.eval_interval}, with always_save_checkpoint=True"
+        found.append(f"keep_every={config.keep_every} has to be {needs}")
+    return found
+
+
 def is_new(config) -> bool:
     """Whether this starts a new run in out_dir rather than going on with the one there."""
     if config.init_from == "auto":
@@ -315,23 +327,20 @@ def find(config, print0) -> dict | None:
     return saved | {"path": str(path)}
 
 
-def take_network(config, args: dict, source: str):
-    """config with the network of the weights in `source`. Raises ConfigError if the user set other values."""
-    wrong = [name for name in NETWORK if name in sources_of(config) and getattr(config, name) != args[name]]
-    if wrong:
-        values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
-        raise ConfigError(f"the weights of {source} have {values}: leave out {', '.join(wrong)}")
-    return changed(config, **{name: args[name] for name in NETWORK})
+def take_over(config, tokenizer: Tokenizer | None, origin: dict | None):
+    """config with a number for vocab_size=0, and with the network of `origin` if the run began with those weights.
 
-
-def take_vocabulary(config, tokenizer: Tokenizer | None, args: dict | None):
-    """config with a number for vocab_size=0: that of the checkpoint whose network is `args`, else the tokenizer's.
-
-    tokenizer: the dataset's, None if it is not known. Raises ConfigError if it has more ids than vocab_size.
+    tokenizer: the dataset's, None if it is not known. origin: of the weights that the run starts from: path,
+    model_args, began_from, and what `tokenizer_of` reads. Raises ConfigError if the two tokenizers differ, if
+    vocab_size is too small, or if the user set another network.
     """
-    if not config.vocab_size:
+    if origin and tokenizer:
+        check_tokenizer(config, tokenizer, tokenizer_of(origin, origin["path"]), origin["path"])
+    if origin and origin.get("began_from"):
+        config = take_network(config, origin["model_args"], origin["path"])
+    elif not config.vocab_size:
         ids = tokenizer.n_vocab if tokenizer else GPT2_IDS
-        rows = args["vocab_size"] if args else 64 * math.ceil(ids / 64)  # a multiple of 64 suits matrix units
+        rows = origin["model_args"]["vocab_size"] if origin else 64 * math.ceil(ids / 64)  # as matrix units prefer
         config = changed(config, vocab_size=rows)
     if tokenizer and tokenizer.n_vocab > config.vocab_size:
         raise ConfigError(
@@ -341,20 +350,23 @@ def take_vocabulary(config, tokenizer: Tokenizer | None, args: dict | None):
     return config
 
 
-def check_tokenizer(config, tokenizer: Tokenizer | None, about: dict, source: str) -> None:
-    """Raises ConfigError if the weights of `source` were trained with another tokenizer than the dataset's.
-
-    about: what is known of the weights, see `tokenizer_of`. tokenizer: the dataset's, None if it is not known.
-    """
-    if tokenizer is None:
-        return
-    theirs = tokenizer_of(about, source)
-    if theirs.sha256 != tokenizer.sha256:
-        names = [f"{t.name} ({t.n_vocab:,} ids, SHA-256 {t.sha256[:8]})" for t in (tokenizer, theirs)]
+def check_tokenizer(config, tokenizer: Tokenizer, trained_with: Tokenizer, source: str) -> None:
+    """Raises ConfigError unless the dataset has the tokenizer that the weights of `source` were trained with."""
+    if tokenizer.sha256 != trained_with.sha256:
+        names = [f"{t.name} ({t.n_vocab:,} ids, SHA-256 {t.sha256[:8]})" for t in (tokenizer, trained_with)]
         raise ConfigError(
             f"dataset={config.dataset} has the tokenizer {names[0]}, {source} was trained with {names[1]}: the same "
             "id means other text; use a dataset with that tokenizer, or start a new run with --init_from=scratch"
         )
+
+
+def take_network(config, args: dict, source: str):
+    """config with the network of the weights in `source`. Raises ConfigError if the user set other values."""
+    wrong = [name for name in NETWORK if name in sources_of(config) and getattr(config, name) != args[name]]
+    if wrong:
+        values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
+        raise ConfigError(f"the weights of {source} have {values}: leave out {', '.join(wrong)}")
+    return changed(config, **{name: args[name] for name in NETWORK})
 
 
 def data_identity(train_windows, val_windows) -> dict:
@@ -383,6 +395,13 @@ def saved_config(saved: dict, ConfigClass):
     """The config in a checkpoint, without the keys of other versions."""
     known = ConfigClass.__dataclass_fields__
     return ConfigClass(**{name: value for name, value in saved["config"].items() if name in known})
+
+
+def warn_of_jump(before: float, after: float, print0) -> None:
+    """before, after: the learning rate of the next step by the saved config, and by the one now."""
+    if not math.isclose(before, after, rel_tol=0.01):
+        effect = ": the loss will rise at first" if after > before else ""
+        print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e}{effect}")
 
 
 def check_same_run(saved: dict, old, config, data: dict, print0) -> None:

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import secrets
+import subprocess
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -91,8 +93,8 @@ def drop_lines_after(path, step, last_eval_step):
         file.truncate(keep)
 
 
-def start(config, progress, new: bool, facts: dict, print0) -> MetricsWriter:
-    """Opens the metrics of a run, and wandb if wanted, and writes the start line: its config and `facts`.
+def start(config, progress, tokenizer: Tokenizer | None, new: bool, facts: dict, print0) -> MetricsWriter:
+    """Opens the metrics of a run, and wandb if wanted, and writes the start line: config, tokenizer and `facts`.
 
     config: train.TrainConfig; progress: checkpoint.Progress; new: a new run, not a resumed one.
     """
@@ -106,8 +108,22 @@ def start(config, progress, new: bool, facts: dict, print0) -> MetricsWriter:
     step, last_eval_step = (-1, -1) if new else (progress.step, progress.last_eval_step)
     writer = MetricsWriter(config.out_dir, step, last_eval_step, wandb_run)
     began_from = progress.began_from or config.init_from
+    about = tokenizer and {name: value for name, value in tokenizer.state().items() if name != "content"}
+    facts = facts | dict(tokenizer=about, date=time.strftime("%Y-%m-%d %H:%M"), commit=commit())
     writer.write("start", progress.step, config=asdict(config) | {"init_from": began_from}, **facts)
     return writer
+
+
+def commit() -> str | None:
+    """The commit of this clone, with "+" if its files differ from it; None without git or a clone."""
+    clone = Path(__file__).parent.parent
+    command = ["git", "-C", str(clone), "describe", "--always", "--exclude=*", "--dirty=+"]
+    if not (clone / ".git").exists():
+        return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def start_wandb(project: str, name: str, run_id: str, out_dir: str, config: dict) -> tuple:
@@ -219,17 +235,17 @@ def eval_numbers(train: np.ndarray, val: np.ndarray, tokens: int, text_bytes: in
     return numbers | dict(val_groups=[round(float(group.mean()), 6) for group in groups])
 
 
-def eval_line(step: int, numbers: dict, seconds: float, bits_first: bool = False) -> str:
+def eval_line(step: int, numbers: dict, seconds: float, tokenizer: Tokenizer | None) -> str:
     """One line for the terminal from the numbers of an "eval" line of the metrics.
 
-    bits_first: bits per byte come first, because a loss per token of this tokenizer compares with few others.
+    Bits per byte come first where the tokenizer is not GPT-2's: a loss per token would compare with few other runs.
     """
     error = f" +- {numbers['val_error']:.4f}" if "val_error" in numbers else ""
     losses = f"train loss {numbers['train_loss']:.4f}, val loss {numbers['val_loss']:.4f}{error}"
     parts = [losses, f"perplexity {numbers['perplexity']:.2f}"]
     if "bits_per_byte" in numbers:
         bits = f"{numbers['bits_per_byte']:.4f} bits per byte"
-        parts = [f"val {bits}", *parts] if bits_first else [*parts, bits]
+        parts = [f"val {bits}", *parts] if tokenizer and tokenizer.kind != "gpt2" else [*parts, bits]
     return f"step {step}: {', '.join(parts)} ({duration(seconds)})"
 
 
