@@ -387,7 +387,7 @@ def open_json(content: bytes, path: Path, name: str, encoder: str = "tokenizers"
 
 def read_json(content: str, where: str | Path):
     """The library's tokenizer: every text is ordinary text, and nothing is added, cut off or left to chance."""
-    library = need("tokenizers", "tokenizers")
+    library = need("tokenizers", "tokenizers", str(where))
     try:
         tokenizer = library.Tokenizer.from_str(content)
     except Exception as error:  # the library raises plain Exceptions
@@ -468,7 +468,7 @@ def train_tokenizer(texts: Iterable[str], n_vocab: int) -> str:
     if not 257 <= n_vocab <= MAX_IDS:
         why = "256 bytes and the separator" if n_vocab < 257 else "ids have 16 bits"
         raise TokenizerError(f"a vocabulary of {n_vocab:,} ids cannot be trained ({why}); use 257 to {MAX_IDS:,}")
-    library = need("tokenizers", "tokenizers")
+    library = need("tokenizers", "tokenizers", "training a tokenizer")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -487,7 +487,7 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads dicts, lists, strings and numbers. Everything else in a pickle has to be imported, which is refused."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it contains code: it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it contains code, {module}.{name}")
 
 
 def read_meta(content: bytes, path: Path) -> list[str]:
@@ -499,7 +499,8 @@ def read_meta(content: bytes, path: Path) -> list[str]:
         valid = meta["stoi"] == {character: i for i, character in enumerate(characters)}
         valid = valid and all(len(c) == 1 and not "\ud800" <= c <= "\udfff" for c in characters)
     except Exception as error:  # a damaged pickle can raise any
-        raise TokenizerError(f"{path}: not nanoGPT's meta.pkl ({error}); nothing of it was run; {remedy}") from None
+        what = f"{type(error).__name__}: {error}"
+        raise TokenizerError(f"{path}: not nanoGPT's meta.pkl ({what}); no code was run; {remedy}") from None
     if not valid or not 0 < len(characters) <= MAX_IDS:
         what = f"itos and stoi have to map 0, 1, 2 ... to characters and back, at most {MAX_IDS:,}"
         raise TokenizerError(f"{path}: not nanoGPT's meta.pkl: {what}; {remedy}")
@@ -509,12 +510,13 @@ def read_meta(content: bytes, path: Path) -> list[str]:
 # ---- checks and pieces ---------------------------------------------------------------------------------------
 
 
-def need(module: str, extra: str):
-    """Imports an optional library. Raises TokenizerError if it is not installed."""
+def need(module: str, extra: str, user: str = ""):
+    """Imports an optional library, for the file or key that needs it. Raises TokenizerError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise TokenizerError(f"{module} is not available ({error}); pip install -e '.[{extra}]'") from error
+        place = f"{user}: " if user else ""
+        raise TokenizerError(f"{place}{module} is not available ({error}); pip install -e '.[{extra}]'") from error
 
 
 def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
