@@ -87,6 +87,8 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
         return GPT2Tokenizer(encoder)
     if source == "bytes":
         return ByteTokenizer()
+    if match := re.fullmatch(r"gpt2-(\d+)", str(source)):
+        return ShortTokenizer(int(match[1]))
     path = Path(source)
     try:
         content = path.read_bytes()
@@ -109,8 +111,8 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: 
     state = state or {}
     kind, content, sha256 = state.get("kind", "gpt2"), state.get("content"), str(state.get("sha256"))
     where, remedy = f"tokenizer {state.get('name')}", "copy it again, or run prepare.py again with the same tokenizer"
-    if kind in ("gpt2", "bytes"):
-        tokenizer = load_tokenizer(kind, encoder)
+    if kind in ("gpt2", "bytes", "short"):
+        tokenizer = load_tokenizer(state["name"] if kind == "short" else kind, encoder)
         if state and sha256 != tokenizer.sha256:
             raise TokenizerError(f"{where}: its SHA-256 {sha256[:12]}... is not that of {tokenizer.name}; {remedy}")
         return tokenizer
@@ -252,6 +254,23 @@ class GPT2Tokenizer(Tokenizer):
     def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         encode = self.reference.encode_to_numpy
         return [encode(text, disallowed_special=()).astype(np.uint16) for text in texts]
+
+
+class ShortTokenizer(GPT2Tokenizer):
+    """The first ids of GPT-2's vocabulary, which are its most frequent parts of words, and the separator as last id.
+
+    For small networks: gpt2-1024 has 1,024 ids and about 2.4 bytes per token of English. No training, no file.
+    """
+
+    kind = "short"
+
+    def __init__(self, n_vocab: int):
+        super().__init__()
+        if not 257 <= n_vocab < GPT2Tokenizer.n_vocab:
+            raise TokenizerError(f"gpt2-{n_vocab}: has to be gpt2-257 to gpt2-{GPT2Tokenizer.n_vocab - 1}, or gpt2")
+        self.name, self.n_vocab, self.eot = f"gpt2-{n_vocab}", n_vocab, n_vocab - 1
+        self.token_bytes = [*self.token_bytes[: self.eot], ENDOFTEXT.encode()]
+        self.sha256 = hashlib.sha256(f"{VOCABULARY_SHA256}, the first {self.eot} ids".encode()).hexdigest()
 
 
 class ByteTokenizer(Tokenizer):
