@@ -70,7 +70,7 @@ def critical(df: float, z: float) -> float:
 
 
 def risen(curve: Curve, least: float) -> tuple[int, float] | None:
-    """(index of the best, rise) of a curve that stays above its best by 5 deviations and by a share `least`; or None.
+    """(index of the lowest, rise) of a curve that stays above its best by 5 deviations and by a share `least`; or None.
 
     "Stays" means the last three points, or the last tenth of them. A best of one point only is no best: the curve is
     smoothed by medians of three.
@@ -82,4 +82,5 @@ def risen(curve: Curve, least: float) -> tuple[int, float] | None:
     best, tail = int(smooth[:-1].argmin()), y[-max(3, n // 10) :]
     scatter = noise(Curve(curve.steps[: best + 1], y[: best + 1]) if best >= 12 else curve)
     limit = max(5 * scatter, least * smooth[best])
-    return (best, float(np.median(tail) - smooth[best])) if tail.min() > smooth[best] + limit else None
+    lowest = max(0, best - 1) + int(y[max(0, best - 1) : best + 2].argmin())
+    return (lowest, float(np.median(tail) - smooth[best])) if tail.min() > smooth[best] + limit else None

@@ -8,123 +8,28 @@ to 71 of them happen in each of eleven healthy public runs.
 """
 
 import math
-from collections import namedtuple
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from onecard import forecast, plan
-from onecard.curve import Curve, change, critical, finite, medians, noise, risen
-from onecard.verdict import REMEDY, outlook, verdict
+from onecard.curve import Curve, change, critical, noise, risen
+from onecard.law import usual_rate
+from onecard.run import Run
+from onecard.verdict import SPOILED, outlook, verdict
 
-PROBLEMS = {*REMEDY, "flat", "rate too high", "rate too low", "noisy val set", "val below train"}
+PROBLEMS = {*SPOILED, "flat", "rate too high", "rate too low", "noisy val set", "val below train"}
 PROBLEMS |= {"scaler trouble", "waits for data"}
 FLAT = 0.004  # share of the loss: a decrease that is surely smaller than this, over a third of the steps, is flat
 
 
-Finding = namedtuple("Finding", "name text")
-
-
-@dataclass
-class Run:
-    """What is known of a run. A report of a printed log has no config, and then no rates.
-
-    In evals and lines NaN is what was not logged, inf what was logged and is not finite (nan, inf).
-    """
-
+class Finding(NamedTuple):
     name: str
-    evals: dict[str, np.ndarray]  # (n,) for n evaluations: step, train, val, bits_per_byte, eval_seconds
-    groups: list[list[float]]  # of each evaluation, the mean losses of fixed groups of val windows; may be empty
-    lines: dict[str, np.ndarray]  # (m,) for m log lines: step and what else they have
-    micro: bool = False  # whether the loss of a log line is that of one micro batch
-    config: Any = None  # train.TrainConfig
-    rates: list[float] = field(default_factory=list)  # of every step of the schedule; before a resume, as it was then
-    about: dict = field(default_factory=dict)  # the last "start" record of the metrics
-    events: list[dict] = field(default_factory=list)
-    samples: list[dict] = field(default_factory=list)
-
-    @property
-    def step(self) -> int:
-        return int(max([0, *self.evals["step"][-1:], *self.lines["step"][-1:]]))
-
-    @property
-    def end(self) -> int:
-        return self.config.max_iters
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.config) and self.step >= self.end
-
-    @property
-    def warm(self) -> float:  # evaluations before this step are left out
-        if not self.config:
-            return 0.05 * self.step
-        return max(2 * self.config.warmup_iters if self.config.decay_lr else 0, 0.05 * min(self.step, self.end))
-
-    @property
-    def epochs(self) -> float | None:
-        tokens = self.about.get("data", {}).get("train_tokens")
-        return self.step * self.config.step_tokens / tokens if self.config and tokens else None
-
-    @cached_property
-    def plan(self) -> dict:
-        """What was planned (plan.plan), without the memory of a step, which takes seconds."""
-        c, data = self.config, self.about.get("data", {})
-        facts = {name: data.get(name) for name in ("train_tokens", "val_tokens")}
-        if eval_tokens := c.eval_tokens or c.eval_iters * c.batch_size * c.block_size:
-            facts["eval_tokens"] = eval_tokens
-        dtype = getattr(torch, self.about.get("dtype", "bfloat16"))
-        return plan.plan(c, self.rates, **facts, device=self.about.get("device", "cpu"), dtype=dtype, trace=False)
-
-    @cached_property
-    def val(self) -> Curve:
-        return finite(self.evals["step"], self.evals["val"])
-
-    @cached_property
-    def train(self) -> Curve:
-        """Of the evaluations; of the log lines where the evaluations have none, or only the loss of their step."""
-        lines = finite(self.lines["step"], self.lines.get("loss", np.full(len(self.lines["step"]), np.nan)))
-        evals = finite(self.evals["step"], self.evals["train"])
-        of_lines = set(zip(*lines, strict=True))
-        same = sum(point in of_lines for point in zip(*evals, strict=True))
-        return evals if len(evals.steps) > 2 * same and 2 * len(evals.steps) >= len(self.val.steps) else medians(lines)
-
-    @cached_property
-    def jump(self) -> tuple[int, int] | None:
-        """The steps between which the learning rate last rose by a fifth or more after it had fallen, else None."""
-        seen = finite(self.lines["step"], self.lines.get("lr", np.full(len(self.lines["step"]), np.nan)))
-        steps, rates = (np.arange(len(self.rates)), np.array(self.rates)) if self.rates else seen
-        rates = rates[steps <= self.step]
-        rises, fallen = np.diff(rates) > 0, np.maximum.accumulate(rates)[:-1] > 1.01 * rates[:-1]
-        for last in np.flatnonzero(rises & fallen)[-1:]:
-            first = np.flatnonzero(~rises[:last])[-1] + 1
-            if rates[last + 1] > 1.2 * rates[first]:
-                return int(steps[first]), int(steps[last + 1])
-        return None
-
-    @property
-    def start(self) -> float:  # of what shows the trend: after warm-up, and after a jump of the learning rate
-        return max(self.warm, self.jump[1] if self.jump else 0)
-
-    @cached_property
-    def broken(self) -> Finding | None:
-        return not_finite(self) or diverged(self)
-
-    def forecast(self, split: str, until: float = math.inf) -> tuple[dict | None, str | None]:
-        """The forecast (forecast.forecast) from the evaluations up to a step, or None and the reason."""
-        if self.broken and until == math.inf:
-            return None, "no forecast: the loss rises or is not finite"
-        curve = finite(self.evals["step"], self.evals[split])
-        seen = curve.steps <= until
-        return forecast.forecast(curve.steps[seen], curve.values[seen], self.rates)
+    text: str
 
 
 def diagnose(run: Run) -> list[Finding]:
     """The findings: the verdict, then problems, then what describes the run."""
-    found = [run.broken]
+    found = [Finding(*run.broken)] if run.broken else []
     if not run.broken:
         found = [rate_jumped(run), overfitting(run), rate_too_high(run), rate_too_low(run), *val_set(run), trend(run)]
     found += [*(Finding(*pair) for pair in outlook(run)), *system(run)]
@@ -139,65 +44,22 @@ def span(part):
     return f"steps {part.steps[0]:,.0f} to {part.steps[-1]:,.0f}"
 
 
-# ---- what ends or spoils a run
-
-
-def not_finite(run):
-    """A loss that is not finite in an evaluation, or in the last log lines; else None."""
-    evals = ("val", run.evals["step"], run.evals["val"]), ("train", run.evals["step"], run.evals["train"])
-    for what, steps, values in (*evals, ("train", run.lines["step"], run.lines.get("loss", np.array([])))):
-        logged, infinite = ~np.isnan(values), np.isinf(values)
-        lasting = infinite[logged][-3:].all() if logged.any() else False
-        if infinite.any() and (lasting or values is run.evals["val"]):
-            first, later = int(steps[infinite.argmax()]), int(np.sum(logged & (steps > steps[infinite.argmax()])))
-            text = f"The {what} loss is not finite (nan or inf) from step {first:,} on"
-            text += f", in {infinite.sum() - 1} of the {later} values after it" if later else ""
-            return Finding("not finite", f"{text}. First {REMEDY['not finite']}.")
-    skipped = [e["step"] for e in run.events if e.get("event") == "skipped" and (e.get("scale") or 0) < 1]
-    evaluated = [e["step"] for e in run.events if e.get("event") == "evaluation not finite"]
-    if evaluated or (skipped[-1:] >= [max(run.step, 1)] and len(skipped) > 2):
-        what = "evaluation" if evaluated else f"gradient of the last of {len(skipped)} skipped steps"
-        text = f"The {what} at step {[*skipped, *evaluated][-1]:,} is not finite."
-        return Finding("not finite", f"{text} First {REMEDY['not finite']}.")
-    return None
-
-
-def diverged(run):
-    """A loss far above its best, or train above its best after warm-up, and staying there; else None."""
-    for split, curve, least in (("train", run.train, 0.15), ("val", run.val, 0.15), ("train", run.train, 0.01)):
-        curve = curve if least > 0.1 else curve.since(run.start)
-        up = risen(curve, least)
-        of_train = risen(run.train.since(run.start), 0.005)
-        if not up or (split == "val" and len(run.train.steps) > 3 and not of_train):
-            continue  # val alone: that is overfitting
-        best, rise = up
-        name = "diverged" if least > 0.1 else "rising"
-        text = f"The {split} loss was lowest at step {curve.steps[best]:,.0f} ({curve.values[best]:.3f}). It is "
-        text += f"{rise:.3f} above that now and stays there. First {REMEDY[name]}."
-        return Finding(name, text)
-    return None
-
-
 def rate_jumped(run):
     """The learning rate rose after it had fallen, as in a resume onto a longer schedule; what the loss did; or None."""
     if not run.jump:
         return None
     first, last = run.jump
+    old, new = np.interp(run.jump, *run.rates_so_far)
+    text = f"The learning rate rose from {old:.2g} to {new:.2g} at step {last:,}"
     split, curve = ("val", run.val) if run.val.steps[-1:] > last else ("train", run.train)
-    before, after = curve.values[curve.steps <= first][-1:], curve.values[curve.steps >= last]
-    rates = (
-        np.array(run.rates)[[first, min(last, len(run.rates) - 1)]]
-        if run.rates
-        else np.interp(run.jump, *finite(run.lines["step"], run.lines["lr"]))
-    )
-    text = f"The learning rate rose from {rates[0]:.2g} to {rates[1]:.2g} at step {last:,}"
-    if not len(before) or not len(after):
-        return Finding("rate rose", f"{text}; the loss will rise with it at first.")
-    text += f", and {split} loss from {before[0]:.3f} to {after.max():.3f}. "
-    if after[-1] <= before[0] + 2 * noise(curve):
-        return Finding("rate rose", f"{text}It is {after[-1]:.3f} now: the rise is made good.")
-    text += f"It is {after[-1]:.3f} now, {after[-1] - before[0]:.3f} above that; it falls again as the rate does. Or "
-    return Finding("rate jumped", f"{text}{REMEDY['rate jumped']}.")
+    before, after = Curve(*(values[curve.steps <= first] for values in curve)), curve.since(last + 1)
+    if len(before.steps) < 3 or not len(after.steps):
+        return Finding("rate rose", f"{text}; the loss rises with it at first.")
+    was, now = np.median(before.values[-2:]), after.values[-1]
+    text += f", and {split} loss from {was:.3f} to {after.values.max():.3f}; it is {now:.3f} now. "
+    if now <= was + 2 * min(noise(before), 0.01 * was):
+        return Finding("rate rose", f"{text}The rise is made good.")
+    return Finding("rate jumped", f"{text}It falls again as the rate falls.")
 
 
 def overfitting(run):
@@ -226,7 +88,7 @@ def overfitting(run):
             text += f"that now, while train loss fell by {learned:.3f}{read}."
             if run.epochs and run.epochs <= 1:
                 return Finding("val rises", f"{text} No text was read twice: is val of other text than train?")
-            return Finding("overfitting", f"{text} To lower it, {REMEDY['overfitting']}.")
+            return Finding("overfitting", f"{text} To lower it, {SPOILED['overfitting'][1]}.")
     if widened > max(critical(len(part.steps), 4.0), 5) * error:
         still = "val still improves" if change(val.late(), 0)[0] < 0 else "val no longer improves"
         return Finding("gap widens", f"{text}; {still}. Overfitting begins where val rises.")
@@ -240,8 +102,13 @@ def trend(run):
     curves = [(name, curve.since(run.start)) for name, curve in (("val", run.val), ("train", run.train))]
     curves = [(name, curve) for name, curve in curves if len(curve.steps) >= 6]
     if not curves:
-        text = f"{len(run.val.since(run.start).steps)} evaluations after warm-up; a trend needs at least 6."
-        return None if run.finished else Finding("too early", text)
+        seen, count = run.val, len(run.val.since(run.start).steps)
+        if not run.finished:
+            return Finding("too early", f"{count} evaluations since step {run.start:,.0f}; a trend needs at least 6.")
+        if len(seen.steps) < 2:
+            return None
+        text = f"val loss went from {seen.values[0]:.3f} to {seen.values[-1]:.3f} ({len(seen.steps)} evaluations"
+        return Finding("finished", f"{text}, {span(seen)}).")
     tried = []
     for name, curve in curves:
         part, scatter = curve.late(), noise(curve)
@@ -297,8 +164,9 @@ def rate_too_low(run):
     c = run.config
     if not c or not c.decay_lr or c.optimizer != "adamw" or c.from_pretrained or run.jump:
         return None
-    usual, share = plan.usual_rate(run.plan["parameters"]["blocks"]), np.array(run.rates) / max(run.rates)
+    usual, share = usual_rate(run.plan["parameters"]["blocks"]), np.array(run.rates) / max(run.rates)
     val, summed = run.val.since(run.start), np.append(0.0, np.cumsum(share))
+    val = Curve(*(values[val.steps <= len(share)] for values in val))
     share = share[np.minimum(val.steps.astype(int), len(share) - 1)]
     high, low = (Curve(summed[val.steps[part].astype(int)], val.values[part]) for part in (share > 0.5, share <= 0.5))
     if c.learning_rate > usual / 5 or min(len(high.steps), len(low.steps)) < 6:

@@ -1,27 +1,130 @@
 """Where a run stands: against what was expected before it and forecast during it, and what would lower its loss most.
 
-diagnosis.py shows `verdict` first, and the sentences of `outlook`. Both take a diagnosis.Run.
+diagnosis.py shows `verdict` first, and the sentences of `outlook`. Both take a run.Run.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from onecard import plan
+from onecard import forecast
 from onecard.curve import noise
+from onecard.law import BAND, best_size, law
+from onecard.metrics import duration
+from onecard.run import Run
 
-REMEDY = {  # of what spoils a run: what to do first
-    "not finite": "resume from a checkpoint before it, with a third of the learning rate",
-    "diverged": "resume from a checkpoint before the rise, with a third of the learning rate",
-    "rising": "resume from the best checkpoint, with a third of the learning rate",
-    "rate jumped": "resume from a checkpoint before the jump, with a peak no higher than the rate it had reached",
-    "overfitting": "add text, train for fewer steps, or use dropout",
+SPOILED = {  # what spoils a run: in a word or two, and what to do first
+    "not finite": ("not finite", "resume from a checkpoint before it, with a third of the learning rate"),
+    "diverged": ("diverged", "resume from a checkpoint before the rise, with a third of the learning rate"),
+    "rising": ("rising", "resume from the best checkpoint, with a third of the learning rate"),
+    "rate jumped": (
+        "not back from a jump of the learning rate",
+        "let it run on, because the loss falls again as the rate falls; at a next resume, use a peak no higher than "
+        "the rate at that step",
+    ),
+    "overfitting": ("overfitting", "add text, train for fewer steps, or use dropout"),
 }
-CUTS = (0.5, 0.7, 0.9)  # shares of a finished run at which its forecasts are looked up
+Words = Iterator[tuple[str, str]]  # of a finding: its name, its text
 
 
-def seconds_per_step(run) -> float | None:
-    """Measured, evaluations included; None where no time was logged."""
+def verdict(run: Run, problems: list[str]) -> str:
+    """A sentence on where the run stands, then the change that would lower its loss most."""
+    spoiled = next((name for name in problems if name in SPOILED), "")
+    change = after_spoiled(run, spoiled) if spoiled else best_change(run, problems)
+    if run.broken:
+        return f"{standing(run, spoiled)}. {run.broken[1]} {change}"
+    words = [standing(run, spoiled), *loss_now(run)]
+    if spoiled:
+        words.append(SPOILED[spoiled][0])
+    if run.config:
+        words += against(run)
+    return f"{'; '.join(words)}. {change}".strip()
+
+
+def standing(run, spoiled):
+    if not run.config:
+        return f"Step {run.step:,}"
+    if run.step > run.end:
+        return f"Step {run.step:,}, beyond max_iters={run.end:,} (is it the config of this run?)"
+    if run.finished:
+        return f"Finished at step {run.end:,}"
+    left = f", {hours(run, run.end - run.step)} left" if seconds_per_step(run) and not spoiled else ""
+    return f"Step {run.step:,} of {run.end:,}{left}"
+
+
+def loss_now(run):
+    if len(run.val.steps):
+        factor, unit = unit_of(run)
+        bits = "" if unit == "nats" else f" ({factor * run.val.values[-1]:.3f} {unit})"
+        yield f"val loss {run.val.values[-1]:.3f}{bits}"
+    elif len(run.train.steps):
+        yield f"train loss {run.train.values[-1]:.3f}"
+
+
+def against(run):
+    """The forecast, and how the loss or its forecast compares with what was expected before the run."""
+    end = run.val.values[-1] if len(run.val.steps) and run.finished else None
+    if end is not None and (earlier := forecast.earlier_forecasts(*run.val, run.rates)):
+        yield f"the forecast at step {earlier[0]['step']:,} was {earlier[0]['loss']:.3f} +- {earlier[0]['band']:.3f}"
+    elif not run.finished and (fit := run.forecast("val")[0]):
+        end = fit["loss"]
+        yield f"forecast of the end {end:.3f} +- {fit['band']:.3f}"
+    if end is not None and (expected := run.plan["loss"]):
+        away = end - expected
+        words = f"{abs(away):.2f} {'above' if away > 0 else 'below'} what" if abs(away) > BAND else "as"
+        yield f"{words} was expected before it ({expected:.2f} +- {BAND})"
+
+
+# ---- the change that would bring most
+
+
+def after_spoiled(run, spoiled):
+    """What to do first, and the time since the best loss."""
+    curve = run.val if len(run.val.steps) else run.train
+    best = curve.steps[curve.values.argmin()] if len(curve.steps) else run.step
+    lost = f" The {hours(run, run.step - best)} since step {best:,.0f} gained nothing." if best < run.step else ""
+    return f"First {SPOILED[spoiled][1]}.{lost}"
+
+
+def best_change(run, problems):
+    """What the scaling law, or where it does not hold the curve itself, shows to bring most; "" if neither does."""
+    if run.config and run.plan["loss"]:
+        return by_the_law(run)
+    if run.config and (run.plan["epochs"] or 0) > 4:
+        return f"More text would bring most: the run reads it {run.plan['epochs']:.1f} times (Muennighoff et al. 2023)."
+    if run.config and not run.finished:
+        return "" if problems else "Let it run."
+    curve = (run.val if len(run.val.steps) >= 4 else run.train).since(run.warm / 2)
+    if len(curve.steps) < 4 or "flat" in problems:
+        return ""
+    gain = float(np.interp(curve.steps[-1] / 2, *curve) - np.median(curve.values[-2:]))
+    scatter = noise(curve)
+    if gain < (5 * scatter if np.isfinite(scatter) else 0.02 * curve.values[-1]):
+        return ""
+    factor, unit = unit_of(run)
+    spent = f" in {hours(run, curve.steps[-1] / 2)}" if seconds_per_step(run) else ""
+    return f"More steps would bring most: the second half of these brought {factor * gain:.3f} {unit}{spent}."
+
+
+def by_the_law(run):
+    """Another size for the same compute, or twice the parameters or tokens; or why the run misses its expectation."""
+    n, d = run.plan["parameters"]["total"], run.plan["tokens"]
+    missing = run.val.values[-1] - run.plan["loss"] if run.finished and len(run.val.steps) else 0.0
+    if missing > BAND:
+        return f"First find what costs {missing:.2f} nats: check the learning rate, the data and the val set."
+    size, tokens = best_size(n, d)
+    same, larger, longer = (law(n, d) - law(*other) for other in ((size, tokens), (2 * n, d), (n, 2 * d)))
+    if same > 0.05:
+        text = (
+            f"{size / 1e6:.0f}M parameters on {tokens / 1e9:.2f}B tokens would bring most: {same:.2f} nats for the same"
+        )
+        return f"{text} {hours(run, run.end)}, by the scaling law."
+    what, gain = ("parameters", larger) if larger > longer else ("tokens", longer)
+    return f"Twice the {what} would bring most: {gain:.2f} nats for {hours(run, run.end)} more, by the scaling law."
+
+
+def seconds_per_step(run: Run) -> float | None:
+    """Measured, with evaluations; None where no time was logged."""
     times = run.lines.get("ms_per_step", np.array([]))
     if not np.isfinite(times).any():
         return None
@@ -29,43 +132,14 @@ def seconds_per_step(run) -> float | None:
     return float(np.median(times[np.isfinite(times)]) / 1000 + evaluations)
 
 
-def hours(run, steps: float) -> str:
-    """ "5.3 h" for so many steps at the run's measured speed; "the same compute again" is said in steps without it."""
+def hours(run, steps):
+    """So many steps as a time at the run's measured speed; without one, as steps."""
     seconds = seconds_per_step(run)
-    return plan.duration(steps * seconds / 3600) if seconds else f"the compute of {steps:,.0f} steps"
+    return duration(steps * seconds) if seconds else f"{steps:,.0f} steps"
 
 
-def verdict(run, problems: list[str]) -> str:
-    """One sentence on where the run stands, then the change that would lower its loss most."""
-    words = [standing(run)]
-    if len(run.val.steps) or len(run.train.steps):
-        words.append(loss_now(run))
-    if run.config and not run.broken:
-        words += against(run)
-    return f"{'; '.join(words)}. {best_change(run, problems)}".strip()
-
-
-def standing(run) -> str:
-    if not run.config:
-        return f"Step {run.step:,}"
-    if run.step > run.end:
-        return f"Step {run.step:,}, past max_iters={run.end:,} of the config: check that it is this run's"
-    if run.finished:
-        return f"Finished at step {run.end:,}"
-    left = f", {hours(run, run.end - run.step)} left" if seconds_per_step(run) else ""
-    return f"Step {run.step:,} of {run.end:,}{left}"
-
-
-def loss_now(run) -> str:
-    if not len(run.val.steps):
-        return f"train loss {run.train.values[-1]:.3f}"
-    text = f"val loss {run.val.values[-1]:.3f}"
-    factor, unit = units(run)
-    return text if unit == "nats" else f"{text} ({factor * run.val.values[-1]:.3f} {unit})"
-
-
-def units(run) -> tuple[float, str]:
-    """(factor, name) of the unit in which differences are given: bits per byte, unless the tokens are GPT-2's."""
+def unit_of(run):
+    """(factor, name) of the unit of a difference: nats per token, or bits per byte if the tokens are not GPT-2's."""
     bits, val = run.evals["bits_per_byte"], run.evals["val"]
     known = np.flatnonzero(np.isfinite(bits) & np.isfinite(val))
     if not len(known) or (run.config and 50257 <= run.config.vocab_size <= 51200):
@@ -73,99 +147,34 @@ def units(run) -> tuple[float, str]:
     return float(bits[known[-1]] / val[known[-1]]), "bits per byte"
 
 
-def against(run) -> Iterator[str]:
-    """The forecast, and how the loss, or its forecast, compares with what was expected before the run."""
-    fit, _ = run.forecast("val") if len(run.val.steps) else (None, None)
-    end, expected = run.val.values[-1] if run.finished and len(run.val.steps) else None, run.plan["loss"]
-    if fit and not run.finished:
-        end = fit["loss"]
-        yield f"the forecast of the end is {end:.3f} +- {fit['band']:.3f}"
-    elif run.finished and (earlier := earlier_forecasts(run)):
-        step, fit = earlier[0]
-        yield f"at step {step:,} the forecast of it was {fit['loss']:.3f} +- {fit['band']:.3f}"
-    if expected and end:
-        away = end - expected
-        verb = f"{abs(away):.2f} {'above' if away > 0 else 'below'}" if abs(away) > plan.BAND else "as"
-        yield f"{verb} {'the ' if verb != 'as' else ''}expected ({expected:.2f} +- {plan.BAND})"
-
-
-def earlier_forecasts(run) -> list[tuple[int, dict]]:
-    """(step, forecast) at each of CUTS that has one."""
-    found = [(int(cut * run.end), run.forecast("val", until=int(cut * run.end))[0]) for cut in CUTS]
-    return [(step, fit) for step, fit in found if fit]
-
-
-def best_change(run, problems: list[str]) -> str:
-    """The remedy of a problem that spoils the run; else what the scaling law, or the curve, shows to bring most."""
-    if spoiled := [name for name in problems if name in REMEDY]:
-        curve = run.val if len(run.val.steps) else run.train
-        best = curve.steps[curve.values.argmin()] if len(curve.steps) else run.step
-        lost = f"; {hours(run, run.step - best)} since the best loss brought nothing" if best < run.step else ""
-        return f"First {REMEDY[spoiled[0]]}{lost}."
-    if run.config and run.plan["loss"]:
-        return by_the_law(run)
-    if run.config and (run.plan["epochs"] or 0) > 4:
-        return f"More text would bring most: this is read {run.plan['epochs']:.1f} times (Muennighoff et al. 2023)."
-    if run.config and not run.finished:
-        return "Let it run." if not problems else ""
-    curve = run.val if len(run.val.steps) >= 6 else run.train
-    if len(curve.steps) < 6:
-        return ""
-    gain = float(np.interp(curve.steps[-1] / 2, *curve) - np.median(curve.values[-2:]))
-    if gain < 5 * noise(curve):
-        return ""
-    factor, unit = units(run)
-    text = f"More steps would bring most: the second half of these brought {factor * gain:.3f} {unit}"
-    return f"{text} in {hours(run, curve.steps[-1] / 2)}." if seconds_per_step(run) else f"{text}."
-
-
-def by_the_law(run) -> str:
-    """The change that brings most by the scaling law: another size for the same compute, or twice of one."""
-    n, d = run.plan["parameters"]["total"], run.plan["tokens"]
-    end = run.val.values[-1] if run.finished and len(run.val.steps) else None
-    if end and end - run.plan["loss"] > plan.BAND:
-        away = end - run.plan["loss"]
-        return (
-            f"To find the missing {away:.2f} nats brings most: compare learning rate, data and val set with the law's."
-        )
-    size, tokens = plan.best_size(n, d)
-    same, more, longer = (plan.law(n, d) - plan.law(*other) for other in ((size, tokens), (2 * n, d), (n, 2 * d)))
-    if same > 0.05:
-        text = (
-            f"Most for the same compute ({hours(run, run.end)}): {size / 1e6:.0f}M parameters on {tokens / 1e9:.2f}B "
-        )
-        return f"{text}tokens, {same:.2f} nats lower by the scaling law."
-    what, gain = ("parameters", more) if more > longer else ("tokens", longer)
-    return f"Twice the {what} would bring most: {gain:.2f} nats for {hours(run, run.end)} more, by the scaling law."
-
-
 # ---- the sentences about the end
 
 
-def outlook(run) -> Iterator[tuple[str, str]]:
-    """(name, text): the forecast, or what came of earlier ones; the expected loss; what limits it."""
+def outlook(run: Run) -> Words:
+    """The forecast, or what came of earlier ones; the expected loss; what limits it. Nothing without a config."""
     if not run.config:
         return
-    if run.finished:
-        said = [f"at {cut:,} steps {f['loss']:.3f} +- {f['band']:.3f}" for cut, f in earlier_forecasts(run)]
-        if said and len(run.val.steps):
-            yield "forecasts", f"The forecast was {', '.join(said)}; val ended at {run.val.values[-1]:.3f}."
-    elif not run.broken:
+    val = run.val.values[-1] if len(run.val.steps) else None
+    if run.finished and val is not None and not run.broken:
+        earlier = forecast.earlier_forecasts(*run.val, run.rates)
+        said = ", ".join(f"{f['loss']:.3f} +- {f['band']:.3f} at step {f['step']:,}" for f in earlier)
+        if said:
+            yield "forecasts", f"The end was forecast as {said}; val ended at {val:.3f}."
+    elif not run.finished and not run.broken:
         yield "forecast", to_come(run)
     yield from limits(run)
 
 
-def to_come(run) -> str:
-    rates, (val, reason) = run.rates, run.forecast("val")
-    now, end = rates[run.step] / max(rates), rates[-1] / max(rates)
-    text = f"The learning rate is {now:.2f} of its peak and will be {end:.2f}. "
+def to_come(run):
+    share, (val, reason) = np.array(run.rates) / max(run.rates), run.forecast("val")
+    text = f"The learning rate is {share[run.step]:.2f} of its peak and will be {share[-1]:.2f}. "
     if not val:
         return f"{text}There is {reason}."
     text += f"By the law of annealing, val ends at {val['loss']:.3f} +- {val['band']:.3f} (step {val['end']:,}), "
     return f"{text}{val['now'] - val['loss']:.3f} below now."
 
 
-def limits(run) -> Iterator[tuple[str, str]]:
+def limits(run) -> Words:
     """The expected loss, and whether more parameters or more tokens would lower it more, by the scaling law."""
     epochs, expected, n, d = run.plan["epochs"], run.plan["loss"], run.plan["parameters"]["total"], run.plan["tokens"]
     if (epochs or 0) > 4:
@@ -174,10 +183,10 @@ def limits(run) -> Iterator[tuple[str, str]]:
     elif expected is None:
         yield "no expectation", f"No loss to expect: {run.plan['no_loss']}."
     else:
-        law = f"{expected:.2f} +- {plan.BAND} on FineWeb (law of Hoffmann et al. 2022)"
+        wanted = f"{expected:.2f} +- {BAND} on FineWeb (law of Hoffmann et al. 2022)"
         ended = f"; it is {run.val.values[-1]:.3f}" if run.finished and len(run.val.steps) else ""
-        yield "expected", f"Val loss at the end should be {law}{ended}."
-        size, data = plan.law(n, d) - plan.law(2 * n, d), plan.law(n, d) - plan.law(n, 2 * d)
+        yield "expected", f"Val loss at the end should be {wanted}{ended}."
+        size, data = law(n, d) - law(2 * n, d), law(n, d) - law(n, 2 * d)
         name = "size" if size > 1.5 * data else "tokens" if data > 1.5 * size else ""
         text = (
             f"Loss would fall by {size:.2f} with twice the {n / 1e6:.0f}M parameters, {data:.2f} with twice the tokens."
