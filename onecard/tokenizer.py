@@ -78,7 +78,8 @@ class TokenizerError(UserError):
 
 
 def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> Tokenizer:
-    """source: gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl. Raises TokenizerError.
+    """source: gpt2, gpt2-1024 (or another number of ids: its first), bytes, or the path of a tokenizer.json or of
+    nanoGPT's meta.pkl. Raises TokenizerError.
 
     encoder: fastokens is many times faster, for gpt2 and a tokenizer.json with GPT-2's splitting pattern; check_parity
     compares its ids. With any other value the library that defines the ids encodes: tiktoken or tokenizers.
@@ -93,7 +94,7 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
     try:
         content = path.read_bytes()
     except OSError as error:
-        kinds = "gpt2, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl"
+        kinds = "gpt2, gpt2-1024, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl"
         raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error.strerror}); give {kinds}") from None
     full = path.resolve()
     name = full.parent.name if full.stem in ("tokenizer", "meta") else full.stem
@@ -151,7 +152,7 @@ def dataset_tokenizer(folder: str | Path) -> Tokenizer | None:
 class Tokenizer:
     """Encodes and decodes. Each kind has `encode_reference`, and `token_bytes` or its own `decode_bytes`.
 
-    kind: gpt2, bytes, chars or bpe (any tokenizer.json). sha256: of what defines the vocabulary. eot: the id of the
+    kind: gpt2, short, bytes, chars or bpe (any tokenizer.json). sha256: of what defines the vocabulary. eot: id of the
     document separator, None for characters. content: for chars the JSON list of the characters, for bpe the text of
     its tokenizer.json. lossless: whether decode(encode(text)) is the text for every text that can be encoded.
     """

@@ -16,6 +16,7 @@ import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
+import convert
 import onecard.tokenizer as ours
 from onecard.shards import write_manifest
 from onecard.tokenizer import HARD_STRINGS, TokenizerError, check_parity, from_state, load_tokenizer, train_tokenizer
@@ -548,3 +549,17 @@ def test_a_folder_without_a_manifest_has_nanogpts_characters_or_names_none(tmp_p
     assert ours.dataset_tokenizer(tmp_path) is None
     chars_file(tmp_path, "abc")
     assert ours.dataset_tokenizer(tmp_path).kind == "chars"
+
+
+def test_the_short_vocabularies_are_gpt2_s_merges_up_to_an_id_so_their_ids_are_what_tokenizers_gives():
+    """The other reading of them: byte pair encoding with the first merges, from a tokenizer.json."""
+    short, whole = load_tokenizer("gpt2-1024"), load_tokenizer()
+    assert short.n_vocab == 1024 and short.eot == 1023 and short.token_bytes[:1023] == whole.token_bytes[:1023]
+    other = pytest.importorskip("tokenizers").Tokenizer.from_str(convert.tokenizer_json(short))
+    other.encode_special_tokens = True
+    for text in (*HARD_STRINGS, "The quick brown fox jumps over the lazy dog. " * 20):
+        assert short.encode(text).tolist() == other.encode(text).ids and short.decode(short.encode(text)) == text
+    assert from_state(short.state()).state() == short.state() and "content" not in short.state()
+    for source in ("gpt2-256", "gpt2-50257"):
+        with pytest.raises(TokenizerError, match="gpt2-257 to gpt2-50256"):
+            load_tokenizer(source)
