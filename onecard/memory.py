@@ -27,6 +27,7 @@ from onecard.optim import configure_optimizers
 FLOAT32_ON_A_CARD = (
     "pow.Tensor_Scalar pow.Tensor_Tensor exp log rsqrt reciprocal softplus softmax.int cumsum layer_norm"
 )
+GiB = 2**30
 BUDGET = 0.92  # share of the free memory that a micro batch may need: the allocator loses some to fragments
 
 
@@ -110,6 +111,12 @@ class RMSNormKernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return torch.empty_like(ctx.saved_tensors[0]), None if ctx.weight is None else torch.empty_like(ctx.weight)
+
+
+def network(config) -> GPT:
+    """The network of a config on the meta device: it has all sizes and no memory."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(**config.model_args()))
 
 
 def trace_memory(config, device_type: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, int]:

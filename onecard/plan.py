@@ -12,90 +12,17 @@ reason is given instead.
 
 import math
 import time
-from dataclasses import replace
 
 import torch
 
 from model import GPT, GPTConfig
+from onecard.advice import warnings
 from onecard.cards import card
-from onecard.memory import batch_sizes_that_fit, trace_memory
+from onecard.law import BAND, best_size, expected_loss, law, usual_rate  # noqa: F401
+from onecard.memory import GiB, network, trace_memory
 from onecard.optim import configure_optimizers
 
-GiB = 2**30
 DESKTOP = 11.2 / 12  # share of a card's memory that is free where a desktop uses the rest
-
-
-def network(config) -> GPT:
-    """The network of a config on the meta device: it has all sizes and no memory."""
-    with torch.device("meta"):
-        return GPT(GPTConfig(**config.model_args()))
-
-
-# ---- the loss to expect
-
-E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28  # Hoffmann et al. 2022, arXiv 2203.15556
-ANCHOR = (124_475_904, 10.26e9, 3.2722)  # GPT-2 with AdamW on FineWeb by llm.c: parameters, tokens, val loss
-BAND = 0.08  # error of the law, in nats
-MULTIPLIER = {("gpt2", "adamw"): 1.0}  # tokens of GPT-2's recipe that one token is worth, by network and optimizer
-
-
-def law(parameters: float, tokens: float) -> float:
-    """L(N, D) = E + A / N^0.34 + B / D^0.28 (Hoffmann et al. 2022), shifted to meet the anchor.
-
-    The loss in nats per GPT-2 token of FineWeb after a finished schedule; N counts all parameters.
-    """
-
-    def loss(n, d):
-        return E + A / n**ALPHA + B / d**BETA
-
-    return loss(parameters, tokens) + ANCHOR[2] - loss(*ANCHOR[:2])
-
-
-def best_size(parameters: float, tokens: float) -> tuple[float, float]:
-    """(N, D) with the lowest loss by the law for the same FLOPs, which are taken as 6 x parameters x tokens."""
-    product = parameters * tokens
-    n = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * product ** (BETA / (ALPHA + BETA))
-    return n, product / n
-
-
-def usual_rate(parameters: float) -> float:
-    """The learning rate that suits AdamW and GPT-2's network with so many parameters in blocks (Kaplan 2020, D.6)."""
-    return 0.003239 - 0.0001395 * math.log(parameters)
-
-
-def critical_batch(loss: float) -> float:
-    """Tokens of a step above which more help little (Kaplan et al. 2020, eq. 5.3); at twice this they cost compute."""
-    return 2.1e8 / loss ** (1 / 0.21)
-
-
-def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | None, str | None]:
-    """(val loss on FineWeb at the end of the run, None), or (None, the reason why there is no expectation)."""
-    model, tokens = network(config), config.step_tokens * config.max_iters
-    counts, vocab_size = model.parameter_counts(), model.config.vocab_size
-    n, usual = counts["total"], usual_rate(counts["blocks"])
-    multiplier = MULTIPLIER.get((config.arch, config.optimizer))
-    end = config.lr_decay_iters or config.max_iters
-    if config.init_from not in ("scratch", "resume", "auto"):
-        reason = f"the scaling law holds for random initial weights, not for those of {config.init_from}"
-    elif multiplier is None:
-        reason = f"the scaling law is for GPT-2's network with AdamW, not for {config.arch} with {config.optimizer}"
-    elif not 50257 <= vocab_size <= 51200:
-        reason = f"the scaling law is for GPT-2's tokens, not for a vocabulary of {vocab_size:,}"
-    elif not 2e7 <= n <= 1.6e9:
-        reason = f"the scaling law is not validated for {n / 1e6:,.0f}M parameters"
-    elif not 5e8 <= tokens <= 5e11:
-        reason = f"the scaling law is not validated for {tokens / 1e6:,.1f}M tokens"
-    elif (epochs or 0) > 4.05:
-        reason = "the scaling law is for new tokens; beyond 4 epochs a repeated token is worth less"
-    elif config.decay_lr and config.warmup_iters > 0.2 * config.max_iters:
-        reason = f"the scaling law is for a short warm-up, not for one of {config.warmup_iters:,} steps"
-    elif end > 1.05 * config.max_iters or rates[-1] > 0.3 * max(rates):
-        reason = "the scaling law is for finished schedules; here the learning rate is still high at max_iters"
-    elif not usual / 5 <= config.learning_rate <= 5 * usual:
-        reason = f"the scaling law is for a good learning rate, about {usual:.1g}, not {config.learning_rate:g}"
-    else:
-        return law(n, tokens * multiplier), None
-    return None, reason
 
 
 # ---- the whole plan
@@ -214,113 +141,6 @@ def hours_left(config, step: int, seconds_per_step: float, eval_seconds: float =
     """Hours for the remaining steps and their evaluations, from measured seconds."""
     evaluations = config.max_iters // config.eval_interval - step // config.eval_interval
     return ((config.max_iters - step) * seconds_per_step + evaluations * eval_seconds) / 3600
-
-
-# ---- warnings: a line for each choice that costs something, with what to change
-
-
-def warnings(config, found):
-    yield from memory_and_disk_warnings(config, found)
-    yield from data_warnings(found)
-    if advice := size_advice(found):
-        yield advice
-    yield from schedule_warnings(config, found)
-    if config.n_embd < 64 * config.n_head and config.n_embd >= 128:
-        remedy = f"; use --n_head={config.n_embd // 64}" if config.n_embd % 64 == 0 else ""
-        yield f"head size {config.n_embd // config.n_head}: 64 or 128 learn better and run faster{remedy}"
-    epochs = found["epochs"] or 0
-    if config.dropout and 0 < epochs <= 4:
-        yield (
-            f"dropout={config.dropout:g} with {epochs:.2f} epochs: a model does not overfit so early; dropout costs "
-            "loss, memory and time: use --dropout=0"
-        )
-    if found["card"] and config.dtype == "float16" and found["card"].has_bfloat16:
-        yield (
-            "float16 skips steps to find its scale; --dtype=bfloat16 is as fast on this card and needs no scale "
-            "(float16 has three more bits of precision)"
-        )
-    if found["card"] and config.dtype == "bfloat16" and not found["card"].has_bfloat16:
-        yield f"{found['card'].name} has no bfloat16 arithmetic and emulates it slowly; use --dtype=float16"
-    critical = critical_batch(found["loss"]) if found["loss"] else math.inf
-    if config.step_tokens > 2 * critical:
-        yield (
-            f"{config.step_tokens:,} tokens a step: above {critical:,.0f}, more help little (Kaplan et al. 2020); "
-            "halve them and double max_iters"
-        )
-
-
-def schedule_warnings(config, found):
-    rate, usual = config.learning_rate, usual_rate(found["parameters"]["blocks"])
-    if config.init_from in ("scratch", "resume", "auto") and not usual / 10 <= rate <= 15 * usual:
-        yield (
-            f"learning_rate={rate:g}: about {usual:.1g} is usual for GPT-2's network of this size with AdamW (Kaplan "
-            f"et al. 2020, D.6), and some times more with Muon; try --learning_rate={usual:.1g}"
-        )
-    share = found["eval_share"]
-    if share > 0.3 and config.max_iters >= 100:
-        every = math.ceil(config.eval_interval * share / (1 - share) / 0.1)
-        yield (
-            f"evaluations take about {share:.0%} of the time; use --eval_interval={every} or a smaller --eval_tokens"
-        )
-    if not config.decay_lr:
-        return
-    if config.warmup_iters > 0.1 * config.max_iters and config.max_iters >= 100:
-        never = ", so the learning rate never reaches its peak" if config.warmup_iters >= config.max_iters else ""
-        yield (
-            f"warm-up of {config.warmup_iters:,} in {config.max_iters:,} steps{never}: "
-            f"--warmup_iters={config.max_iters // 50} is enough"
-        )
-    if config.min_lr > 0.101 * config.learning_rate:
-        yield (
-            f"min_lr={config.min_lr:g} is above a tenth of the peak, so noise remains at the end; "
-            f"use --min_lr={config.learning_rate / 10:g} or less"
-        )
-
-
-def memory_and_disk_warnings(config, found):
-    need, free, used = sum((found["memory"] or {}).values()), found["free_bytes"], found["used_bytes"]
-    if free and need > free:
-        ending = f"; or end other processes, which use {used / GiB:.1f} GiB" if used > 0.1 * free else ""
-        yield f"memory: {need / GiB:.1f} GiB needed, {free / GiB:.1f} GiB free: {memory_remedy(config, found)}{ending}"
-    if found["disk_free"] and found["disk_need"] > found["disk_free"]:
-        need, free = (f"{found[name] / 1e9:.1f} GB" for name in ("disk_need", "disk_free"))
-        yield f"disk: checkpoints need up to {need}, {free} are free: free some, or choose another --out_dir"
-
-
-def memory_remedy(config, found):
-    """A change that fits: a smaller micro batch, with activation checkpointing if need be, else a smaller network."""
-    checkpointed = replace(config, activation_checkpointing=True)
-    for candidate, key in ((config, ""), (checkpointed, "--activation_checkpointing=True ")):
-        sizes = batch_sizes_that_fit(candidate, found["free_bytes"], "cuda", found["dtype"])
-        if sizes:
-            micro = config.step_sequences // sizes[-1]
-            steps = "" if config.tokens_per_step else f" --gradient_accumulation_steps={micro}"
-            return f"{key}--batch_size={sizes[-1]}{steps} fits, with the same results"
-    memory = found["memory"]
-    state = 2 * memory["weights"] + memory["optimizer state"]  # a gradient for each weight
-    return f"weights, gradients and optimizer alone need {state / GiB:.1f} GiB: use a smaller --n_layer or --n_embd"
-
-
-def data_warnings(found):
-    train, val, epochs = found["train_tokens"], found["val_tokens"], found["epochs"] or 0
-    if val is not None and val < 100_000:
-        share = 100_000 / (train + val) if train else 1
-        remedy = f"prepare with --val_fraction={math.ceil(100 * share) / 100:g}" if share <= 0.2 else "add text"
-        yield f"val split of {val:,} tokens: the val loss has an error of {found['eval_error']:.2f} or more; {remedy}"
-    if epochs > 4:
-        yield f"{epochs:,.1f} epochs: beyond 4 passes repeats help little; add text, or lower max_iters"
-
-
-def size_advice(found):
-    """What to grow or shrink, by the law where it holds, else by the tokens per parameter; or nothing."""
-    size, tokens, ratio = found["parameters"]["total"], found["tokens"], found["tokens_per_parameter"]
-    if not found["loss"]:
-        unusual = tokens > 1e7 and not 1 <= ratio <= 1000  # with fewer tokens it is a try
-        return f"{ratio:.2g} tokens a parameter; about 20 are compute-optimal" if unusual else ""
-    n, d = best_size(size, tokens)
-    gain = law(size, tokens) - law(n, d)
-    text = f"for the same compute, {n / 1e6:.0f}M parameters on {d / 1e9:.2f}B tokens should end {gain:.2f} lower"
-    return text if gain > 0.05 else ""
 
 
 # ---- the plan as lines

@@ -1,0 +1,170 @@
+"""The best run for a budget of hours on one card: networks and token counts that fit its time and memory.
+
+    python train.py --plan_only=True --gpu='RTX 4070' --budget_hours=24 --write_config=config/mine.py
+
+The hours are modelled (plan.utilisation) and the losses are expected by the scaling law, where it is validated. The
+differences between rows are more certain than the values.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from onecard import UserError
+from onecard.cards import Card, card
+from onecard.durable import replacing
+from onecard.law import BAND, critical_batch, expected_loss, law, usual_rate
+from onecard.memory import GiB, batch_sizes_that_fit, network, trace_memory
+from onecard.plan import DESKTOP, utilisation
+
+SHAPES = ((6, 384), (8, 512), (12, 512), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048))  # layers, width
+HEAD = 64
+MAX_MICRO_BATCH = 32
+EPOCHS = 4  # beyond so many passes over the data repeats help little (Muennighoff et al. 2023, arXiv 2305.16264)
+MUON_RATE = 5.6  # times AdamW's usual rate: 3.6e-3 at 124M in the public speed runs (modded-nanogpt, track 3)
+WRITTEN = (  # keys of a written config
+    "dataset arch n_layer n_head n_embd block_size tokens_per_step batch_size max_iters optimizer learning_rate "
+    "lr_schedule min_lr warmup_iters weight_decay beta2 dropout eval_interval eval_tokens dtype"
+)
+
+
+class BudgetError(UserError):
+    """A budget that cannot be planned: why, and what to do."""
+
+
+class Row(NamedTuple):
+    config: Any  # train.TrainConfig
+    parameters: int
+    tokens: int
+    memory: float  # bytes at the peak of a step
+    hours: float
+    loss: float | None  # expected, where the law is validated
+    rank: float  # the law's value for this size and these tokens, whatever the recipe: lower is better
+
+
+def show(config, facts: dict, train_tokens: int | None) -> None:
+    """Prints the table for config.budget_hours, and writes the best row as a config if config.write_config names one.
+
+    facts: of the device, as plan.plan has them; train_tokens: of the dataset, if there is one. Raises BudgetError.
+    """
+    found = card(facts["device"], facts.get("sms"), facts.get("total_bytes"))
+    if not found:
+        raise BudgetError(f"budget_hours: the speed of {facts['device']} is not known; give --gpu='RTX 4070', say")
+    free = facts.get("free_bytes") or DESKTOP * found.gib * GiB
+    rows = choices(config, config.budget_hours, found, free, facts["dtype"], train_tokens)
+    chosen = best(rows)
+    print(
+        f"{config.budget_hours:g} hours on {found.name}, {free / GiB:.1f} GiB free; {config.arch}, {config.optimizer}"
+    )
+    print(*table(rows, chosen), sep="\n")
+    print("*: the lowest loss to expect by the scaling law. Hours and memory are modelled.")
+    if config.write_config:
+        write_config(config.write_config, rows[chosen], found.name)
+        print(f"wrote {config.write_config}; next: python train.py {config.write_config}")
+    else:
+        print("add --write_config=config/mine.py to write it as a config")
+
+
+def choices(config, hours: float, found: Card, free_bytes: float, dtype: torch.dtype, train_tokens=None) -> list[Row]:
+    """The rows that fit, by size. config gives arch, optimizer, schedule and block_size; train_tokens: of the dataset.
+
+    Raises BudgetError if nothing fits.
+    """
+    rows = []
+    for n_layer, n_embd in tqdm(SHAPES, desc="networks", leave=False, delay=2):
+        shape = replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // HEAD)
+        row = fit(shape, hours, found, free_bytes, dtype, train_tokens)
+        if row:
+            rows.append(row)
+    if not rows:
+        raise BudgetError(
+            f"budget_hours={hours:g}: no network of the table fits {found.name} and trains 1,000 steps in that time; "
+            "give more hours, or a smaller --block_size"
+        )
+    return rows
+
+
+def fit(config, hours, found, free_bytes, dtype, train_tokens) -> Row | None:
+    """The run of this network in that time; None if it does not fit the memory or would take too few steps."""
+    model = network(config)
+    counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
+    speed = found.tflops * 1e12 * utilisation(config.n_embd, found.tflops * 1e12)  # FLOP/s
+    tokens = 0.97 * hours * 3600 * speed / flops_per_token  # the rest: evaluations and saves
+    if train_tokens:
+        tokens = min(tokens, EPOCHS * train_tokens)
+    rank = law(counts["total"], tokens)
+    step_tokens = 2 ** int(min(critical_batch(rank), tokens / 2000)).bit_length() // 2  # the power of two below
+    steps = int(tokens // step_tokens)
+    if steps < 1000 or step_tokens < config.block_size:
+        return None
+    rate = usual_rate(counts["blocks"]) * (MUON_RATE if config.optimizer == "muon" else 1)
+    rate = float(f"{rate:.1e}")
+    config = replace(
+        config,
+        tokens_per_step=step_tokens,
+        batch_size=1,
+        max_iters=steps,
+        lr_decay_iters=0,
+        warmup_iters=max(100, steps // 50),
+        learning_rate=rate,
+        min_lr=0.0 if config.lr_schedule == "linear" else rate / 10,
+        eval_interval=max(1, steps // 40),
+        eval_tokens=2**20,
+        dropout=0.0,
+    )
+    largest = min(MAX_MICRO_BATCH * config.block_size, step_tokens)
+    sizes = batch_sizes_that_fit(replace(config, tokens_per_step=largest), free_bytes, "cuda", dtype)
+    if not sizes:
+        return None
+    config = replace(config, batch_size=sizes[-1], dtype=str(dtype).removeprefix("torch."))
+    rates = [rate, config.min_lr]  # the law asks for the first and the last one
+    loss, _ = expected_loss(config, rates, tokens / train_tokens if train_tokens else None)
+    memory = sum(trace_memory(config, "cuda", dtype).values())
+    seconds = steps * step_tokens * flops_per_token / speed / 0.97
+    return Row(config, counts["total"], steps * step_tokens, memory, seconds / 3600, loss, rank)
+
+
+def best(rows: list[Row]) -> int:
+    """The number of the row with the lowest loss to expect."""
+    return min(range(len(rows)), key=lambda i: rows[i].rank)
+
+
+def table(rows: list[Row], chosen: int) -> list[str]:
+    """The rows for a person; the chosen one is marked."""
+    lines = ["  layers x width  parameters   tokens  a parameter  micro batch   memory  hours  val loss"]
+    for i, row in enumerate(rows):
+        c = row.config
+        loss = f"{row.loss:.2f} +- {BAND}" if row.loss else "not known"
+        lines.append(
+            f"{'*' if i == chosen else ' '} {c.n_layer:>6} x {c.n_embd:<6} {row.parameters / 1e6:>9.1f}M "
+            f"{row.tokens / 1e9:>7.2f}B {row.tokens / row.parameters:>11.0f} {c.batch_size:>12} "
+            f"{row.memory / GiB:>6.1f}GiB {row.hours:>6.1f}  {loss}"
+        )
+    return lines
+
+
+def write_config(path: str, row: Row, card_name: str) -> None:
+    """Writes the row as a config file. Raises BudgetError if the file exists already or cannot be written."""
+    c, file = row.config, Path(path)
+    if file.exists():
+        raise BudgetError(f"write_config={path}: exists already; give another name, or delete it")
+    loss = f"Expect a val loss of {row.loss:.2f} +- {BAND} on FineWeb." if row.loss else "No loss is expected."
+    text = f'''"""{row.parameters / 1e6:.1f}M parameters on {row.tokens / 1e9:.2f}B tokens.
+
+    python train.py {file.as_posix()}
+
+About {row.hours:.1f} hours on {card_name}, modelled, not measured. {loss} learning_rate is the usual one of AdamW
+at this size (Kaplan et al. 2020, D.6){f", times {MUON_RATE} for Muon" if c.optimizer == "muon" else ""}.
+"""
+
+'''
+    values = dict(out_dir=f"out/{file.stem}") | {name: getattr(c, name) for name in WRITTEN.split()}
+    text += "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    try:
+        with replacing(file) as handle:
+            handle.write(text.encode())
+    except OSError as error:
+        raise BudgetError(f"write_config={path}: cannot be written ({error.strerror}); give another path") from None
