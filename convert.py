@@ -26,9 +26,9 @@ import torch
 
 from configurator import key, load_config, run_script
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
-from onecard import checkpoint, durable, metrics, pretrained
-from onecard.pretrained import ConvertError, need
-from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, from_state
+from onecard import checkpoint, durable, logs, metrics, pretrained
+from onecard.pretrained import ConvertError
+from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, from_state, need
 
 TOLERANCE = 1e-4  # largest permitted difference between our logits and transformers'
 TEXT = Path(__file__).resolve().parent / "README.md"  # real text to compare ids and logits on
@@ -100,7 +100,6 @@ def merges(ids: dict[str, int]) -> list[str]:
 
 def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
     """Writes a folder for transformers, lm-evaluation-harness and vLLM. Raises ConvertError if it differs when read."""
-    need("transformers", "hf")
     save = need("safetensors.torch", "hf").save
     c, weights = model.config, common_weights(model, tokenizer.n_vocab)
     theirs = {}
@@ -142,19 +141,20 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, about: dict) -> dict:
 def tokenizer_json(tokenizer: Tokenizer) -> str:
     """The text of a tokenizer.json with the same ids: the tokenizer's own, or made from its vocabulary."""
     if tokenizer.kind == "bpe":
-        return tokenizer.state()["content"]
-    ids, content = pretrained.vocabulary(tokenizer), dict(version="1.0", truncation=None, padding=None, normalizer=None)
+        return tokenizer.content or ""
+    ids = pretrained.vocabulary(tokenizer)
     if tokenizer.kind == "chars":
         split = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
-        content |= dict(added_tokens=[], pre_tokenizer=split, post_processor=None, decoder=dict(type="Fuse"))
-        content |= dict(model=dict(type="WordLevel", vocab=ids, unk_token=""))  # unknown characters are an error
+        steps = dict(added_tokens=[], pre_tokenizer=split, decoder=dict(type="Fuse"))
+        model = dict(type="WordLevel", vocab=ids, unk_token="")  # no token: other characters are an error
     else:
         ids |= {ENDOFTEXT: tokenizer.eot}
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
         flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
-        content |= dict(added_tokens=[dict(id=tokenizer.eot, content=ENDOFTEXT) | flags], pre_tokenizer=level)
-        content |= dict(post_processor=level, decoder=level, model=dict(type="BPE", vocab=ids, merges=merges(ids)))
-    return json.dumps(content, indent=1, ensure_ascii=False)
+        special = dict(id=tokenizer.eot, content=ENDOFTEXT) | flags
+        steps = dict(added_tokens=[special], pre_tokenizer=level, post_processor=level, decoder=level)
+        model = dict(type="BPE", vocab=ids, merges=merges(ids))
+    return json.dumps(dict(version="1.0", **steps, model=model), indent=1, ensure_ascii=False)
 
 
 def model_card(c: GPTConfig, tokenizer: Tokenizer, about: dict, name: str, parameters: int) -> str:
@@ -170,7 +170,8 @@ def model_card(c: GPTConfig, tokenizer: Tokenizer, about: dict, name: str, param
         rows["trained on"] = f"{about['sequences'] * c.block_size:,} tokens in {about['iter_num']:,} steps"
     if "val_loss" in about:
         error = f" +- {about['val_error']:.4f} (standard error)" if "val_error" in about else ""
-        rows["val loss"] = f"{about['val_loss']:.4f}{error} nats per token"
+        bits = f", {about['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in about else ""
+        rows["val loss"] = f"{about['val_loss']:.4f}{error} nats per token{bits}"
     if about.get("began_from"):
         rows["finetuned from"] = Path(about["began_from"]).name
     table = "\n".join(["| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows.items()]])
@@ -183,13 +184,10 @@ def model_card(c: GPTConfig, tokenizer: Tokenizer, about: dict, name: str, param
 
 
 def last_evaluation(path: Path, step: int) -> dict[str, float]:
-    """val_loss of this step and its standard error val_error, as far as the metrics.jsonl at `path` has them."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill cut off
-            row = json.loads(line)
-            if row["kind"] == "eval" and row["step"] == step:
-                return {name: row[name] for name in ("val_loss", "val_error") if name in row}
-    return {}
+    """val_loss, val_error (its standard error) and bits_per_byte of this step, as far as the metrics.jsonl has them."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    rows = [row for row in logs.read_metrics(text, []) if (row["kind"], row["step"]) == ("eval", step)]
+    return {name: rows[-1][name] for name in ("val_loss", "val_error", "bits_per_byte") if rows and name in rows[-1]}
 
 
 @torch.no_grad()
@@ -275,7 +273,7 @@ def gguf_tokenizer(tokenizer, gguf):
     if model["type"] != "BPE" or model.get("ignore_merges") or not getattr(tokenizer, "cuts", True):
         reason = f"llama.cpp reads byte-level BPE with GPT-2's splitting of text, and {tokenizer.name} is another kind"
         raise ConvertError(f"--to=gguf: {reason} of tokenizer: use --to=hf")
-    special = {token["id"]: token["content"] for token in content["added_tokens"]}
+    special = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     tokens = {i: token for token, i in model["vocab"].items()} | special
     kinds = [gguf.TokenType.CONTROL if i == eot or i in special else gguf.TokenType.NORMAL for i in range(n_vocab)]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]

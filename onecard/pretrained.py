@@ -7,21 +7,19 @@ The one thing to know: a source is refused unless model.py computes exactly what
 tokenizer is known. The names of the weights in other formats stand here once; convert.py writes with the same tables.
 """
 
-import importlib
 import json
 import math
 import pickle
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
 from onecard import UserError, checkpoint
-from onecard.tokenizer import LETTERS, Tokenizer, from_state, load_tokenizer
+from onecard.tokenizer import LETTERS, Tokenizer, from_state, load_tokenizer, need
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, downloaded by transformers
 LAYER_NORM_EPS = 1e-5  # GPT-2's, and torch's default
@@ -44,14 +42,6 @@ QWEN3_NAMES = {  # parts of our names -> of those in transformers' Qwen3; its GP
 
 class ConvertError(UserError):
     """Weights that cannot be read, written or verified: which file, why, what to do."""
-
-
-def need(module: str, extra: str) -> ModuleType:
-    """Imports an optional package. Raises ConvertError with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConvertError(f"{module} cannot be used ({error}): pip install -e '.[{extra}]'") from error
 
 
 def one_line(error):

@@ -21,7 +21,7 @@ import convert
 from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS, GPTConfig
-from onecard import checkpoint, pretrained
+from onecard import UserError, checkpoint, pretrained
 from onecard.tokenizer import PATTERN, CharTokenizer, from_state, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -335,7 +335,7 @@ def test_each_convert_command_of_the_pages_runs_as_it_stands(tmp_path, monkeypat
 
 def refused(run, to, reason):
     """convert.py stops with this reason and leaves nothing behind."""
-    with pytest.raises(ConvertError, match=reason):
+    with pytest.raises(UserError, match=reason):
         convert.main([str(run), f"--to={to}"])
     assert [path.name for path in run.iterdir()] == ["ckpt.pt"]
 
