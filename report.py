@@ -22,8 +22,9 @@ import numpy as np
 from configurator import ConfigError, checked, key, load_config, read_values, run_script
 from onecard import UserError, logs, plan
 from onecard.compare import compare
-from onecard.diagnosis import PROBLEMS, Finding, Run, diagnose
+from onecard.diagnosis import PROBLEMS, Finding, diagnose
 from onecard.page import write_page
+from onecard.run import Run
 from train import TrainConfig, learning_rate
 
 DEFAULTS = dict(lr_decay_iters=600_000, eval_iters=200, dtype="bfloat16", gelu="none")  # nanoGPT's, other than ours
@@ -189,8 +190,8 @@ def findings_of(runs: Sequence[Run]) -> list[Finding]:
     found = diagnose(runs[0]) if len(runs) == 1 else list(compare(runs))
     for event in (event for run in runs for event in run.events if event.get("event") == "damaged lines"):
         lines = event["lines"]
-        text = f"{len(lines):,} lines could not be read and are left out: {', '.join(map(str, lines[:5]))}"
-        found.append(Finding("damaged lines", f"{text}{', ...' if len(lines) > 5 else ''}."))
+        which = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
+        found.append(Finding("damaged lines", f"{len(lines):,} could not be read and are left out (line {which})."))
     return found
 
 

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from onecard.diagnosis import Finding, Run
+from onecard.diagnosis import Finding
+from onecard.run import Run
 
 PLACE = ("out_dir", "overwrite", "wandb_run_name", "resume_from")  # keys that change no result
 Curve = tuple[np.ndarray, np.ndarray]  # steps (n,) or tokens (n,), and losses (n,)
@@ -23,7 +24,9 @@ def compare(runs: Sequence[Run]) -> Iterator[Finding]:
     """The verdict, the last losses of each run, and how each differs from the first one, "a"."""
     letters = [chr(ord("a") + i) for i in range(len(runs))]
     lines = [list(compare_two(runs[0], run, letter)) for run, letter in zip(runs[1:], letters[1:], strict=True)]
-    yield Finding("verdict", lines[0].pop(0) if len(runs) == 2 else ranking(runs, letters))
+    verdict = lines[0].pop(0) if len(runs) == 2 else ranking(runs, letters)
+    broken = [f" {letter}: {run.broken[1]}" for letter, run in zip(letters, runs, strict=True) if run.broken]
+    yield Finding("verdict", verdict + "".join(broken))
     for letter, run in zip(letters, runs, strict=True):
         yield Finding(letter, f"{run.name}: {last_losses(run)}.")
     for letter, run, found in zip(letters[1:], runs[1:], lines, strict=True):
@@ -44,8 +47,9 @@ def last_losses(run: Run) -> str:
     if not len(run.evals["step"]):
         return f"step {run.step:,}{of}, no evaluation"
     loss, bits = run.evals["val"][-1], run.evals["bits_per_byte"][-1]
-    text = f"val loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.2f}"
-    text += "" if math.isnan(bits) else f", {bits:.4f} bits per byte"
+    text = f"val loss {loss:.4f}" if math.isfinite(loss) else "val loss not finite"
+    text += f", perplexity {math.exp(loss):,.2f}" if loss < 20 else ""
+    text += f", {bits:.4f} bits per byte" if math.isfinite(bits) else ""
     return f"{text} at step {run.evals['step'][-1]:,.0f}{of}"
 
 

@@ -66,9 +66,9 @@ def read_records(path: str | Path, defaults: dict) -> tuple[dict[str, list[dict]
     else:
         runs = {"": read_log(text, defaults)}
     if not any(record["kind"] in ("eval", "train", "micro") for records in runs.values() for record in records):
-        first = f" (line {damaged[0]} is damaged)" if damaged else ""
+        first = text.strip().split("\n")[0][:60]
         raise LogError(
-            f"{file}: no evaluation and no step found{first}; give metrics.jsonl, nanoGPT's printed log "
+            f"{file}: no evaluation and no step found (line 1: {first!r}); give metrics.jsonl, nanoGPT's printed log "
             '("step 500: train loss 5.4, val loss 5.5"), or a CSV with the columns step, and train_loss or val_loss'
         )
     return runs, sorted(set(damaged))

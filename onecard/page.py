@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from onecard.diagnosis import PROBLEMS, Finding, Run
+from onecard.diagnosis import PROBLEMS, Finding
 from onecard.durable import replacing
 from onecard.plots import all_charts, axes_of, earlier_forecasts
+from onecard.run import Run
 
 HERE = Path(__file__).parent
 SAMPLES, CHARACTERS = 12, 3000  # steps with samples that are shown, length of a sample

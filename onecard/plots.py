@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from onecard import forecast
-from onecard.diagnosis import Run
 from onecard.plan import BAND
+from onecard.run import Run
 
 POINTS = 2400  # of one kind of curve, for all runs together
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
