@@ -44,7 +44,7 @@ PLANNING_SECONDS = 5.0  # that a task waits for other tasks, which own the whole
 INSPECT_TOKENS = 50_000_000  # read by --inspect
 FAST_BYTES = 10_000_000  # of text; checking fastokens takes longer than encoding less
 OWN_TEXT_BYTES = 50_000_000  # config/own_text.py is for less text than this
-QUICKSTART = {"tokenizer": "bytes", "val_fraction": 0.1}  # its settings
+QUICKSTART = {"tokenizer": "gpt2-1024", "val_fraction": 0.1}  # its settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PrepareConfig:
     inputs: tuple[str, ...] = key((), "files, folders, globs, hf:// paths; none: the quickstart", inputs=True)
     dataset: str = key("", "name of the dataset: the folder data_dir/dataset")
     data_dir: str = key("data", "the folder of all datasets")
-    tokenizer: str = key("gpt2", "gpt2, bytes, or the path of a tokenizer.json")
+    tokenizer: str = key("gpt2", "gpt2, gpt2-1024 (its first ids), bytes, or the path of a tokenizer.json")
     train_tokenizer: int = key(0, "train a tokenizer with so many ids on the inputs, 8192 say", low=0, high=65536)
     text_column: str = key("text", "column of a parquet file, or key of a JSON object, with the text")
     val_fraction: float = key(0.005, "share of val, by a hash of the text; up to 0.25 of a small text", low=0, high=0.5)
@@ -280,7 +280,7 @@ def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareCo
     encoder = choose_encoder(config, texts, size) if tokenizer.kind == "gpt2" else tokenizer.encoder
     need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
     print(f"{folder}: {len(numbers)} units of {len(plan['sources'])} files, {len(records)} of them done already")
-    print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens of {tokenizer.name}, by {encoder}")
+    print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens ({tokenizer.name}, by {encoder})")
     print(f"  disk:  {amount(need)}B needed, {amount(free)}B free")
     if need > free:
         remedy = "make room, use another --data_dir, or take fewer tokens with --max_tokens"

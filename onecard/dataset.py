@@ -30,6 +30,7 @@ SAMPLE_BYTES, SAMPLE_UNITS = 100_000_000, 100  # what a tokenizer is trained on,
 SMALL_BYTES, SMALL_ROWS = 100_000_000, 2000  # a dataset below both is read before it is split into train and val
 LEAST_BYTES = 10_000  # of text in a dataset
 USUAL_VAL_BYTES, LEAST_VAL_BYTES = 500_000, 2500  # in val, of a small dataset, unless val_fraction is given
+ENOUGH_VAL_BYTES = 20_000  # in val, if that is less than half of its share because a few documents are long
 FEW_DOCUMENTS = 5  # expected in val; with fewer the documents of a small dataset are split by paragraphs
 SPLIT_SEEDS = 64  # tried, until val gets about its share
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
@@ -43,10 +44,11 @@ class PrepareError(UserError):
 
 
 def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict, list[str], str]:
-    """(plan, problems of damaged files, which are left out; text of a new tokenizer.json or ""). Writes nothing.
+    """(plan, problems of damaged files, which are left out; the text of a tokenizer.json to keep, or "").
 
-    asked: the settings that the user gave: those of SETTINGS, tokenizer (gpt2, bytes or a path), train_tokenizer (how
-    many ids). The others are those of the dataset, or the defaults. Raises a UserError for what cannot be used.
+    Writes nothing. asked: the settings that the user gave: those of SETTINGS, tokenizer (gpt2, bytes or a path) and
+    train_tokenizer (how many ids). The others are those of the dataset, or the defaults. Raises a UserError for what
+    cannot be used.
     """
     plan, tokenizer = read_plan(folder), load_tokenizer(asked["tokenizer"]) if "tokenizer" in asked else None
     if tokenizer and tokenizer.eot is None:
@@ -54,7 +56,7 @@ def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict
     if plan:
         check_settings(plan["settings"], asked, tokenizer, folder)
         found, damaged = examine_all(inputs, plan["settings"])
-        return add_sources(plan, found, folder), damaged, ""
+        return add_sources(plan, found, folder), damaged, (tokenizer and tokenizer.content) or ""
     if not inputs:
         raise PrepareError(f"{folder}: nothing is prepared here yet; {other_datasets(folder)}")
     settings, content = {name: asked.get(name, default) for name, default in SETTINGS.items()}, ""
@@ -94,8 +96,9 @@ def write_plan(plan: dict, content: str, before: dict | None, folder: Path) -> N
     there = read_plan(folder)
     if there not in (before, plan):
         raise PrepareError(f"{folder}: another process has changed its plan; run this command again")
-    if content:
-        with durable.replacing(folder / FILE) as file:
+    path = folder / FILE
+    if content and not (path.exists() and path.read_bytes() == content.encode()):
+        with durable.replacing(path) as file:
             file.write(content.encode())
     if plan != there:
         write_json(folder / STATE / "plan.json", plan)
@@ -202,13 +205,14 @@ def choose_split(jobs: list[dict], val_fraction: float | None) -> dict:
         raise PrepareError(f"{what}; at least {LEAST_BYTES:,} are needed, better 1,000,000{reason}")
     usual = round(max(0.005, min(0.1, USUAL_VAL_BYTES / total), min(0.25, LEAST_VAL_BYTES / total)), 4)
     asked = usual if val_fraction is None else val_fraction
-    if len(contents) * asked >= FEW_DOCUMENTS and is_good_split(contents, asked, 0):
+    enough = min(asked / 2, ENOUGH_VAL_BYTES / total)
+    if len(contents) * asked >= FEW_DOCUMENTS and enough <= val_share(contents, asked, 0) <= 0.9:
         return {"val_fraction": asked}
     chars = min(4000, max(1000, total // 200))
     groups = [group.encode() for content in contents for group in cut_text(content.decode(), chars)]
     for fraction in (asked, usual):  # what was asked for may be less than one group
         for seed in range(SPLIT_SEEDS):
-            if is_good_split(groups, fraction, seed):
+            if fraction / 2 <= val_share(groups, fraction, seed) <= min(2 * fraction, 0.9):
                 few = f"few documents ({len(contents)})"
                 print(f"  {few}: split by paragraphs, about {fraction:.1%} of the text is val")
                 return {"val_fraction": fraction, "paragraph_chars": chars, "split_seed": seed}
@@ -230,11 +234,10 @@ def readable(job: dict, problems: list[str]) -> Iterator[bytes]:
         problems.append(f"{job['paths'][0]} is not UTF-8; save it as UTF-8 text")
 
 
-def is_good_split(contents: list[bytes], val_fraction: float, seed: int) -> bool:
-    """Whether val gets half to twice its share of the bytes, and train some."""
+def val_share(contents: list[bytes], val_fraction: float, seed: int) -> float:
+    """The share of the bytes that the hash puts into val."""
     val = sum(len(content) for content in contents if in_val(content, val_fraction, seed))
-    share = val / sum(map(len, contents))
-    return val_fraction / 2 <= share <= min(2 * val_fraction, 0.9)
+    return val / sum(map(len, contents))
 
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------

@@ -427,6 +427,6 @@ def token_count(path: str, first: int, last: int, start: int, stop: int) -> int 
         parquet = pq.ParquetFile(file)
         if "token_count" in parquet.schema_arrow.names:
             skipped = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
-            column = parquet.read_row_groups(range(first, last), columns=["token_count"]).column(0)
+            column = parquet.read_row_groups(range(first, last), columns=["token_count"], use_threads=False).column(0)
             return sum(filter(None, column.slice(start - skipped, stop - start).to_pylist()))
     return None

@@ -11,16 +11,18 @@ import sysconfig
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from runs import flags_of
 from texts import documents_of, expected_documents, files_of, some_texts, strings_of_bytes, write_parquet
 
 import prepare
+from onecard import UserError
 from onecard.durable import OwnedError
 from onecard.shards import ShardError, check_shard, open_tokens, read_manifest
 from onecard.sources import SourceError
-from onecard.tokenizer import load_tokenizer
+from onecard.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
 from onecard.units import in_val
 from prepare import PrepareError, next_units
 
@@ -198,6 +200,98 @@ def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
     run(other, "--text_column=content", "--val_fraction=0")
 
 
+def decoded(folder):
+    """{split: [text of each document]} of a dataset of any tokenizer."""
+    tokenizer, texts = dataset_tokenizer(folder), {"train": [], "val": []}
+    for shard in read_manifest(folder)["shards"]:
+        ids = np.array(open_tokens(folder / shard["name"]))
+        documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))[1:]
+        texts[shard["split"]] += [tokenizer.decode(document[1:]) for document in documents]
+    return texts
+
+
+@pytest.mark.parametrize("keys", [(), ("--tokenizer=bytes",), ("--train_tokenizer=512",)], ids=str)
+def test_a_folder_of_notes_becomes_a_dataset_of_any_tokenizer_and_one_more_note_joins(run, docs, tmp_path, keys):
+    """30 notes share one shard a split."""
+    pytest.importorskip("tokenizers")
+    notes, draw = tmp_path / "notes", random.Random(0)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(500)]
+    texts = [f"# Note {number}\n\n" + " ".join(draw.choices(words, k=400)) for number in range(31)]
+    notes.mkdir()
+    for number, text in enumerate(texts[:30]):
+        (notes / f"{number:02d}.md").write_text(text)
+    printed = run(notes, *keys)
+    assert "few documents (30): split by paragraphs" in printed
+    command = f"train.py config/own_text.py --dataset=docs --out_dir=out/docs --data_dir={docs.parent}"
+    assert f"next: python {command}" in printed and len(list(docs.glob("*.bin"))) == 2
+    assert "nothing to do" in run(notes, *keys) and "nothing to do" in run(notes)
+    before = files_of(docs)
+    (notes / "30.md").write_text(texts[30])
+    assert "unit 0 is prepared again: files were added to it" in run(notes, *keys)
+    found = decoded(docs)
+    assert sorted("".join(found["train"] + found["val"])) == sorted("".join(texts))
+    assert all(any(part in text for text in texts) for part in found["train"] + found["val"])
+    assert sum(map(len, found["val"])) > 1200
+    assert "are right" in run("--verify") and "first: # Note 0 " in run("--inspect")
+    if "--tokenizer=bytes" in keys:
+        size = sum(len(text.encode()) + 1 for text in found["train"])
+        assert (docs / "train_000000.bin").stat().st_size == 1024 + 2 * size
+    if "--train_tokenizer=512" in keys:
+        content = (docs / "tokenizer.json").read_bytes()
+        assert content == before["tokenizer.json"] and read_manifest(docs)["tokenizer"]["n_vocab"] == 512
+        (docs / "tokenizer.json").write_bytes(content + b" ")
+        (notes / "31.md").write_text("one more")
+        for command in (("--verify",), ("--inspect",), (notes,)):
+            with pytest.raises(TokenizerError, match=r"tokenizer\.json: "):
+                run(*command)
+
+
+def test_a_book_of_one_line_and_one_of_48_kb_get_both_splits(run, tmp_path):
+    words = " ".join(some_texts(400, words=100)).replace("\n", " ")
+    for name, text in (("line", words[:1_000_000]), ("small", words[:48_000].replace("1234", "\n\n"))):
+        path = tmp_path / f"{name}.txt"
+        path.write_text(text)
+        assert "config/own_text.py" in run(path, dataset=name)
+        found = decoded(tmp_path / "data" / name)
+        assert min(sum(map(len, found[split])) for split in found) > 1200
+        assert sorted("".join(found["train"] + found["val"])) == sorted(text)
+
+
+def test_a_trained_tokenizer_and_its_bytes_do_not_depend_on_workers_and_the_keys_exclude_each_other(
+    run, docs, inputs, whole
+):
+    pytest.importorskip("tokenizers")
+    assert "tokenizer: 400 ids, trained in" in run(inputs, "--train_tokenizer=400", *SMALL)
+    found, other = files_of(docs), whole(inputs, "--train_tokenizer=400", *SMALL, "--workers=3")
+    del found["manifest.json"], other["manifest.json"]  # the tokenizer has the name of its dataset
+    assert found == other and "tokenizer.json" in found
+    texts = [text for number in range(3) for text in some_texts(250, number)]
+    assert sorted(text for found in decoded(docs).values() for text in found) == sorted(texts)
+    for keys, message in (
+        (("--tokenizer=bytes", "--train_tokenizer=400"), "train_tokenizer: excludes --tokenizer"),
+        (("--train_tokenizer=100",), "train_tokenizer: 100 is less than 256 bytes and a separator"),
+        (("--train_tokenizer=500",), r"train_tokenizer: .* was started with 400, not 500"),
+        (("--tokenizer=bytes",), r"tokenizer: .* was started with docs \(\w{8}\), not bytes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(inputs, *keys)
+
+
+def test_mistakes_are_lines_without_settings_and_names_are_suggested(run, tmp_path, capsys):
+    (tmp_path / "my book.txt").write_text(" ".join(some_texts(300)))
+    run(tmp_path / "my book.txt", dataset="books")
+    for arguments, dataset, message in (
+        (("--verify",), "book", r"book: no finished dataset; did you mean books\?"),
+        (("--inspect",), "xyz", r"xyz: no finished dataset; .*data has books\."),
+        ((), "bookss", r"nothing is prepared here yet; did you mean books\?"),
+        ((tmp_path / "my book.txt",), "", r"dataset: no name for .*; add --dataset=my_book, say"),
+        ((tmp_path / "my book.tx",), "x", r"my book\.tx: no such file or folder; check the name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*arguments, dataset=dataset)
+        assert capsys.readouterr().out == ""
+
+
 def test_max_tokens_takes_the_fewest_row_groups_and_can_grow_as_if_it_had_been_so_from_the_start(
     run, docs, tmp_path, whole
 ):
@@ -267,23 +361,20 @@ def test_inspect_shows_a_dataset_and_verify_compares_it_with_token_count(run, tm
         run("--verify", dataset="none")
 
 
-@pytest.mark.parametrize("library", ["email", pytest.param("", marks=pytest.mark.slow)])
-def test_the_quickstart_is_english_in_bytes_with_fineweb_s_columns(run, docs, monkeypatch, library):
-    """By default with the docstrings of one package; the share of val is then known less exactly."""
-    stdlib = Path(sysconfig.get_paths()["stdlib"], library)
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": stdlib})
+def test_without_inputs_it_prepares_the_quickstart_with_its_own_vocabulary(run, docs, monkeypatch):
+    library = Path(sysconfig.get_paths()["stdlib"], "email")  # the docstrings of one package
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"stdlib": library})
     assert "next: python train.py config/quickstart.py" in run(dataset="")
     folder = docs.with_name("quickstart")
-    table, manifest = pq.read_table(folder / "quickstart.parquet"), read_manifest(folder)
-    columns = ["text", "id", "dump", "url", "date", "file_path", "language", "language_score", "token_count"]
-    assert table.column_names == columns and str(table.schema.field("token_count").type) == "int64"
-    texts, encode = table["text"].to_pylist(), load_tokenizer().encode
-    assert [len(encode(text)) for text in texts[:50]] == table["token_count"].to_pylist()[:50]
-    assert manifest["tokens"] == sum(len(text.encode()) for text in texts) + manifest["documents"]
+    texts, manifest = pq.read_table(folder / "quickstart.parquet")["text"].to_pylist(), read_manifest(folder)
+    encode = load_tokenizer("gpt2-1024").encode
+    assert manifest["tokens"] == sum(len(encode(text)) for text in texts) + manifest["documents"]
     val = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "val")
     assert manifest["settings"]["val_fraction"] == 0.1 and 0.05 < val / manifest["tokens"] < 0.2
-    assert library or 800_000 < manifest["tokens"] < 3_000_000
     assert "nothing to do" in run(dataset="")
+    run("--val_fraction=0.1", dataset="")
+    with pytest.raises(PrepareError, match=r"started with gpt2-1024 .*, not gpt2"):
+        run("--tokenizer=gpt2", dataset="")
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])

@@ -20,9 +20,73 @@ from texts import files_of, some_texts, write_parquet
 import prepare
 from onecard import sources
 from onecard.shards import read_manifest
-from onecard.sources import DamagedError, cut_groups, examine, find_files, read_texts
+from onecard.sources import DamagedError, SourceError, cut_groups, cut_text, examine, find_files, read_texts
 
 ROOT = Path(__file__).resolve().parents[1]
+CHAT = "Anna: hi\nBob: hello there"
+ARTICLES = [{"title": "t", "author": "me", "text": "one"}, {"title": "u", "author": "you", "text": "two"}]
+EXPORTS = {
+    "strings": (["one", "two"], ["one", "two"]),
+    "objects": (ARTICLES, ["one", "two"]),
+    "an object with a list": ({"version": 1, "data": ARTICLES}, ["one", "two"]),
+    "Telegram": (
+        {
+            "name": "Bob",
+            "messages": [
+                {"type": "service", "actor": "Bob", "text": ""},
+                {"from": "Anna", "text": "hi"},
+                {"from": "Bob", "text": ["hel", {"type": "bold", "text": "lo"}, " there"]},
+            ],
+        },
+        [CHAT],
+    ),
+    "Discord": (
+        {
+            "guild": {"name": "g"},
+            "messages": [
+                {"content": "hi", "author": {"name": "Anna"}, "embeds": [{"title": "x"}]},
+                {"content": "hello there", "author": {"name": "Bob"}},
+            ],
+        },
+        [CHAT],
+    ),
+    "Facebook": (
+        {
+            "participants": [{"name": "Anna"}, {"name": "Bob"}],
+            "messages": [
+                {"sender_name": "Anna", "content": "hi"},
+                {"sender_name": "Bob", "content": "hello there"},
+                {"sender_name": "Bob", "photos": [{"uri": "x"}]},
+            ],
+        },
+        [CHAT],
+    ),
+    "Slack": ([{"user": "Anna", "text": "hi", "ts": "1"}, {"user": "Bob", "text": "hello there", "ts": "2"}], [CHAT]),
+    "ChatGPT": (
+        [
+            {
+                "title": "x",
+                "mapping": {
+                    "0": {"message": None},
+                    "1": {"message": {"author": {"role": "user"}, "content": {"parts": ["hi"]}}},
+                    "2": {"message": {"author": {"role": "assistant"}, "content": {"parts": ["hello"]}}},
+                },
+            }
+        ]
+        * 2,
+        ["user: hi\nassistant: hello"] * 2,
+    ),
+    "Claude": (
+        [
+            {
+                "name": "x",
+                "chat_messages": [{"sender": "human", "text": "", "content": [{"type": "text", "text": "hi"}]}],
+            }
+        ],
+        ["human: hi"],
+    ),
+    "ShareGPT": ([{"id": 1, "conversations": [{"from": "human", "value": "hi"}]}], ["human: hi"]),
+}
 REFUSALS = {"401": "401 Unauthorized", "403": "403 Forbidden", "429": "429 Too Many"}  # by name of the repository
 
 
@@ -45,6 +109,24 @@ def test_folders_and_globs_are_taken_in_the_order_of_their_names(tmp_path):
         write_parquet(tmp_path / name, ["x"])
     found = [f"{tmp_path.as_posix()}/{name}" for name in ("a/10.parquet", "a/2.parquet", "b/1.parquet")]
     assert find_files([str(tmp_path)]) == found and find_files([f"{tmp_path}/**/2.*"]) == found[1:2]
+
+
+def test_a_folder_has_all_formats_in_any_case_but_nothing_hidden_and_others_are_refused(tmp_path, capsys):
+    names = ["a.TXT", "b.md", "c/d.json", "e.jsonl.GZ", "f.md.zst"]
+    for name in (*names, ".git/x.txt", "c/.hidden.md", "photo.jpg", "g.parquet.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert find_files([str(tmp_path)]) == [f"{tmp_path.as_posix()}/{name}" for name in names]
+    (tmp_path / "c" / "d.json").unlink()
+    for name, message in (
+        ("photo.jpg", r"photo\.jpg: does not end in .*\.txt"),
+        ("c", "c: no file in this folder ends in"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            find_files([str(tmp_path / name)])
+    write_parquet(tmp_path / "z.Parquet", ["x"])
+    assert find_files([str(tmp_path)]) == [f"{tmp_path.as_posix()}/z.Parquet"]
+    assert "its 4 other files are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -115,6 +197,71 @@ def test_a_broken_or_deeply_nested_line_is_named_by_file_and_byte(tmp_path, line
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(DamagedError, match=r"a\.jsonl: .*line at byte 17"):
         rows_of(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("export", EXPORTS)
+@pytest.mark.parametrize("suffix", [".json", ".json.gz", ".JSON.zst"])
+def test_json_files_of_texts_and_chats_give_their_documents(tmp_path, export, suffix):
+    value, expected = EXPORTS[export]
+    path = tmp_path / f"a{suffix}"
+    write(path, json.dumps(value, indent=1).encode())
+    assert rows_of(path) == (list(enumerate(expected)), 1)
+
+
+@pytest.mark.parametrize("export", ["objects", "ChatGPT", "ShareGPT"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_one_object_per_line_gives_the_same_documents_in_json_and_jsonl(tmp_path, export, suffix):
+    value, expected = EXPORTS[export]
+    path = tmp_path / f"a{suffix}"
+    path.write_text("\n".join(map(json.dumps, value)))
+    assert [text for _, text in rows_of(path)[0]] == expected
+
+
+def test_another_key_is_taken_by_text_column_alone(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "one", "title": "1"}, {"text": "two", "title": "2"}]))
+    _, units = examine(str(tmp_path / "a.json"), "title", 10**9)
+    assert [values for _, values, _ in read_texts(str(tmp_path / "a.json"), units[0], "title")] == [["1", "2"]]
+
+
+def test_a_long_chat_is_cut_into_documents_of_whole_messages(tmp_path):
+    messages = [{"from": f"p{i % 3}", "text": f"message {i} " * 5} for i in range(2000)]
+    (tmp_path / "a.json").write_text(json.dumps({"messages": messages}))
+    texts = [text for _, text in rows_of(tmp_path / "a.json")[0]]
+    assert "".join(texts).split("\n") == [f"{m['from']}: {m['text']}" for m in messages]
+    assert len(texts) > 5 and all(text.startswith("p") for text in texts)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_json_without_text_is_refused_with_its_keys_and_broken_json_is_damaged(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    for content in ('{"name": "x", "sizes": [1, 2], "tags": ["a", "b"]}', '{"name": {"sizes": [[{"deep": 1}]]}}'):
+        path.write_text(content)
+        with pytest.raises(
+            SourceError, match=r"a\.jsonl?: no text in 'text'; its keys are name, sizes.*--text_column="
+        ):
+            rows_of(path)
+    for content in ("{broken", '{"text": "x"} no', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(DamagedError, match=r"a\.jsonl?: .*JSON"):
+            rows_of(path)
+
+
+@pytest.mark.parametrize("content", ["café".encode("latin-1"), "text".encode("utf-16"), b"good " * 3000 + b"\xff\xd8"])
+def test_a_small_file_that_is_not_utf8_is_named_with_the_byte(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    at = content.decode("utf-8", "replace").index("\ufffd")
+    with pytest.raises(DamagedError, match=rf"a\.txt: byte {at:,} is not UTF-8; save it as UTF-8"):
+        rows_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("mark", ["\n\n", "\n", " ", "x", "\r\n \r\n"])
+def test_a_cut_text_loses_nothing_and_its_parts_end_at_blank_lines_line_ends_or_spaces(mark):
+    draw = random.Random(0)
+    text = mark.join("a" * draw.randint(1, 90) for _ in range(300))
+    parts = list(cut_text(text, 200))
+    assert "".join(parts) == text and all(200 <= len(part) <= 400 for part in parts[:-1]) and len(parts) > 20
+    assert mark == "x" or all(part.endswith(mark[-1]) for part in parts[:-1])
+    assert list(cut_text("", 200)) == [] and list(cut_text("short", 200)) == ["short"]
 
 
 def test_a_parquet_file_without_rows_has_none_and_a_column_named_twice_is_refused(tmp_path):

@@ -1,7 +1,9 @@
 """units.py: its ids against tiktoken's, what it refuses, and a worker without the repository."""
 
+import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,8 +13,8 @@ import pytest
 from texts import documents_of, expected_documents, files_of, some_texts, strings_of_bytes, write_parquet
 
 from onecard.sources import DamagedError, examine
-from onecard.tokenizer import HARD_STRINGS, load_tokenizer
-from onecard.units import STATE, in_val, make_job, prepare_unit, unit_record
+from onecard.tokenizer import HARD_STRINGS, load_tokenizer, train_tokenizer
+from onecard.units import STATE, in_val, make_job, prepare_unit, split_text, unit_record
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +73,38 @@ def test_val_is_the_fraction_of_documents_that_was_asked_for():
         count = sum(in_val(content, fraction) for content in contents)
         deviation = (len(contents) * fraction * (1 - fraction)) ** 0.5
         assert abs(count - len(contents) * fraction) <= 4 * deviation
+
+
+def test_val_by_paragraphs_keeps_every_character_and_decides_by_the_paragraphs_alone():
+    draw = random.Random(0)
+    paragraphs = [f"{i} " + "word " * draw.randint(5, 100) for i in range(400)]
+    text, settings = "\n\n".join(paragraphs), {"val_fraction": 0.2, "split_seed": 3, "paragraph_chars": 500}
+    parts = list(split_text(text, text.encode(), settings))
+    assert "".join(part for part, _, _ in parts) == text and len(parts) > 20
+    assert all(size == len(part.encode()) for part, size, _ in parts)
+    assert all(a != b for (_, _, a), (_, _, b) in itertools.pairwise(parts))  # runs of one split are one document
+    val = sum(size for _, size, split in parts if split == "val")
+    assert 0.1 < val / len(text) < 0.3
+    assert list(split_text(text, text.encode(), settings)) == parts
+    other = list(split_text(text, text.encode(), settings | {"split_seed": 4}))
+    assert other != parts and "".join(part for part, _, _ in other) == text
+
+
+def test_a_document_that_the_tokenizer_changes_fails_the_unit_and_is_named_by_its_row(tmp_path):
+    """A tokenizer.json with a lowercase normalizer keeps what is lowercase already."""
+    pytest.importorskip("tokenizers")
+    lower = json.loads(train_tokenizer(["some text"], 300)) | {"normalizer": {"type": "Lowercase"}}
+    (tmp_path / "lower.json").write_text(json.dumps(lower))
+    tokenizer = load_tokenizer(tmp_path / "lower.json")
+    assert not tokenizer.lossless
+    texts = [f"text {i}" for i in range(30)]
+    (job,) = jobs_of(write_parquet(tmp_path / "fine.parquet", texts), tmp_path / "fine")
+    assert prepare_unit(job, tokenizer, lambda *counts: None)["documents"] == 30
+    texts[17] = "so Much for that"
+    (job,) = jobs_of(write_parquet(tmp_path / "a.parquet", texts), tmp_path / "docs")
+    with pytest.raises(DamagedError, match=r"a\.parquet: row 17: .*'so Much for that'.*at character 3"):
+        prepare_unit(job, tokenizer, lambda *counts: None)
+    assert [file.name for file in (tmp_path / "docs").rglob("*")] == [STATE]
 
 
 def test_bytes_that_are_not_utf8_are_named_by_file_and_row_and_leave_nothing(tmp_path):

@@ -1,0 +1,221 @@
+"""dataset.py: plans of small and large datasets; train and val of a small text; a tokenizer of the inputs."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from texts import some_texts, write_parquet
+
+from onecard import dataset
+from onecard.dataset import PrepareError, bytes_per_token, plan_dataset, read_plan, write_plan
+from onecard.sources import SourceError, read_texts
+from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
+from onecard.units import STATE, as_documents, new_record
+
+NOWHERE = Path("none/mine")  # a dataset that is planned only
+
+
+def prose(size, seed=0):
+    """So many characters in paragraphs of 1 to 120 words."""
+    draw, parts, length = random.Random(seed), [], 0
+    while length < size:
+        parts.append(" ".join(f"w{draw.randint(0, 999)}" for _ in range(draw.randint(1, 120))) + "\n\n")
+        length += len(parts[-1])
+    return "".join(parts)[:size]
+
+
+def settings_of(*paths, **asked):
+    return plan_dataset([str(path) for path in paths], asked, NOWHERE)[0]["settings"]
+
+
+def splits_of(path, settings):
+    """{split: its text} of a text file, from the documents that a unit would write."""
+    texts = {"train": "", "val": ""}
+    for positions, values, _ in read_texts(str(path), {"files": 1}, "text"):
+        for document in as_documents(str(path), positions, values, {"unit": {}} | settings, new_record()):
+            texts[document.split] += document.text
+    return texts
+
+
+@pytest.mark.parametrize("size", [10_000, 30_000, 48_000, 200_000, 1_500_000])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", " "])
+def test_a_text_of_any_size_gets_about_its_share_of_val_by_a_rule_of_its_content(tmp_path, size, line_end):
+    """val: at least 1,200 bytes, which are more than a window of 257 tokens."""
+    path = tmp_path / "a.txt"
+    for seed in range(3):
+        path.write_bytes(prose(size, seed).replace("\n", line_end).encode())
+        settings, length = settings_of(path), path.stat().st_size
+        assert settings == settings_of(path) and 0.1 <= settings["val_fraction"] <= 0.25
+        texts = splits_of(path, settings)
+        assert sum(map(len, texts.values())) == length
+        assert 1200 < len(texts["val"]) < length / 2 and len(texts["val"]) / length > settings["val_fraction"] / 2
+
+
+def test_the_share_of_val_falls_with_the_size_and_documents_stay_whole_where_they_are_many(tmp_path):
+    shares = []
+    for count in (400, 4000, 40_000):
+        path = tmp_path / f"{count}.jsonl"
+        path.write_text("\n".join(json.dumps({"text": f"{i} " + "word " * 500}) for i in range(count)))
+        settings = settings_of(path)
+        assert "paragraph_chars" not in settings
+        shares.append(settings["val_fraction"])
+    assert shares == [0.1, 0.0499, 0.005]
+    assert settings_of(tmp_path / "400.jsonl", val_fraction=0.3)["val_fraction"] == 0.3
+    assert settings_of(tmp_path / "400.jsonl", val_fraction=0.0)["val_fraction"] == 0.0
+    rows = write_parquet(tmp_path / "a.parquet", ["x " * 20] * 2000)
+    assert settings_of(rows) == dataset.SETTINGS  # as for FineWeb's files
+
+
+def test_a_fraction_that_is_less_than_a_paragraph_is_raised_and_too_little_text_is_refused(tmp_path, capsys):
+    path = tmp_path / "a.txt"
+    path.write_text(prose(48_000))
+    assert settings_of(path, val_fraction=0.005)["val_fraction"] == 0.1
+    assert "split by paragraphs, about 10.0% of the text is val" in capsys.readouterr().out
+    for content, message in (
+        ("hello " * 100, r"a\.txt: 600 bytes of text in 1 files; at least 10,000 are needed"),
+        ("", r"a\.txt: 0 bytes of text"),
+        ("hello world\n" * 5000, r"a\.txt: too few different paragraphs"),
+    ):
+        path.write_text(content)
+        with pytest.raises(PrepareError, match=message):
+            settings_of(path)
+    path.write_text("hello " * 100)
+    assert settings_of(path, val_fraction=0.0)["val_fraction"] == 0
+
+
+def test_small_files_are_one_unit_and_new_ones_join_it_in_their_order(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number:02d}.md").write_text(prose(1500, number))
+    paths = sorted(map(str, tmp_path.glob("*.md")))
+    whole, damaged, content = plan_dataset(paths, {}, NOWHERE)
+    assert not damaged and not content and len(whole["sources"]) == 30
+    assert whole["units"] == [{"source": 0, "files": 30, "bytes": 45_000}]
+    folder = tmp_path / "data/mine"
+    (folder / STATE).mkdir(parents=True)
+    for count in (20, 30, 30):
+        before = read_plan(folder)
+        plan, _, _ = plan_dataset(paths[:count], {}, folder)
+        write_plan(plan, "", before, folder)
+    assert read_plan(folder)["units"] == whole["units"] and read_plan(folder)["sources"] == whole["sources"]
+    (tmp_path / "05.md").write_text("changed")
+    with pytest.raises(PrepareError, match=rf"05\.md: has changed since {folder} was started; use another --data"):
+        plan_dataset(paths, {}, folder)
+
+
+def test_json_without_text_is_left_out_of_a_folder_but_refused_by_its_name(tmp_path, capsys):
+    (tmp_path / "a.md").write_text(prose(20_000))
+    (tmp_path / "package.json").write_text('{"name": "x", "keywords": ["a"]}')
+    plan, _, _ = plan_dataset([str(tmp_path)], {}, NOWHERE)
+    assert len(plan["sources"]) == 1 and "left out: " in capsys.readouterr().out
+    with pytest.raises(PrepareError, match=r"package\.json: no text in 'text'; its keys are name, keywords"):
+        plan_dataset([str(tmp_path / "package.json")], {}, NOWHERE)
+
+
+def test_two_processes_that_plan_different_files_do_not_overwrite_each_other(tmp_path):
+    folder = tmp_path / "mine"
+    (folder / STATE).mkdir(parents=True)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(prose(20_000, ord(name[0])))
+    one, same, other = (plan_dataset([str(tmp_path / name)], {}, folder)[0] for name in ("a.txt", "a.txt", "b.txt"))
+    write_plan(one, "", None, folder)
+    write_plan(same, "", None, folder)
+    with pytest.raises(PrepareError, match="another process has changed its plan; run this command again"):
+        write_plan(other, "", None, folder)
+
+
+# ---- tokenizers
+
+
+def test_bytes_per_token_lie_between_bytes_and_gpt2():
+    sizes = [bytes_per_token({"train_tokenizer": ids}) for ids in (257, 1024, 8192, 50257)]
+    assert sizes[0] == 1 and sizes[3] == bytes_per_token({}) == 4.67 and sizes == sorted(sizes)
+    assert bytes_per_token({"tokenizer": {"n_vocab": 257}}) == 1
+
+
+def test_a_trained_tokenizer_depends_on_the_train_text_alone_and_is_kept(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    texts = some_texts(3000, words=30)
+    path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=100)
+    options = ([str(path)], {"train_tokenizer": 300, "shard_tokens": 5000, "val_fraction": 0.2})
+    plan, _, content = plan_dataset(*options, NOWHERE)
+    assert plan_dataset(*options, NOWHERE)[2] == content and len(plan["units"]) > 10
+    state = plan["settings"]["tokenizer"]
+    tokenizer = from_state(state | {"content": content})
+    assert (state["kind"], state["n_vocab"], state["eot"], state["file"]) == ("bpe", 300, 299, "tokenizer.json")
+    assert tokenizer.lossless
+    check_round_trip(tokenizer, texts[:100])
+    train = [text for text in texts if dataset.in_val(text.encode(), 0.2) is False]
+    assert json.loads(content)["model"] == json.loads(train_tokenizer(train, 300))["model"]
+    assert "300 ids, trained in" in capsys.readouterr().out
+    monkeypatch.setattr(dataset, "SAMPLE_BYTES", 10_000)
+    monkeypatch.setattr(dataset, "SAMPLE_UNITS", 4)
+    read = []
+    monkeypatch.setattr(dataset.Progress, "update", lambda self, size, tokens=0: read.append(size))
+    assert plan_dataset(*options, NOWHERE)[2] != content
+    assert 10_000 <= sum(read) < 25_000 and len(read) >= 4
+    assert plan_dataset(*options, NOWHERE)[0]["units"] == plan["units"]
+
+
+def test_a_tokenizer_file_is_kept_with_its_separator_and_another_is_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    model, folder, text = tmp_path / "model", tmp_path / "mine", tmp_path / "a.txt"
+    model.mkdir()
+    layout = json.loads(train_tokenizer([prose(5000)], 300))
+    layout["added_tokens"][0]["content"] = "<end>"
+    (model / "tokenizer.json").write_text(json.dumps(layout))
+    (model / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')  # stays behind
+    text.write_text(prose(20_000))
+    (folder / STATE).mkdir(parents=True)
+    asked = {"tokenizer": str(model / "tokenizer.json")}
+    plan, _, content = plan_dataset([str(text)], asked, folder)
+    write_plan(plan, content, None, folder)
+    state = plan["settings"]["tokenizer"]
+    assert (state["name"], state["eot"]) == ("model", load_tokenizer(model / "tokenizer.json").eot) == ("model", 299)
+    assert (folder / "tokenizer.json").read_text() == content
+    assert plan_dataset([str(text)], asked, folder)[0] == plan == plan_dataset([str(text)], {}, folder)[0]
+    for other, message in (
+        (
+            {"tokenizer": "gpt2"},
+            r"tokenizer: .*mine was started with model \(\w{8}\), not gpt2 \(306cd27f\); leave",
+        ),
+        ({"tokenizer": "bytes"}, r"not bytes"),
+        (
+            {"train_tokenizer": 8192},
+            r"train_tokenizer: .* started with model \(\w{8}\), not 8192; leave out --train",
+        ),
+    ):
+        with pytest.raises(PrepareError, match=message):
+            plan_dataset([str(text)], other, folder)
+    (folder / "tokenizer.json").unlink()
+    write_plan(*plan_dataset([str(text)], asked, folder)[::2], read_plan(folder), folder)
+    assert (folder / "tokenizer.json").read_text() == content
+
+
+def test_a_tokenizer_that_is_none_or_loses_the_first_texts_is_refused(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("The First words. " + prose(20_000))
+    lower = json.loads(train_tokenizer([prose(5000)], 300)) | {"normalizer": {"type": "Lowercase"}}
+    many = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(66_000)}, "unk_token": "w0"}
+    characters = tmp_path / "meta.pkl"
+    characters.write_bytes(__import__("pickle").dumps({"itos": {0: "a"}, "stoi": {"a": 0}}))
+    for name, content, message in (
+        ("lower.json", json.dumps(lower), r"loses text: .*'The First words.* comes back as 'the first"),
+        ("none.json", '{"a": 1}', r"none\.json: not a tokenizer\.json"),
+        ("many.json", json.dumps(lower | {"model": many}), r"many\.json: has 66,0.. ids; at most 65,536"),
+        ("meta.pkl", None, r"meta\.pkl: has no document separator"),
+    ):
+        if content:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(TokenizerError, match=message):
+            plan_dataset([str(tmp_path / "a.txt")], {"tokenizer": str(tmp_path / name)}, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_damaged_file_is_left_out_and_a_wrong_one_stops_everything(tmp_path):
+    (tmp_path / "a.md").write_text(prose(20_000))
+    (tmp_path / "b.md").write_bytes(b"\xff\xfe")
+    plan, damaged, _ = plan_dataset([str(tmp_path)], {}, NOWHERE)
+    assert [source["path"] for source in plan["sources"]] == [str(tmp_path / "a.md")] and "b.md: byte 0" in damaged[0]
+    with pytest.raises(SourceError, match=r"none\.md: no such file"):
+        plan_dataset([str(tmp_path), str(tmp_path / "none.md")], {}, NOWHERE)
