@@ -229,7 +229,8 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         old = checkpoint.saved_config(saved, TrainConfig)
         checkpoint.check_same_run(saved, old, config, data, runtime.print0)  # network, seed, tokens per step, data
         progress = Progress.restore(saved)
-        checkpoint.warn_of_jump(*(learning_rate(progress.step, c) for c in (old, config)), runtime.print0)
+        before, after = learning_rate(progress.step, old), learning_rate(progress.step, config)
+        checkpoint.warn_of_jump(before, after, runtime.print0)
     runtime.require_same(step=progress.step, **data)
     windows, facts = (train_windows, val_windows), runtime.plan_facts(config.out_dir)
     planned = show_plan(config, facts, windows, tokenizer, origin, runtime.print0)
@@ -269,7 +270,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     if runtime.rank == 0 and not config.eval_only:
         if new := checkpoint.is_new(config):
             checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
-        start = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
+        start: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
         start |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
         run.writer = metrics.start(config, progress, tokenizer, new, start, runtime.print0)
     return run

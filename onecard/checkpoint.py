@@ -362,8 +362,8 @@ def check_tokenizer(config, tokenizer: Tokenizer, trained_with: Tokenizer, sourc
 
 def take_network(config, args: dict, source: str):
     """config with the network of the weights in `source`. Raises ConfigError if the user set other values."""
-    wrong = [name for name in NETWORK if name in sources_of(config) and getattr(config, name) != args[name]]
-    if wrong:
+    given = [name for name in NETWORK if name in sources_of(config) and (name != "vocab_size" or config.vocab_size)]
+    if wrong := [name for name in given if getattr(config, name) != args[name]]:
         values = ", ".join(f"{name}={args[name]!r}" for name in wrong)
         raise ConfigError(f"the weights of {source} have {values}: leave out {', '.join(wrong)}")
     return changed(config, **{name: args[name] for name in NETWORK})

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import pickle
 import queue
 import re
 import signal
@@ -13,6 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from onecard import checkpoint
@@ -56,6 +58,18 @@ def write_dataset(folder, n_vocab=96, **splits):
             rows.append(row | dict(sha256=shard.sha256, source="made up", row_groups=[0, 1]))
     tokenizer = dict(name="made up", sha256="0" * 64, n_vocab=n_vocab, eot=0)
     write_manifest(folder, dict(version=1, tokenizer=tokenizer, shards=rows, skipped={}, settings={}))
+
+
+def write_characters(folder, text, characters=None):
+    """What nanoGPT's data/shakespeare_char/prepare.py makes of a text: nine tenths are for training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    characters = sorted(set(text)) if characters is None else characters
+    id_of = {character: i for i, character in enumerate(characters)}
+    ids, n = np.array([id_of[character] for character in text], dtype=np.uint16), int(len(text) * 0.9)
+    ids[:n].tofile(folder / "train.bin")
+    ids[n:].tofile(folder / "val.bin")
+    meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": id_of}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 # ---- what a run leaves

@@ -5,10 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from networks import tiny
+from runs import write_characters
 
 from model import GPT, GPTConfig
 from onecard import generation
 from onecard.generation import GenerationError, generate
+from onecard.tokenizer import load_tokenizer
 
 GREEDY, SAMPLED = dict(temperature=0), dict(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01)
 
@@ -203,6 +205,23 @@ def test_samples_of_a_run_are_the_same_each_time_and_do_not_affect_training():
     assert all(p.grad is None for p in model.parameters())
     loss = model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
     loss.backward()  # nothing that was made without gradients is left in the model
+
+
+def test_only_ids_of_the_tokenizer_are_generated_even_where_padding_is_likelier():
+    model, prompts = network(), [[1]] * 4
+    assert max(map(max, generate(model, prompts, 50, seeds=range(4)))) > 70
+    model.n_ids = 65
+    with torch.no_grad():
+        model.transformer.wte.weight[65:] *= 100
+    for options in (GREEDY, SAMPLED):
+        assert max(map(max, generate(model, prompts, 50, seeds=range(4), **options))) < 65
+
+
+def test_a_text_begins_with_the_separator_or_as_in_nanogpt_with_a_line_end(tmp_path):
+    assert generation.first_id(load_tokenizer()) == 50256 and generation.first_id(load_tokenizer("bytes")) == 256
+    for text, id in (("b\na ", 0), ("b\ta\n", 1), ("ab", 0)):
+        write_characters(tmp_path, text)
+        assert generation.first_id(load_tokenizer(tmp_path / "meta.pkl")) == id
 
 
 def harness_windows(ids, block_size, stride):

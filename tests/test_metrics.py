@@ -8,11 +8,13 @@ import zlib
 
 import numpy as np
 import pytest
-from runs import read_metrics
+from runs import read_metrics, write_characters, write_dataset
 
 import train
 from onecard import checkpoint, metrics
 from onecard.metrics import MetricsError, MetricsWriter
+from onecard.shards import Windows
+from onecard.tokenizer import dataset_tokenizer, load_tokenizer
 
 # ---- metrics.jsonl
 
@@ -82,6 +84,29 @@ def test_an_evaluation_has_perplexity_standard_error_and_bits_per_byte():
     assert numbers["bits_per_byte"] == pytest.approx(2 / 4)  # 2 bits per token of 4 bytes
     assert numbers["val_error"] == pytest.approx(math.log(2) * math.sqrt(4 / 3) / math.sqrt(4))
     assert numbers["val_groups"] == pytest.approx(val, abs=1e-6)
+
+
+def test_the_line_of_an_evaluation_begins_with_bits_per_byte_where_the_tokenizer_is_not_gpt2s():
+    numbers = metrics.eval_numbers(np.array([1.5]), np.array([1.0]), tokens=1000, text_bytes=4000)
+    bits = f"{1 / math.log(2) / 4:.4f} bits per byte"
+    for tokenizer in (None, load_tokenizer()):
+        assert metrics.eval_line(8, numbers, 2.0, tokenizer) == (
+            f"step 8: train loss 1.5000, val loss 1.0000, perplexity 2.72, {bits} (2 s)"
+        )
+    line = metrics.eval_line(8, numbers, 2.0, load_tokenizer("bytes"))
+    assert line == f"step 8: val {bits}, train loss 1.5000, val loss 1.0000, perplexity 2.72 (2 s)"
+    assert "bits" not in metrics.eval_line(8, metrics.eval_numbers(*[np.ones(1)] * 2, 9, None), 2.0, None)
+
+
+def test_the_bytes_of_nanogpts_characters_are_counted_and_others_are_the_manifests(tmp_path):
+    write_characters(tmp_path / "letters", text := "naïve 日本 " * 50)
+    write_dataset(tmp_path / "docs", train=[range(9)], val=[range(9)])
+    for split, part in (("train", text[:405]), ("val", text[405:])):
+        windows = Windows(tmp_path / "letters", split, 4)
+        assert windows.text_bytes is None
+        assert metrics.text_bytes(windows, dataset_tokenizer(tmp_path / "letters")) == len(part.encode())
+        assert metrics.text_bytes(windows, load_tokenizer()) is None is metrics.text_bytes(windows, None)
+    assert metrics.text_bytes(Windows(tmp_path / "docs", "val", 4), None) == 36
 
 
 # ---- wandb

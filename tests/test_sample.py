@@ -2,15 +2,17 @@ import codecs
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from networks import save, tiny
+from runs import write_characters
 
 import sample
 from configurator import ConfigError
-from onecard import checkpoint
+from onecard import UserError, checkpoint
 from onecard.checkpoint import CheckpointError
 from onecard.generation import GenerationError, generate
 from onecard.tokenizer import load_tokenizer
@@ -27,7 +29,8 @@ def out_dir(tmp_path_factory):
 @pytest.fixture
 def run(out_dir, capsys, monkeypatch):
     """Runs sample.main with these keys and returns what it wrote to standard output and standard error."""
-    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda source: TOKENIZER)
+    known = {"gpt2": TOKENIZER}
+    monkeypatch.setattr(checkpoint, "load_tokenizer", lambda source: known.get(source) or load_tokenizer(source))
 
     def run(*arguments, stdin=b"", **keys):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -183,9 +186,72 @@ def test_a_mistake_is_one_line(run, tmp_path, keys, message):
     assert message.format(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_network_of_another_vocabulary_is_refused(run, tmp_path):
-    with pytest.raises(CheckpointError, match="vocab_size=96"):
-        run(out_dir=save(tiny(vocab_size=96), tmp_path / "other"))
+def test_a_checkpoint_of_nanogpt_is_sampled_with_the_meta_pkl_of_its_dataset_which_is_named_if_missing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    args = dict(block_size=32, vocab_size=24, n_layer=1, n_head=2, n_embd=16, dropout=0.0, bias=False)
+    weights = tiny(**args, gelu="none").state_dict()
+    state = dict(model=weights, model_args=args, iter_num=5, best_val_loss=1.5, config=dict(dataset="letters"))
+    (tmp_path / "out").mkdir()
+    torch.save(state, tmp_path / "out/ckpt.pt")
+    flags = ["--device=cpu", "--num_samples=2", "--max_new_tokens=40"]
+    with pytest.raises(CheckpointError, match=r"vocab_size=24 is less than the 50,257.* data/letters/meta\.pkl"):
+        sample.main(flags)
+    write_characters(tmp_path / "data/letters", letters := "abcdefghijklmnopqrstuv\n ")
+    sample.main(flags)
+    texts = texts_of(capsys.readouterr().out)
+    assert [len(text) for text in texts] == [40, 40] and set("".join(texts)) <= set(letters)
+    line_end = sorted(letters).index("\n")
+    model = tiny(**args, gelu="none")
+    row = generate(model, [[line_end]], 40, seeds=[1337], temperature=0.8, top_k=200)[0]
+    assert texts[0] == "".join(sorted(letters)[id] for id in row[1:])
+
+
+def test_an_old_checkpoint_without_a_tokenizer_needs_meta_pkl_which_is_named(run, tmp_path):
+    shutil.copytree(Path(__file__).parent / "data/old_gpt2", out_dir := tmp_path / "old")
+    with pytest.raises(
+        CheckpointError, match=r"vocab_size=96 is less than .*put its dataset's meta\.pkl at .*/meta\.pkl"
+    ):
+        run(out_dir=out_dir)
+    write_characters(out_dir, "".join(map(chr, range(32, 128))))
+    assert len(texts_of(run(out_dir=out_dir, num_samples=1, max_new_tokens=30).out)[0]) == 30
+
+
+def test_a_tokenizer_that_is_damaged_or_missing_in_the_checkpoint_is_named(run, tmp_path):
+    write_characters(tmp_path, "".join(map(chr, range(32, 128))))
+    state = load_tokenizer(tmp_path / "meta.pkl").state()
+    good = save(tiny(vocab_size=96), tmp_path / "good", tokenizer=state)
+    (text,) = texts_of(run(out_dir=good, num_samples=1, max_new_tokens=30).out)
+    assert len(text) == 30 and text.isascii()
+    changed = state | dict(content=state["content"].replace("A", "Ä"))
+    missing = {name: value for name, value in state.items() if name != "content"}
+    for name, state in (("changed", changed), ("missing", missing)):
+        out_dir = save(tiny(vocab_size=96), tmp_path / name, tokenizer=state)
+        with pytest.raises(
+            CheckpointError, match=rf"^{out_dir}/ckpt\.pt: tokenizer .*(changed|missing).*copy it again"
+        ):
+            run(out_dir=out_dir)
+
+
+def test_a_prompt_with_characters_that_the_model_does_not_know_is_refused_with_them(run, tmp_path):
+    write_characters(tmp_path, "".join(map(chr, range(32, 128))))
+    state = load_tokenizer(tmp_path / "meta.pkl").state()
+    out_dir = save(tiny(vocab_size=96), tmp_path / "out", tokenizer=state)
+    with pytest.raises(UserError, match="'ï' 'ü'"):
+        run(out_dir=out_dir, start="naïve ü")
+
+
+def test_a_folder_is_given_with_or_without_its_key(capsys, out_dir):
+    flags = ["--device=cpu", "--num_samples=1", "--max_new_tokens=10"]
+    texts = []
+    for argv in ([str(out_dir)], [f"--out_dir={out_dir}"], ["--out_dir", str(out_dir)]):
+        sample.main([*argv, *flags])
+        texts.append(capsys.readouterr().out)
+    assert len(set(texts)) == 1
+    for argv, words in (([str(out_dir), "b"], "give one out_dir"), (["--json", "false"], "write --json=false")):
+        with pytest.raises(ConfigError, match=words):
+            sample.main([*argv, *flags])
 
 
 def test_weights_that_overflow_float16_are_refused(run, tmp_path):

@@ -19,10 +19,22 @@ import numpy as np
 import pytest
 import runs
 import torch
-from runs import ROOT, TINY, assert_same, assert_same_run, files_of, flags_of, read_metrics, write_dataset
+from runs import (
+    ROOT,
+    TINY,
+    assert_same,
+    assert_same_run,
+    files_of,
+    flags_of,
+    read_metrics,
+    write_characters,
+    write_dataset,
+)
 
 import prepare
+import sample
 import train
+from configurator import ConfigError
 from model import GPT, GPTConfig
 from onecard import UserError, checkpoint
 from onecard.shards import Windows, shuffled
@@ -265,6 +277,109 @@ def test_a_wsd_run_continues_from_before_its_decay_as_if_it_had_been_longer(flag
     assert_same([long["model"], long["optimizer"]], [longer["model"], longer["optimizer"]])
 
 
+# ---- vocabularies
+
+TEXT = "Der Fuß, naïve: 日本!\nOne two? " * 80
+
+
+def test_characters_of_nanogpt_are_trained_on_by_its_config_and_sampled_without_the_dataset(
+    tmp_path, monkeypatch, capsys
+):
+    """Its README's commands, with another text and fewer steps."""
+    monkeypatch.chdir(tmp_path)
+    write_characters(tmp_path / "data/shakespeare_char", TEXT)
+    keys = """
+out_dir = 'out-shakespeare-char'
+eval_interval = 250 # keep frequent because we'll overfit
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+"""
+    pathlib.Path("train_shakespeare_char.py").write_text(keys)
+    flags = flags_of(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64, batch_size=12)
+    flags += flags_of(n_layer=4, n_head=4, n_embd=128, max_iters=30, lr_decay_iters=30, dropout=0.0, warmup_iters=2)
+    train.main(["train_shakespeare_char.py", *flags])
+    printed, out_dir = capsys.readouterr().out, tmp_path / "out-shakespeare-char"
+    n = len(set(TEXT))
+    assert f"{n} of the tokenizer shakespeare_char; vocab_size=64" in printed
+    first, last = read_metrics(out_dir, "eval")
+    assert first["val_loss"] == pytest.approx(math.log(64), abs=0.3) and last["val_loss"] < 2
+    val = TEXT[int(len(TEXT) * 0.9) :]
+    bits = last["val_loss"] / math.log(2) * len(val) / len(val.encode())
+    assert last["bits_per_byte"] == pytest.approx(bits) and f"step 30: val {bits:.4f} bits per byte, train" in printed
+    start = read_metrics(out_dir, "start")[0]
+    assert start["config"]["vocab_size"] == 64 and start["tokenizer"]["kind"] == "chars"
+    assert checkpoint.load(out_dir / "ckpt.pt")["config"]["vocab_size"] == 64
+    shutil.rmtree("data")
+    sample.main(["out-shakespeare-char", "--device=cpu", "--num_samples=5", "--temperature=3", "--top_k", "0"])
+    text = "".join(capsys.readouterr().out.split("\n---------------\n"))
+    assert len(text) == 5 * 200 and len(set(text)) > 20 and set(text) <= set(TEXT)
+    sample.main(["out-shakespeare-char", "--device=cpu", "--num_samples=1", "--start=日本", "--max_new_tokens=5"])
+    assert re.fullmatch("日本.{5}\n---+\n", capsys.readouterr().out, re.S)
+
+
+@pytest.mark.parametrize(
+    "keys, rows", [(dict(vocab_size=0), 128), (dict(vocab_size=71), 71), (dict(vocab_size=96), 96)]
+)
+def test_vocab_size_0_is_the_datasets_number_of_ids_rounded_up_and_another_number_stays(
+    flags, tiny_data, tmp_path, keys, rows
+):
+    write_characters(tiny_data[0] / "letters", TEXT, sorted({*TEXT, *map(chr, range(0x100, 0x130))})[:71])
+    train.main(flags(dataset="letters", max_iters=1, sample_interval=1, **keys))
+    assert checkpoint.load(tmp_path / "run/ckpt.pt")["model"]["lm_head.weight"].shape == (rows, 32)
+    train.main(flags(dataset="letters", max_iters=2, vocab_size=0))  # a resumed run keeps its own
+    (line,) = read_metrics(tmp_path / "run", "samples")
+    assert {*"".join(line["texts"])} <= {*TEXT, *map(chr, range(0x100, 0x130))}
+
+
+def test_a_dataset_without_a_tokenizer_has_gpt2s_and_a_plan_without_a_dataset_too(flags, tiny_data, tmp_path, capsys):
+    for path in (tiny_data[0] / "tiny").glob("*"):  # nanoGPT's files, without a meta.pkl
+        (tiny_data[0] / "plain").mkdir(exist_ok=True)
+        if path.suffix == ".bin":
+            (tiny_data[0] / "plain" / path.name).write_bytes(path.read_bytes()[1024:])
+    train.main(flags(dataset="plain", vocab_size=0, n_embd=8, max_iters=1))
+    saved = checkpoint.load(tmp_path / "run/ckpt.pt")
+    assert saved["config"]["vocab_size"] == 50304 and saved["tokenizer"]["kind"] == "gpt2"
+    assert "50,257 of the tokenizer gpt2; vocab_size=50304" in capsys.readouterr().out
+    train.main(flags("other", dataset="none", vocab_size=0, plan_only=True))
+    assert "data    unknown" in (printed := capsys.readouterr().out) and f"{50304 * 32 / 1e6:.2f}M embedding" in printed
+    train.main(flags("own", dataset="plain", max_iters=1, sample_interval=1))  # vocab_size=96: ids of an unknown kind
+    assert checkpoint.load(tmp_path / "own/ckpt.pt")["tokenizer"] is None
+
+
+def test_another_tokenizer_is_refused_in_resuming_and_finetuning_and_both_are_named(flags, tiny_data, tmp_path):
+    characters = sorted(set(TEXT))
+    for name, order in (("one", characters), ("two", characters[::-1])):
+        write_characters(tiny_data[0] / name, TEXT, order)
+    train.main(flags(dataset="one", vocab_size=0, max_iters=2))
+    for keys in (dict(allow_new_data=True), dict(init_from=tmp_path / "run", out="tuned", overwrite=True)):
+        keys = dict(vocab_size=0, dataset="two", max_iters=4) | keys
+        with pytest.raises(ConfigError, match=r"dataset=two has the tokenizer two \(\d+ ids.* was trained with one \("):
+            train.main(flags(**keys))
+        train.main(flags(**keys | dict(dataset="one")))
+    assert checkpoint.load(tmp_path / "tuned/ckpt.pt")["tokenizer"]["name"] == "one"
+    with pytest.raises(ConfigError, match=r"tokenizer gpt2 .50,257 ids.* was trained with one"):
+        shutil.copytree(ROOT / "tests/data/old_data", tiny_data[0] / "old_data")
+        train.main(flags("new", init_from=tmp_path / "run", dataset="old_data", vocab_size=0))
+
+
 # ---- mistakes and damaged data
 
 
@@ -278,19 +393,25 @@ def test_a_wsd_run_continues_from_before_its_decay_as_if_it_had_been_longer(flag
         (dict(keep_every=3), "keep_every=3 has to be a multiple of eval_interval=4"),
         (dict(wandb_artifact=True), "needs wandb_log=True"),
         (dict(dataset="no-such"), "no-such: no such folder"),
+        (dict(dataset="tinny"), "did you mean tiny?"),
+        (dict(dataset="letters", vocab_size=5), "vocab_size=5 is less than the 22 ids of the tokenizer letters"),
         (dict(vocab_size=64), "96 ids.*vocab_size=64"),
         (dict(init_from="resume"), "no checkpoint"),
         (dict(device="cuda"), "no CUDA device; use --device=cpu"),
         (dict(dataset="cut"), r"val_000000\.bin: 1,222 bytes, expected 1,224"),
     ],
 )
-def test_a_mistake_is_refused_before_the_model_is_built(flags, tiny_data, monkeypatch, keys, message):
+def test_a_mistake_is_refused_before_the_model_is_built_or_anything_is_printed(
+    flags, tiny_data, monkeypatch, capsys, keys, message
+):
     monkeypatch.setattr(train, "GPT", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     write_dataset(tiny_data[0] / "cut", train=[np.arange(100) % 96], val=[np.arange(100) % 96])
     os.truncate(tiny_data[0] / "cut/val_000000.bin", 1222)
+    write_characters(tiny_data[0] / "letters", TEXT)
     with pytest.raises(UserError, match=message):
         train.main(flags(**keys))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_dataset_of_the_code_before_the_rebuild_is_trained_on_and_made_again_byte_for_byte(tmp_path, capsys):
