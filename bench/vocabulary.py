@@ -2,8 +2,8 @@
 
     python bench/vocabulary.py ../shared/corpus                 # prepares each dataset once, then trains
 
-Every number is the val loss at the end of a finished schedule, in bits per byte, on the same val text. The width follows
-from the vocabulary: a large embedding leaves less for the blocks. Finished runs in --results are kept.
+Every number is the val loss at the end of a finished schedule, in bits per byte, on the same val text. The width
+follows from the vocabulary: a large embedding leaves less for the blocks. Finished runs in --results are kept.
 """
 
 import argparse
