@@ -94,7 +94,7 @@ def memory_remedy(config, found):
 
 def data_warnings(found):
     train, val, epochs = found["train_tokens"], found["val_tokens"], found["epochs"] or 0
-    if val is not None and val < 100_000 and found["eval_error"] >= 0.04:
+    if val is not None and val < 100_000 and found["eval_error"] >= 0.05:
         share = 100_000 / (train + val) if train else 1
         remedy = f"prepare with --val_fraction={math.ceil(100 * share) / 100:g}" if share <= 0.2 else "add text"
         yield f"val split of {val:,} tokens: the val loss has an error of {found['eval_error']:.2f} or more; {remedy}"
