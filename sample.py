@@ -104,6 +104,9 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     tokenizer = checkpoint.tokenizer_of(saved, path)
     model.n_ids = tokenizer.n_vocab
     log(f"step {saved['iter_num']:,}, best val loss {saved['best_val_loss']:.4f}, tokenizer {tokenizer.name}")
+    best = path.with_name(checkpoint.BEST)
+    if best.exists() and (step := checkpoint.read_trailer(best)[0]) < saved["iter_num"]:
+        log(f"the best val loss was at step {step:,}; --checkpoint=best samples from there")
     return model.to(device, pick_dtype(dtype, device)), tokenizer
 
 

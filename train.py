@@ -132,8 +132,6 @@ class TrainConfig:
             found.append(f"init_from={self.init_from!r} is not a file or folder; use {names}")
         if self.wandb_artifact and not self.wandb_log:
             found.append("wandb_artifact=True needs wandb_log=True")
-        if self.n_embd % self.n_head:
-            found.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: change one of them")
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
         if self.tokens_per_step % self.block_size:
@@ -200,7 +198,6 @@ class Run:
     train_windows: Windows
     val_windows: Windows
     tokenizer: Tokenizer | None  # None: not known
-    data: dict  # what identifies the data, see checkpoint.data_identity
     model: GPT
     compiled: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -258,7 +255,6 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         train_windows=train_windows,
         val_windows=val_windows,
         tokenizer=tokenizer,
-        data=data,
         model=model,
         compiled=compile_model(model, (batch_size, config.block_size), config.compile, runtime),
         optimizers=optimizers,
@@ -303,10 +299,9 @@ def show_plan(config, facts, windows, tokenizer, origin, print0):
     planned, facts = replace(config, init_from=began_from), facts | {f"{w.split}_tokens": w.tokens for w in windows}
     facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
     found = plan.plan(planned, learning_rates(config), trace=True if config.plan_only else None, **facts)
-    print0(describe(config))
-    if tokenizer:
-        print0(f"ids     {tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}; vocab_size={config.vocab_size}")
-    print0("\n".join(plan.lines(found, planned)))
+    ids = f"{tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}" if tokenizer else "of an unknown tokenizer"
+    ids = f"ids     {ids}; vocab_size={config.vocab_size}"
+    print0("\n".join([describe(config), ids, *plan.lines(found, planned)]))
     return found
 
 
@@ -388,7 +383,8 @@ def save(run: Run, names: list[str]) -> None:
     began = time.monotonic()
     state = run.progress.as_saved() | optim.state_dicts(run.optimizers)
     state |= dict(model=run.model.state_dict(), scaler=run.scaler.state_dict())
-    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config), data=run.data)
+    state |= dict(model_args=asdict(run.model.config), config=asdict(run.config))
+    state["data"] = checkpoint.data_identity(run.train_windows, run.val_windows)
     state["tokenizer"] = run.tokenizer and run.tokenizer.state()
     run.writer.sync()
     checkpoint.save(run.config.out_dir, state, names, run.config.keep_every)

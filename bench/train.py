@@ -80,7 +80,7 @@ def run_usual_loop(keys, steps, folder):
     config = train.TrainConfig(**short_run(keys, steps, folder))
     runtime = start_runtime(config)
     batches = Batches(Windows(Path(folder) / "random", "train", config.block_size), config.batch_size, runtime)
-    sizes = dict(vocab_size=config.vocab_size, **pretrained.hf_network(GPTConfig(**config.model_args())))
+    sizes = dict(vocab_size=config.model_args()["vocab_size"], **pretrained.hf_network(GPTConfig(**config.model_args())))
     drop = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
     model = GPT2LMHeadModel(GPT2Config(**sizes, **drop)).to(runtime.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1)
