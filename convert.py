@@ -46,6 +46,7 @@ pipeline_tag: text-generation
 {config}
 ```
 """
+CHARACTERS = "The tokens are characters. Others are an error, and there is no token that separates documents."
 PROMPT = """Every training document began with `{eot}`, so begin each prompt with it, as in
 `tokenizer("{eot}The", add_special_tokens=False, return_tensors="pt")`."""
 
@@ -128,9 +129,8 @@ def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: 
 def hf_config(c: GPTConfig, tokenizer: Tokenizer, about: dict) -> dict:
     """The content of config.json. Its key "onecard" holds what only the way back needs."""
     known = {k: about[k] for k in ("iter_num", "best_val_loss") if math.isfinite(about.get(k, math.inf))}
-    own = dict(bias=c.bias, vocab_size=c.vocab_size, dropout=c.dropout, about=known)
-    if tokenizer.kind != "bpe":  # that one is its tokenizer.json
-        own |= dict(tokenizer=tokenizer.state())
+    state = None if tokenizer.kind == "bpe" else tokenizer.state()  # a bpe tokenizer is its tokenizer.json
+    own = dict(bias=c.bias, vocab_size=c.vocab_size, dropout=c.dropout, about=known, tokenizer=state)
     name = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}[c.arch]
     config = dict(architectures=[name], vocab_size=tokenizer.n_vocab, torch_dtype="float32", onecard=own)
     if c.arch == "gpt2":
@@ -145,7 +145,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     ids = pretrained.vocabulary(tokenizer)
     if tokenizer.kind == "chars":
         split = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
-        steps = dict(added_tokens=[], pre_tokenizer=split, decoder=dict(type="Fuse"))
+        steps: dict = dict(added_tokens=[], pre_tokenizer=split, decoder=dict(type="Fuse"))
         model = dict(type="WordLevel", vocab=ids, unk_token="")  # no token: other characters are an error
     else:
         ids |= {ENDOFTEXT: tokenizer.eot}
@@ -175,11 +175,8 @@ def model_card(c: GPTConfig, tokenizer: Tokenizer, about: dict, name: str, param
     if about.get("began_from"):
         rows["finetuned from"] = Path(about["began_from"]).name
     table = "\n".join(["| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows.items()]])
-    paths = ("out_dir", "data_dir", "init_from", "resume_from")
-    settings = {k: v for k, v in config.items() if k not in paths}
-    use = "Its documents have no separator: begin a prompt with any text."
-    if tokenizer.eot is not None:
-        use = PROMPT.format(eot=tokenizer.decode([tokenizer.eot]))
+    settings = {k: v for k, v in config.items() if k not in ("out_dir", "data_dir", "init_from", "resume_from")}
+    use = CHARACTERS if tokenizer.eot is None else PROMPT.format(eot=tokenizer.decode([tokenizer.eot]))
     return CARD.format(name=name, table=table, use=use, config=json.dumps(settings, indent=1))
 
 
@@ -271,8 +268,8 @@ def gguf_tokenizer(tokenizer, gguf):
     content = json.loads(tokenizer_json(tokenizer))
     model, n_vocab, eot = content["model"], tokenizer.n_vocab, tokenizer.eot
     if model["type"] != "BPE" or model.get("ignore_merges") or not getattr(tokenizer, "cuts", True):
-        reason = f"llama.cpp reads byte-level BPE with GPT-2's splitting of text, and {tokenizer.name} is another kind"
-        raise ConvertError(f"--to=gguf: {reason} of tokenizer: use --to=hf")
+        reason = "only byte-level BPE with GPT-2's splitting of text can be written"
+        raise ConvertError(f"--to=gguf: {reason}, and the tokenizer {tokenizer.name} is of another kind: use --to=hf")
     special = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
     tokens = {i: token for token, i in model["vocab"].items()} | special
     kinds = [gguf.TokenType.CONTROL if i == eot or i in special else gguf.TokenType.NORMAL for i in range(n_vocab)]
@@ -292,7 +289,7 @@ def write_nanogpt(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, n
     if c.arch != "gpt2":
         raise ConvertError(f"--to=nanogpt: nanoGPT has only GPT-2's network, and this one is {c.arch}: use --to=hf")
     if tokenizer.kind not in ("gpt2", "chars"):
-        reason = f"its sample.py has GPT-2's tokenizer or characters, and this one is {tokenizer.name}"
+        reason = f"nanoGPT's sample.py has GPT-2's tokenizer or characters, and this tokenizer is {tokenizer.name}"
         raise ConvertError(f"--to=nanogpt: {reason}: use --to=hf")
     if c.gelu == "tanh":
         print("nanoGPT computes the exact GELU; this network was trained with the tanh form: logits differ slightly")

@@ -201,11 +201,12 @@ def hf_network(c: GPTConfig) -> dict[str, Any]:
 
 def from_hf(theirs: dict, args: dict) -> dict[str, torch.Tensor]:
     """transformers' weights -> ours: renamed, transposed, without biases if bias=False, with a padded vocabulary."""
+    with torch.device("meta"):
+        ours = {hf_name(name, args["arch"]): name for name in GPT(GPTConfig(**args)).state_dict()}
     weights = {}
     for name, weight in theirs.items():
         if args["bias"] or not name.endswith(".bias") or weight.any():  # what does not fit must not be lost
-            ours = our_name(name, args["arch"])
-            weights[ours] = transposed(ours, weight, args["arch"])
+            weights[ours.get(name, name)] = transposed(name, weight, args["arch"])
     table = pad_rows(weights["transformer.wte.weight"], args["vocab_size"])
     return weights | {"transformer.wte.weight": table, "lm_head.weight": table}
 
@@ -225,13 +226,6 @@ def hf_name(name: str, arch: str) -> str:
     """Our name of a weight -> transformers'."""
     for ours, theirs in QWEN3_NAMES.items() if arch == "qwen3" else ():
         name = name.replace(ours, theirs)
-    return name
-
-
-def our_name(name: str, arch: str) -> str:
-    """transformers' name of a weight -> ours."""
-    for ours, theirs in QWEN3_NAMES.items() if arch == "qwen3" else ():
-        name = name.replace(theirs, ours)
     return name
 
 
