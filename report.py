@@ -206,14 +206,15 @@ def report(config: ReportConfig) -> bool:
     if config.page:
         path = Path(config.out or ("." if len(config.runs) > 1 else config.runs[0]))
         path = path / "report.html" if path.is_dir() else path if config.out else path.parent / "report.html"
+        tables = [plan_beside(run) for run in runs]
         try:
-            tables = [plan_beside(run) for run in runs]
             write_page(path, runs, heading(runs), findings, tables, asdict(TrainConfig()), 0 if done else config.watch)
-            print(f"plots: {path}")
+            message = f"plots: {path}"
         except ImportError:
-            print("no plots: plotly is not installed (pip install plotly, or -e '.[plot]')")
+            message = "no plots: plotly is not installed (pip install plotly, or -e '.[plot]')"
         except OSError as error:
             raise ReportError(f"{path}: cannot be written ({error.strerror}); give another --out") from None
+        print(message)
     return done
 
 

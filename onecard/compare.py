@@ -103,17 +103,22 @@ def compare_two(a: Run, b: Run, letter: str) -> Iterator[str]:
         return
     tokens = [run.config.step_tokens if run.config else 0 for run in (a, b)]
     at, change = last_common(*curves)
-    each = f", {at * tokens[0] / 1e9:.3g}B tokens each" if all(tokens) and tokens[0] == tokens[1] else ""
+    each = f", {amount(at * tokens[0])} tokens each" if all(tokens) and tokens[0] == tokens[1] else ""
     text = difference(a, b, at, at, change, unit)
     yield f"At step {at:,.0f}{each}, {letter} is {text}.{annealed(a, b, at, at, letter)}"
     if all(tokens) and tokens[0] != tokens[1]:
         used, change = last_common(*((steps * n, loss) for (steps, loss), n in zip(curves, tokens, strict=True)))
         at_a, at_b = used / tokens[0], used / tokens[1]
-        where = f"At {used / 1e9:.3g}B tokens (a: step {at_a:,.0f}, {letter}: step {at_b:,.0f})"
+        where = f"At {amount(used)} tokens (a: step {at_a:,.0f}, {letter}: step {at_b:,.0f})"
         text = difference(a, b, at_a, at_b, change, unit)
         yield f"{where}, {letter} is {text}.{annealed(a, b, at_a, at_b, letter)}"
     if all(tokens) and a.finished and b.finished:
         yield from compare_ends(letter, curves, tokens, unit)
+
+
+def amount(tokens: float) -> str:
+    unit, letter = (1e9, "B") if tokens >= 1e9 else (1e6, "M") if tokens >= 1e6 else (1e3, "k")
+    return f"{tokens / unit:.3g}{letter}"
 
 
 def last_common(a: Curve, b: Curve) -> tuple[float, float]:
@@ -163,7 +168,7 @@ def annealed(a, b, at_a, at_b, letter):
         differ = abs(a.step - b.step) > 0.1 * max(a.step, b.step)
         return " Learning rates are not known: the run nearer to its end has had more annealing." if differ else ""
     shares = [run.rates[min(int(at), len(run.rates) - 1)] / max(run.rates) for run, at in ((a, at_a), (b, at_b))]
-    if abs(shares[0] - shares[1]) < 0.1:
+    if abs(shares[0] - shares[1]) < 0.1 or all(at >= run.config.max_iters for run, at in ((a, at_a), (b, at_b))):
         return ""
     return (
         f" The learning rate of a is {shares[0]:.2f} of its peak there, that of {letter} {shares[1]:.2f}: "

@@ -64,7 +64,7 @@ function draw() {
       font: {color: ink("ink"), family: "system-ui, sans-serif", size: 12},
       margin: {l: 8, r: 8, t: touch ? 30 : 8, b: 8},
       hovermode: "x unified",
-      hoverlabel: {bgcolor: ink("box")},
+      hoverlabel: {bgcolor: ink("box"), namelength: -1},
       showlegend: page.runs.length > 1 || chart.curves.filter(curve => curve.showlegend !== false).length > 1,
       legend: {orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, traceorder: "normal"},
       dragmode: touch ? false : "zoom",

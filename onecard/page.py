@@ -46,7 +46,7 @@ def write_page(
     sections = [
         f"<h1>{escape(heading)}</h1><p class=verdict>{escape(findings[0].text)}</p><dl>{items(findings[1:])}</dl>",
         f"<h2>Curves</h2>{controls(axes)}<div class=plots>{''.join(map(figure, charts))}</div>",
-        f"<div class=tables>{''.join(map(run_tables, runs, earlier, planned))}</div>",
+        *map(run_tables, runs, earlier, planned),
         keys_section(runs, defaults),
         *(samples_section(run, CHARACTERS // len(runs)) for run in runs),
     ]
@@ -116,8 +116,8 @@ def run_tables(run: Run, earlier: Sequence[dict], planned: Rows) -> str:
         "Planned vs actual": (("", "planned", "actual"), planned),
         "Machine and version": (("", ""), facts),
     }
-    found = (f"<section><h2>{name}</h2>{table(*content)}</section>" for name, content in tables.items() if content[1])
-    return "".join(found)
+    found = [f"<section><h3>{name}</h3>{table(*content)}</section>" for name, content in tables.items() if content[1]]
+    return f"<h2>{escape(run.name)}</h2><div class=tables>{''.join(found)}</div>" if found else ""
 
 
 def forecast_row(row, end, ended):

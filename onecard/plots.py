@@ -25,7 +25,7 @@ LLMC_STEP_TOKENS = 524_288
 LLMC = [(250, 6.1710), (500, 5.3743), (750, 4.7097), (1000, 4.3170), (1500, 4.0060), (2000, 3.8585), (3000, 3.6973)]
 LLMC += [(4000, 3.6176), (5000, 3.5535), (6000, 3.5069), (8000, 3.4431), (10000, 3.3924), (12000, 3.3509)]
 LLMC += [(14000, 3.3149), (16000, 3.2882), (18000, 3.2746), (19560, 3.2722)]
-LINES = {  # of the log lines: title, unit, options of the plot
+LINES: dict[str, tuple[str, str, dict]] = {  # of the log lines: title, unit, options of the plot
     "grad_norm": ("Gradient norm before clipping", "", dict(scale="log")),
     "tokens_per_s": ("Speed", "tokens per second", dict(scale="linear", zero=True)),
     "ms_per_step": (
@@ -86,7 +86,7 @@ class Drawn:
 
     def band(self, name: str, x, y, half, **look) -> Iterator[dict]:
         """A dashed curve, and a band of y +- half that is filled."""
-        edge = dict(line=dict(width=0), showlegend=False, hoverinfo="skip")
+        edge: dict = dict(line=dict(width=0), showlegend=False, hoverinfo="skip")
         yield self.curve(name, x, y - half, 2, **edge)
         yield self.curve(name, x, y + half, 2, fill="tonexty", **edge)
         yield self.curve(name, x, y, 2, line=dict(dash="dash", width=2), **look)
@@ -135,7 +135,7 @@ def loss_curves(d: Drawn) -> Iterator[dict]:
     run, evals, single = d.run, d.run.evals, d.count == 1
     if np.isfinite(run.lines.get("loss", [])).any():
         name = "one micro batch" if run.micro else "training steps"
-        look = dict(line=dict(width=1, dash=d.dash), opacity=0.4 if len(evals["step"]) else 1, smooth=True)
+        look: dict = dict(line=dict(width=1, dash=d.dash), opacity=0.4 if len(evals["step"]) else 1, smooth=True)
         yield d.curve(name, run.lines["step"], run.lines["loss"], 1, main=not len(evals["step"]), **look)
     if single and np.isfinite(evals["train"]).any():
         look = dict(line=dict(width=1.2, dash="dot"), marker=dict(symbol=f"{d.symbol}-open", size=6))
@@ -154,7 +154,7 @@ def loss_curves(d: Drawn) -> Iterator[dict]:
         half = fit["band"] * (ahead - ahead[0]) / max(1, ahead[-1] - ahead[0])
         yield from d.band("forecast", ahead, forecast.follow(fit, run.rates)[ahead], half)
     if loss := run.plan["loss"]:
-        end = dict(mode="markers", error_y=dict(array=[BAND], width=9, thickness=2))
+        end: dict = dict(mode="markers", error_y=dict(array=[BAND], width=9, thickness=2))
         end["marker"] = dict(symbol="line-ew-open", size=12)
         yield d.curve("expected before the run", [run.end], [loss], 3, **end)
 
@@ -164,7 +164,7 @@ def forecast_curves(d: Drawn) -> Iterator[dict]:
     if len(d.earlier) < 2:
         return
     steps, losses, bands = (np.array([row[name] for row in d.earlier]) for name in ("step", "loss", "band"))
-    look = dict(mode="lines+markers", marker=dict(symbol=d.symbol, size=6))
+    look: dict = dict(mode="lines+markers", marker=dict(symbol=d.symbol, size=6))
     yield from d.band("forecast", steps, losses, bands, **look)
     if d.run.finished:
         yield d.curve("what came", steps, np.full(len(steps), d.run.val.values[-1]), 0, main=False, line=dict(width=2))
@@ -198,9 +198,10 @@ def reference(drawn: Sequence[Drawn]) -> list[dict]:
     seen = [(step, loss) for step, loss in LLMC if step * LLMC_STEP_TOKENS <= tokens]
     if len(seen) < 3:
         return []
-    look = dict(mode="lines+markers", marker=dict(symbol="x-thin-open", size=6), line=dict(width=1, dash="dot"))
+    look: dict = dict(mode="lines+markers", marker=dict(symbol="x-thin-open", size=6), line=dict(width=1, dash="dot"))
     look |= dict(name="GPT-2 124M by llm.c", colour="soft", legendgroup="", step_tokens=LLMC_STEP_TOKENS)
-    return [drawn[0].curve("", *zip(*seen, strict=True), 0) | look]
+    steps, losses = zip(*seen, strict=True)
+    return [drawn[0].curve("", steps, losses, 0) | look]
 
 
 def axes_of(run: Run) -> dict:
