@@ -1,17 +1,18 @@
-"""Loss curves for the tests and benches of forecast.py and diagnosis.py: two real ones, and made ones of known cause.
+"""Loss curves for the tests and benches of forecast.py and diagnosis.py: real ones, and made ones of known cause.
 
-The real ones (tests/data) are the printed logs of two nanoGPT runs on FineWeb on an RTX 4070: kind, step, train loss,
-val loss, ms. An evaluation is of 200 batches of each split; the loss of an "iter" line is that of its last micro batch.
+The real ones are in tests/data, whose README.md describes them. `curves()` reads them all.
 """
 
 import csv
 import math
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from onecard.diagnosis import Run
-from onecard.forecast import annealing
 from report import DEFAULTS
 from train import TrainConfig, learning_rate
 
@@ -45,6 +46,49 @@ def anchor(name):
     rows = [row for row in anchor_rows(name) if row["kind"] == "eval"]
     columns = np.array([[row["step"], row["train_loss"], row["val_loss"]] for row in rows], dtype=float).T
     return columns[0].astype(int), columns[1], columns[2]
+
+
+class Curve(NamedTuple):
+    run: str  # name of the file
+    split: str  # train or val
+    schedule: str  # cosine, linear or wsd
+    steps: np.ndarray  # (m,) of the evaluations
+    losses: np.ndarray  # (m,)
+    rates: list[float]  # (n,) the learning rate of every step
+
+
+def curves() -> list[Curve]:
+    """All curves of tests/data, of each split that was logged."""
+    found = []
+    for name, keys in ANCHORS.items():
+        steps, train, val = anchor(name)
+        rates = learning_rates(config(**keys))
+        found += [Curve(name, split, "cosine", steps, y, rates) for split, y in (("train", train), ("val", val))]
+    for path in sorted((Path(__file__).parent / "data").glob("*.csv")):
+        if not path.name.startswith("fineweb_"):
+            found += public_curves(path)
+    return found
+
+
+def public_curves(path: Path) -> Iterator[Curve]:
+    """The curves of a CSV whose header names the keys of the schedule; of the train loss the means (train_mean)."""
+    keys, rows = read_public(path)
+    c = config(**keys)
+    for split, column in (("train", "train_mean"), ("val", "val_loss")):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        if points:
+            steps, losses = (np.array(values) for values in zip(*points, strict=True))
+            yield Curve(path.stem, split, c.lr_schedule, steps, losses, learning_rates(c))
+
+
+def read_public(path: Path) -> tuple[dict, list[dict]]:
+    """-> the keys of the run that the header names, and the rows."""
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    settings = dict(setting.split("=") for setting in comments[-1].removeprefix("# keys: ").split())
+    kinds = dict(lr_schedule=str, learning_rate=float, min_lr=float)
+    keys = {name: kinds.get(name, int)(value) for name, value in settings.items()}
+    return keys, list(csv.DictReader(lines[len(comments) :]))
 
 
 def write_founding_run(folder):
@@ -123,13 +167,13 @@ def made_config(cause, rng):
 
 
 def made_losses(cause, rng, steps, rates):
-    """-> the law's part of the loss at each evaluation, and without noise train and val loss."""
-    s1, s2 = annealing(rates)
+    """-> the loss at each evaluation without the effect of the decay, and without noise train and val loss."""
     share = steps / len(rates)
-    shape = rng.uniform(0.1, 0.4) * (np.maximum(s1[steps], 5) / s1[-1]) ** -rng.uniform(0.4, 0.8)
+    shape = rng.uniform(0.1, 0.4) * np.maximum(share, 5 / len(rates)) ** -rng.uniform(0.4, 0.8)
     base = rng.uniform(2.9, 3.3) + np.minimum(shape, 7.5)
     drop = 0 if cause == "rate too low" else rng.uniform(0.05, 0.15)
-    train = base - drop * s2[steps] / s2[-1]
+    annealed = decay_with_momentum(rates)
+    train = base - drop * annealed[steps] / annealed[-1]
     val = train + rng.normal(0, 0.02)
     if cause == "a gap, nothing else":
         val = val + rng.uniform(0.1, 0.5)
@@ -149,6 +193,12 @@ def made_losses(cause, rng, steps, rates):
         stuck = rng.uniform(0.3, 0.8) * np.minimum(relative, 1) ** rng.uniform(0.7, 1.3)
         train, val = (np.where(steps > len(rates) // 20, 3.2 + stuck + 0.05 * shape, y) for y in (train, val))
     return base, train, val
+
+
+def decay_with_momentum(rates, momentum=0.999):
+    """S2 of Tissue, Wang, Wang 2024: the falls of the rate, with momentum, summed. forecast.py has another law."""
+    falls = np.maximum(0.0, -np.diff(rates, prepend=rates[0]))
+    return np.append(0.0, np.cumsum(list(accumulate(falls, lambda m, fall: momentum * m + fall))))
 
 
 def made_lines(cause, rng, at, steps, train, max_iters):
