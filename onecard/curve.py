@@ -43,18 +43,40 @@ def noise(curve: Curve) -> float:
     """Standard deviation of the noise on a smooth curve, from second differences in its later half; inf: unknown.
 
     The largest of those of points 1, 2 and 4 apart, because slow fluctuations do not show in neighbours; over the
-    logarithm of the steps, where a loss is least curved. Outliers count as four robust deviations.
+    logarithm of the steps, where a loss is least curved. Single outliers are left out.
     """
     count = max(10, (len(curve.steps) + 1) // 2)
-    x, y, found = np.log(curve.steps[-count:] + 1), curve.values[-count:], []
-    for lag in (1, 2, 4):
-        if len(y) < 2 * lag + 3:
-            break
-        share = (x[lag:-lag] - x[: -2 * lag]) / (x[2 * lag :] - x[: -2 * lag])
-        away = np.abs(y[lag:-lag] - (1 - share) * y[: -2 * lag] - share * y[2 * lag :])
-        away /= np.sqrt(1 + share**2 + (1 - share) ** 2)
-        found.append(math.sqrt(np.mean(np.minimum(away, 4 * 1.4826 * np.median(away) or math.inf) ** 2)))
-    return max(found) + 1e-6 if found else math.inf
+    later = without_outliers(Curve(curve.steps[-count:], curve.values[-count:]))
+    x, y = np.log(later.steps + 1), later.values
+    lags = [lag for lag in (1, 2, 4) if len(y) >= 2 * lag + 3]
+    scatters = [float(np.sqrt(np.mean(second_differences(x, y, lag) ** 2))) for lag in lags]
+    return max(scatters) + 1e-6 if lags else math.inf
+
+
+def without_outliers(curve: Curve) -> Curve:
+    """The curve without points more than 6 deviations from the line between their neighbours, which show it too."""
+    if len(curve.steps) < 7:
+        return curve
+    away = second_differences(np.log(curve.steps + 1), curve.values, 1)
+    before, after = np.append(0, away[:-1]), np.append(away[1:], 0)  # beside a single outlier d: -d / 2 each
+    single = (away * (before + after) < -0.4 * away**2) & (np.abs(away) > np.maximum(np.abs(before), np.abs(after)))
+    outliers = 1 + np.flatnonzero(single & (np.abs(away) > 6 * calm_noise(curve)))
+    return Curve(np.delete(curve.steps, outliers), np.delete(curve.values, outliers))
+
+
+def calm_noise(curve: Curve) -> float:
+    """As noise, of neighbours alone and of their calmest 40%: spikes and heavy tails do not count."""
+    if len(curve.steps) < 5:
+        return math.inf
+    away = np.abs(second_differences(np.log(curve.steps + 1), curve.values, 1))
+    return float(np.quantile(away, 0.4)) / 0.524 + 1e-6  # 40% of a normal distribution are below 0.524
+
+
+def second_differences(x: np.ndarray, y: np.ndarray, lag: int) -> np.ndarray:
+    """y (n,) less the line between the points `lag` before and after -> (n - 2 lag,), with the variance of y."""
+    share = (x[lag:-lag] - x[: -2 * lag]) / (x[2 * lag :] - x[: -2 * lag])
+    away = y[lag:-lag] - (1 - share) * y[: -2 * lag] - share * y[2 * lag :]
+    return away / np.sqrt(1 + share**2 + (1 - share) ** 2)
 
 
 def change(part: Curve, scatter: float) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onecard.curve import Curve, change, critical, noise, risen
+from onecard.curve import Curve, calm_noise, change, critical, noise, risen, without_outliers
 from onecard.law import usual_rate
 from onecard.run import Run
 from onecard.verdict import SPOILED, outlook, verdict
@@ -31,13 +31,15 @@ def diagnose(run: Run) -> list[Finding]:
     """The findings: the verdict, then problems, then what describes the run."""
     found = [Finding(*run.broken)] if run.broken else []
     if not run.broken:
-        found = [rate_jumped(run), overfitting(run), rate_too_high(run), rate_too_low(run), *val_set(run), trend(run)]
+        gap = overfitting(run)
+        found = [rate_jumped(run), gap, rate_too_high(run), rate_too_low(run)]
+        if not gap or gap.name != "overfitting":
+            found += [*val_set(run), trend(run)]
     found += [*(Finding(*pair) for pair in outlook(run)), *system(run)]
     found += [Finding("choice", text) for text in (run.plan["warnings"] if run.config else [])]
     findings = [finding for finding in [*found, not_logged(run)] if finding]
     findings.sort(key=lambda finding: finding.name not in PROBLEMS)
-    problems = [finding.name for finding in findings if finding.name in PROBLEMS]
-    return [Finding("verdict", verdict(run, problems)), *findings]
+    return [Finding("verdict", verdict(run, [finding.name for finding in findings])), *findings]
 
 
 def span(part):
@@ -73,7 +75,7 @@ def overfitting(run):
     train = Curve(*(values[train.steps <= val.steps[-1]] for values in train))
     if len(train.steps) < 6:
         return None
-    gap = Curve(train.steps, np.interp(train.steps, *val) - train.values)
+    gap = without_outliers(Curve(train.steps, np.interp(train.steps, *val) - train.values))
     part, scatter = gap.late(), noise(gap)
     widened, error = change(part, scatter)
     read = f", in {run.epochs:.2f} epochs" if run.epochs else ""
@@ -89,54 +91,65 @@ def overfitting(run):
             if run.epochs and run.epochs <= 1:
                 return Finding("val rises", f"{text} No text was read twice: is val of other text than train?")
             return Finding("overfitting", f"{text} To lower it, {SPOILED['overfitting'][1]}.")
-    if widened > max(critical(len(part.steps), 4.0), 5) * error:
-        still = "val still improves" if change(val.late(), 0)[0] < 0 else "val no longer improves"
-        return Finding("gap widens", f"{text}; {still}. Overfitting begins where val rises.")
     side = "above" if part.values[-1] > 0 else "below"
-    text += f". Val is {abs(np.median(part.values)):.3f} {side} train. A constant gap is not overfitting."
-    return Finding("no overfitting", text)
+    text += f". Val is {abs(np.median(part.values)):.3f} {side} train"
+    if widened > max(critical(len(part.steps), 3.5), 5) * error:
+        still = "val still improves" if surely_falls(val) else "val no longer improves clearly"
+        return Finding("gap widens", f"{text}, and {still}. Overfitting begins where val rises.")
+    if abs(widened) > 2 * error:
+        return Finding("gap", f"{text}.")
+    return Finding("no overfitting", f"{text}. A constant gap is not overfitting.")
 
 
 def trend(run):
     """How much the loss falls in the last third of the steps: val, or train where val is missing or unclear."""
-    curves = [(name, curve.since(run.start)) for name, curve in (("val", run.val), ("train", run.train))]
-    curves = [(name, curve) for name, curve in curves if len(curve.steps) >= 6]
+    curves = [("val", run.val.since(run.start)), ("train", run.train.since(run.start))]
+    curves = [(name, without_outliers(curve)) for name, curve in curves if len(curve.steps) >= 6]
     if not curves:
-        seen, count = run.val, len(run.val.since(run.start).steps)
-        if not run.finished:
-            return Finding("too early", f"{count} evaluations since step {run.start:,.0f}; a trend needs at least 6.")
-        if len(seen.steps) < 2:
-            return None
-        text = f"val loss went from {seen.values[0]:.3f} to {seen.values[-1]:.3f} ({len(seen.steps)} evaluations"
-        return Finding("finished", f"{text}, {span(seen)}).")
-    tried = []
-    for name, curve in curves:
-        part, scatter = curve.late(), noise(curve)
-        moved, error = change(part, scatter)
-        half = Curve(*(values[len(part.steps) // 2 :] for values in part))
-        clear = -moved > critical(len(part.steps), 2.8) * error and change(half, 0)[0] < 0
-        tried.append((not clear, name, part, moved, error, scatter))
-    unclear, name, part, moved, error, scatter = min(tried, key=lambda t: t[0])
-    length = part.steps[-1] - part.steps[0]
-    unit = min(1000, 10 ** int(math.log10(length)))  # steps
-    text = f"{-moved * unit / length:.4f} +- {error * unit / length:.4f} per {unit:,} steps ({span(part)})."
-    if not unclear:
-        text = f"{name} loss fell by {text}" if run.finished else f"No plateau: {name} loss still falls by {text}"
-        return Finding("finished" if run.finished else "falling", text)
+        return few_evaluations(run)
+    falls = [(name, curve) for name, curve in curves if surely_falls(curve)]
+    name, curve = (falls or curves)[0]
+    part, scatter = curve.late(), noise(curve)
+    moved, error = change(part, scatter)
     if run.finished:
-        return Finding(
-            "finished", f"In the last part {name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})."
-        )
+        text = f"In the last part {name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})."
+        return Finding("finished", text)
+    if falls:
+        length = part.steps[-1] - part.steps[0]
+        unit = min(1000, 10 ** int(math.log10(length)))  # steps
+        text = f"{-moved * unit / length:.4f} +- {error * unit / length:.4f} per {unit:,} steps ({span(part)})"
+        return Finding("falling", f"No plateau: {name} loss still falls by {text}.")
     most = max(-moved, 0) + critical(len(part.steps), 2.0) * error
     if most < FLAT * part.values[-1]:
-        share = run.rates[min(run.step, len(run.rates) - 1)] / max(run.rates) if run.rates else None
         text = f"{name} loss falls by at most {most:.4f} in {span(part)}."
-        if share is None or share < 0.1:
+        share = run.rates[run.step] / max(run.rates) if run.rates else 0.0
+        if share < 0.1:
             return Finding("settled", text)
-        text += f" The learning rate is {share:.2f} of its peak: let it decay, or use a larger network."
-        return Finding("flat", text)
-    text = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)}). Evaluations vary by {scatter:.4f}: "
-    return Finding("too noisy to tell", f"{text}evaluate on more tokens, or wait for more evaluations.")
+        return Finding(
+            "flat", f"{text} The learning rate is {share:.2f} of its peak: let it decay, or train a larger network."
+        )
+    text = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)}): no trend to be seen yet. "
+    return Finding("too noisy to tell", f"{text}Evaluate on more tokens, or wait for more evaluations.")
+
+
+def few_evaluations(run):
+    """In place of a trend."""
+    count, seen = len(run.val.since(run.start).steps), run.val
+    if not run.finished:
+        return Finding("too early", f"{count} evaluations since step {run.start:,.0f}; a trend needs at least 6.")
+    if len(seen.steps) < 2:
+        return None
+    text = f"val loss went from {seen.values[0]:.3f} to {seen.values[-1]:.3f} in {len(seen.steps)} evaluations."
+    return Finding("finished", text)
+
+
+def surely_falls(curve):
+    """The line through the last third falls beyond its error, or each point is below the one before."""
+    part = curve.late()
+    moved, error = change(part, noise(curve))
+    half = Curve(*(values[len(part.steps) // 2 :] for values in part))
+    clear = -moved > critical(len(part.steps), 2.8) * error and change(half, 0)[0] < 0
+    return clear or (np.diff(part.values) < 0).all()
 
 
 def rate_too_high(run):
@@ -147,7 +160,7 @@ def rate_too_high(run):
     high = np.ones(len(val.steps) - 2, dtype=bool)
     for curve in (val, train):
         y = curve.values
-        high &= y[1:-1] - np.maximum(y[:-2], y[2:]) > np.maximum(6 * noise(curve), 0.01 * y[1:-1])
+        high &= y[1:-1] - np.maximum(y[:-2], y[2:]) > np.maximum(6 * calm_noise(curve), 0.01 * y[1:-1])
     if high.sum() < 3:
         return None
     steps = ", ".join(f"{step:,.0f}" for step in val.steps[1:-1][high][:5])
@@ -195,8 +208,9 @@ def val_set(run):
         return
     if len(val.steps) < 12 or not np.array_equal(val.steps, train.steps):
         return
-    scatter, of_train = noise(val), noise(train)
-    if scatter > 2 * fair and scatter > math.exp(3 * math.sqrt(2 / len(val.steps))) * of_train:
+    scatter, of_train = calm_noise(val), calm_noise(train)
+    even = noise(val) < 2 * scatter  # not a matter of some outliers
+    if even and scatter > 2 * fair and scatter > math.exp(7 / math.sqrt(len(val.steps))) * of_train:
         text = f"Val loss varies by {scatter:.4f} between evaluations, train loss by {of_train:.4f}; "
         yield Finding("noisy val set", f"{text}the number of tokens allows {fair:.4f}. Check the val set: is it small?")
     gap = (val.values - train.values)[-len(val.late().steps) :]

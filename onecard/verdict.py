@@ -27,10 +27,10 @@ SPOILED = {  # what spoils a run: in a word or two, and what to do first
 Words = Iterator[tuple[str, str]]  # of a finding: its name, its text
 
 
-def verdict(run: Run, problems: list[str]) -> str:
-    """A sentence on where the run stands, then the change that would lower its loss most."""
-    spoiled = next((name for name in problems if name in SPOILED), "")
-    change = after_spoiled(run, spoiled) if spoiled else best_change(run, problems)
+def verdict(run: Run, findings: list[str]) -> str:
+    """A sentence on where the run stands, then the change that would lower its loss most; from the findings' names."""
+    spoiled = next((name for name in findings if name in SPOILED), "")
+    change = after_spoiled(run, spoiled) if spoiled else best_change(run, findings)
     if run.broken:
         return f"{standing(run, spoiled)}. {run.broken[1]} {change}"
     words = [standing(run, spoiled), *loss_now(run)]
@@ -86,16 +86,16 @@ def after_spoiled(run, spoiled):
     return f"First {SPOILED[spoiled][1]}.{lost}"
 
 
-def best_change(run, problems):
+def best_change(run, findings):
     """What the scaling law, or where it does not hold the curve itself, shows to bring most; "" if neither does."""
     if run.config and run.plan["loss"]:
         return by_the_law(run)
     if run.config and (run.plan["epochs"] or 0) > 4:
         return f"More text would bring most: the run reads it {run.plan['epochs']:.1f} times (Muennighoff et al. 2023)."
     if run.config and not run.finished:
-        return "" if problems else "Let it run."
+        return "Let it run." if "falling" in findings else ""
     curve = (run.val if len(run.val.steps) >= 4 else run.train).since(run.warm / 2)
-    if len(curve.steps) < 4 or "flat" in problems:
+    if len(curve.steps) < 4 or {"flat", "settled", "gap", "gap widens", "too noisy to tell"} & {*findings}:
         return ""
     gain = float(np.interp(curve.steps[-1] / 2, *curve) - np.median(curve.values[-2:]))
     scatter = noise(curve)
