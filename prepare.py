@@ -43,7 +43,7 @@ from onecard.units import STATE, encode_texts, job_tokenizer, make_job, unit_rec
 PLANNING_SECONDS = 5.0  # that a task waits for other tasks, which own the whole dataset only while they plan
 INSPECT_TOKENS = 50_000_000  # read by --inspect
 FAST_BYTES = 10_000_000  # of text; checking fastokens takes longer than encoding less
-OWN_TEXT_BYTES = 50_000_000  # config/own_text.py is for less text than this
+SMALL_RUN_BYTES = 50_000_000  # config/own_text.py is for less text than this
 QUICKSTART = {"tokenizer": "gpt2-1024", "val_fraction": 0.1}  # its settings
 
 
@@ -52,7 +52,7 @@ class PrepareConfig:
     inputs: tuple[str, ...] = key((), "files, folders, globs, hf:// paths; none: the quickstart", inputs=True)
     dataset: str = key("", "name of the dataset: the folder data_dir/dataset")
     data_dir: str = key("data", "the folder of all datasets")
-    tokenizer: str = key("gpt2", "gpt2, gpt2-1024 (its first ids), bytes, or the path of a tokenizer.json")
+    tokenizer: str = key("gpt2", "gpt2, gpt2-1024 (its first ids; for a small text), bytes, or a tokenizer.json")
     train_tokenizer: int = key(0, "train a tokenizer with so many ids on the inputs, 8192 say", low=0, high=65536)
     text_column: str = key("text", "column of a parquet file, or key of a JSON object, with the text")
     val_fraction: float = key(0.005, "share of val, by a hash of the text; up to 0.25 of a small text", low=0, high=0.5)
@@ -277,7 +277,7 @@ def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareCo
     if config.max_tokens:
         done = sum(record["tokens"] for record in records.values())
         size = min(size, int(max(0, config.max_tokens - done) * bytes_per_token(plan["settings"])))
-    encoder = choose_encoder(config, texts, size) if tokenizer.kind == "gpt2" else tokenizer.encoder
+    encoder = choose_encoder(config, plan["settings"], texts, size, folder)
     need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
     print(f"{folder}: {len(numbers)} units of {len(plan['sources'])} files, {len(records)} of them done already")
     print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens ({tokenizer.name}, by {encoder})")
@@ -293,18 +293,22 @@ def amount(number: float) -> str:
     return re.sub("(?<=\\d)(?=[kMGT]?$)", " ", tqdm.format_sizeof(number, divisor=1000))
 
 
-def choose_encoder(config: PrepareConfig, texts: list[str], size: float) -> str:
-    """fastokens if it is installed and gives tiktoken's ids for hard strings and these texts. size: bytes of text."""
-    if config.encoder == "tiktoken" or (config.encoder == "auto" and size < FAST_BYTES):
-        return "tiktoken"
+def choose_encoder(config: PrepareConfig, settings: dict, texts: list[str], size: float, folder: Path) -> str:
+    """fastokens for much text, if it is installed and gives the same ids for hard strings and these texts."""
+    tokenizer = job_tokenizer(settings, folder)
+    usual, fast = tokenizer.encoder, tokenizer.kind in ("gpt2", "bpe")
+    if config.encoder == "tiktoken" or (config.encoder == "auto" and (size < FAST_BYTES or not fast)):
+        return usual
     try:
-        check_parity(GPT2Tokenizer("fastokens"), texts)
+        if not fast:
+            raise TokenizerError(f"encoder: fastokens does not know {tokenizer.name}; leave out --encoder")
+        check_parity(job_tokenizer(settings, folder, "fastokens"), texts)
         return "fastokens"
     except TokenizerError as error:
         if config.encoder == "fastokens":
             raise
-        print(f"  encoder: tiktoken, because {error}")
-        return "tiktoken"
+        print(f"  encoder: {usual}, because {error}")
+        return usual
 
 
 def finish(plan: dict, records: dict, config: PrepareConfig, folder: Path, failed: dict, seconds: float) -> None:
@@ -340,7 +344,7 @@ def next_config(manifest: dict, folder: Path) -> str:
     )
     if folder.name == "quickstart":
         return f"config/quickstart.py{place}"
-    if sum(shard["text_bytes"] for shard in manifest["shards"]) < OWN_TEXT_BYTES:
+    if sum(shard["text_bytes"] for shard in manifest["shards"]) < SMALL_RUN_BYTES:
         return f"config/own_text.py --dataset={name} --out_dir=out/{name}{place}"
     return f"config/fineweb_4070.py --dataset={name}{place}"
 
@@ -350,7 +354,7 @@ def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed
     tokenizer = settings.pop("tokenizer", None) or {
         name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
     }
-    encoders = ("tiktoken", "fastokens") if "kind" not in tokenizer else ("tokenizers",)
+    encoders = ("tokenizers", "fastokens") if tokenizer.get("kind") == "bpe" else ("tiktoken", "fastokens")
     libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", *encoders))
     for name in libraries:
         with contextlib.suppress(PackageNotFoundError):  # some are optional

@@ -26,6 +26,7 @@ from onecard.tokenizer import train_tokenizer as train_bpe
 from onecard.units import STATE, as_documents, decode, in_val, make_job, new_record, read_unit
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
+OWN_TOKENIZER, OWN_TEXT_BYTES = "gpt2-1024", 10_000_000  # the default for less text of files of text
 SAMPLE_BYTES, SAMPLE_UNITS = 100_000_000, 100  # what a tokenizer is trained on, at most
 SMALL_BYTES, SMALL_ROWS = 100_000_000, 2000  # a dataset below both is read before it is split into train and val
 LEAST_BYTES = 10_000  # of text in a dataset
@@ -69,6 +70,9 @@ def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict
     jobs = [make_job(plan, number, 0, folder) for number in range(len(plan["units"]))]
     if settings["val_fraction"] and is_small(plan):
         settings |= choose_split(jobs, asked.get("val_fraction"))
+    if not tokenizer and not n_vocab and is_own_text(plan):
+        settings["tokenizer"], content = split_state(load_tokenizer(OWN_TOKENIZER))
+        print(f"  little text: tokenizer {OWN_TOKENIZER}, for a small network (to finetune GPT-2 use --tokenizer=gpt2)")
     if tokenizer and not tokenizer.lossless:
         check_round_trip(tokenizer, first_texts(jobs[0]))
     if n_vocab:
@@ -178,6 +182,12 @@ def add_sources(plan: dict, found: list[tuple[dict, list]], folder: Path) -> dic
     if problems:
         raise PrepareError("\n".join(problems))
     return plan
+
+
+def is_own_text(plan: dict) -> bool:
+    """Whether it is a few MB of .txt, .md or .json: text for a small network, and so for a small vocabulary."""
+    kinds = {kind_of(source["path"]) for source in plan["sources"]}
+    return kinds <= {"txt", "md", "json"} and sum(unit["bytes"] for unit in plan["units"]) < OWN_TEXT_BYTES
 
 
 # ---- train and val -----------------------------------------------------------------------------------------

@@ -37,19 +37,8 @@ def make_job(plan: dict, number: int, limit: int, folder: str | Path) -> dict:
 
 
 def job_tokenizer(settings: dict, folder: str | Path, encoder: str = "tiktoken") -> Tokenizer:
-    """The tokenizer of a plan's settings or of a job. A tokenizer.json lies in the folder of the dataset.
-
-    Raises TokenizerError if that is missing, or is not the one that the dataset was started with.
-    """
-    state = settings.get("tokenizer")
-    if state and "file" in state:
-        path = Path(folder) / state["file"]
-        content = path.read_text(encoding="utf-8") if path.exists() else None
-        try:
-            return from_state(state | {"content": content}, encoder)
-        except TokenizerError as error:
-            raise TokenizerError(f"{path}: {error}, or use another --dataset") from error
-    return from_state(state, encoder)
+    """The tokenizer of a plan's settings, or of a job, of the dataset in this folder. Raises TokenizerError."""
+    return from_state(settings.get("tokenizer"), encoder, folder)
 
 
 def prepare_unit(job: dict, tokenizer: Tokenizer, report: Callable[[int, int], object]) -> dict:

@@ -133,6 +133,22 @@ def test_bytes_per_token_lie_between_bytes_and_gpt2():
     assert bytes_per_token({"tokenizer": {"n_vocab": 257}}) == 1
 
 
+def test_little_text_of_text_files_gets_a_small_vocabulary_unless_one_is_given_and_other_inputs_get_gpt2(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(20_000))
+    (tmp_path / "large.md").write_text(prose(500_000) * 20)
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": text}) for text in some_texts(300)))
+    assert settings_of(tmp_path / "a.txt")["tokenizer"]["name"] == "gpt2-1024"
+    assert settings_of(tmp_path / "a.txt", tokenizer="bytes")["tokenizer"]["name"] == "bytes"
+    for settings in (
+        settings_of(tmp_path / "a.txt", tokenizer="gpt2"),
+        settings_of(tmp_path / "large.md"),
+        settings_of(lines),
+        settings_of(tmp_path / "a.txt", lines),
+    ):
+        assert "tokenizer" not in settings  # GPT-2's, as in the plans of older versions
+
+
 def test_a_trained_tokenizer_depends_on_the_train_text_alone_and_is_kept(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     texts = some_texts(3000, words=30)

@@ -210,7 +210,7 @@ def decoded(folder):
     return texts
 
 
-@pytest.mark.parametrize("keys", [(), ("--tokenizer=bytes",), ("--train_tokenizer=512",)], ids=str)
+@pytest.mark.parametrize("keys", [("--tokenizer=gpt2",), ("--tokenizer=bytes",), ("--train_tokenizer=512",)], ids=str)
 def test_a_folder_of_notes_becomes_a_dataset_of_any_tokenizer_and_one_more_note_joins(run, docs, tmp_path, keys):
     """30 notes share one shard a split."""
     pytest.importorskip("tokenizers")
