@@ -21,7 +21,7 @@ import numpy as np
 
 from configurator import ConfigError, checked, key, load_config, read_values, run_script
 from onecard import UserError, logs, plan
-from onecard.compare import compare
+from onecard.compare import compare, last_losses
 from onecard.diagnosis import PROBLEMS, Finding, diagnose
 from onecard.page import write_page
 from onecard.run import Run
@@ -144,9 +144,7 @@ def learning_rates(configs: Sequence[tuple[int, TrainConfig]]) -> list[float]:
 
 
 def heading(runs: Sequence[Run]) -> str:
-    if len(runs) > 1:
-        return f"{len(runs)} runs compared"
-    return f"{runs[0].name}: step {runs[0].step:,}" + (f" of {runs[0].config.max_iters:,}" if runs[0].config else "")
+    return f"{len(runs)} runs compared" if len(runs) > 1 else f"{runs[0].name}: {last_losses(runs[0])}"
 
 
 def paragraphs(findings: Sequence[Finding]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from onecard import forecast
+from onecard.compare import measure
 from onecard.plan import BAND
 from onecard.run import Run
 
@@ -99,11 +100,14 @@ def all_charts(runs: Sequence[Run], earlier: Sequence[list[dict]]) -> Iterator[d
     which on its values have to be seen.
     """
     drawn = [Drawn(run, i, len(runs), rows) for i, (run, rows) in enumerate(zip(runs, earlier, strict=True))]
-    loss = [curve for d in drawn for curve in loss_curves(d)] + reference(drawn)
+    if measure(runs)[0] == "val":
+        unit, loss = "nats per token", [curve for d in drawn for curve in loss_curves(d)] + reference(drawn)
+    else:
+        unit, loss = "bits per byte", [curve for d in drawn for curve in bits_curves(d)]
     caption = "Marks: evaluations, with two standard errors where known. Thin line: training steps."
     first = min(max(run.warm, 0.1 * run.step) for run in runs)
-    yield chart("Loss", "nats per token", loss, caption, format=".4f", first=first)
-    ends = [curve for d in drawn for curve in forecast_curves(d)]
+    yield chart("Loss", unit, loss, caption, format=".4f", first=first)
+    ends = [curve for d in drawn for curve in forecast_curves(d)] if unit == "nats per token" else []
     caption = "The loss that was forecast for the end, with its band, over the step of the forecast."
     yield chart("Forecasts of the last val loss", "nats per token", ends, caption, format=".3f", scale="linear")
     rates = [curve for d in drawn for curve in rate_curves(d)]
@@ -159,6 +163,13 @@ def loss_curves(d: Drawn) -> Iterator[dict]:
         yield d.curve("expected before the run", [run.end], [loss], 3, **end)
 
 
+def bits_curves(d: Drawn) -> Iterator[dict]:
+    """Evaluations of one of several runs whose tokenizers differ."""
+    look: dict = dict(line=dict(width=1.8, dash=d.dash), marker=dict(symbol=d.symbol, size=6))
+    if np.isfinite(d.run.evals["bits_per_byte"]).any():
+        yield d.curve("val", d.run.evals["step"], d.run.evals["bits_per_byte"], 0, mode="lines+markers", **look)
+
+
 def forecast_curves(d: Drawn) -> Iterator[dict]:
     """The forecasts that were possible at earlier evaluations, and what came."""
     if len(d.earlier) < 2:
@@ -192,7 +203,9 @@ def line_curve(d: Drawn, name: str) -> dict:
 
 def reference(drawn: Sequence[Drawn]) -> list[dict]:
     """GPT-2 124M by llm.c as far as the runs go, where their tokens are GPT-2's."""
-    if not all(d.run.config and 50257 <= d.run.config.vocab_size <= 51200 for d in drawn):
+    saved = [d.run.about.get("tokenizer") or dict(kind="gpt2") for d in drawn]
+    of_gpt2 = all(d.run.config and 50257 <= d.run.config.vocab_size <= 51200 for d in drawn)
+    if not of_gpt2 or any(tokenizer.get("kind", "gpt2") != "gpt2" for tokenizer in saved):
         return []
     tokens = max(d.run.step * d.run.config.step_tokens for d in drawn)
     seen = [(step, loss) for step, loss in LLMC if step * LLMC_STEP_TOKENS <= tokens]

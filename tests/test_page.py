@@ -120,6 +120,17 @@ def test_runs_laid_over_each_other_differ_in_dashes_and_markers_too_and_their_ke
     assert f"<th>key<th>{a}<th>{b}<th>default" in page and "<td>beta2<td>0.95<td>0.5<td>0.95" in page
 
 
+def test_runs_with_two_tokenizers_are_drawn_in_bits_per_byte(tmp_path):
+    runs = [write_run(tmp_path / name, about=dict(tokenizer=dict(kind="bpe", sha256=name))) for name in "ab"]
+    _, numbers = page_of(*runs, f"--out={tmp_path / 'x.html'}")
+    bits = report.read_run(runs[0]).evals["bits_per_byte"]
+    assert numbers["charts"][0]["unit"] == "bits per byte" and len(curves_of(numbers, "loss")) == 2
+    assert curves_of(numbers, "loss")[0]["y"] == pytest.approx(bits, rel=1e-4)
+    assert "forecasts-of-the-last-val-loss" not in [chart["id"] for chart in numbers["charts"]]
+    _, numbers = page_of(runs[0])
+    assert "GPT-2 124M by llm.c" not in names(numbers, "loss") and numbers["charts"][0]["unit"] == "nats per token"
+
+
 def test_machine_date_and_commit_are_shown_where_the_metrics_have_them(tmp_path):
     page, _ = page_of(write_run(tmp_path / "a", about=dict(date="2026-11-25 12:00", commit="abc123")))
     assert (
