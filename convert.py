@@ -148,10 +148,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
         steps: dict = dict(added_tokens=[], pre_tokenizer=split, decoder=dict(type="Fuse"))
         model = dict(type="WordLevel", vocab=ids, unk_token="")  # no token: other characters are an error
     else:
-        ids |= {ENDOFTEXT: tokenizer.eot}
+        ids |= {ENDOFTEXT: len(ids)}  # its id is eot
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
         flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
-        special = dict(id=tokenizer.eot, content=ENDOFTEXT) | flags
+        special = dict(flags, id=tokenizer.eot, content=ENDOFTEXT)
         steps = dict(added_tokens=[special], pre_tokenizer=level, post_processor=level, decoder=level)
         model = dict(type="BPE", vocab=ids, merges=merges(ids))
     return json.dumps(dict(version="1.0", **steps, model=model), indent=1, ensure_ascii=False)

@@ -237,8 +237,10 @@ def transposed(name: str, weight: torch.Tensor, arch: str) -> torch.Tensor:
 def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
     """{token: id} of characters, of bytes or of GPT-2, the latter two in GPT-2's alphabet and without <|endoftext|>."""
     if tokenizer.kind == "chars":
-        return {character: i for i, character in enumerate(json.loads(tokenizer.content or ""))}
-    return {"".join(map(LETTERS.get, token)): i for i, token in enumerate(tokenizer.token_bytes[: tokenizer.eot])}
+        tokens = json.loads(tokenizer.content or "")
+    else:
+        tokens = ["".join(LETTERS[byte] for byte in token) for token in tokenizer.token_bytes[: tokenizer.eot]]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def folder_tokenizer(folder: Path, own: dict) -> Tokenizer:

@@ -23,7 +23,7 @@ from model import GPT2_IDS, GPTConfig
 from onecard import checkpoint, pretrained
 from onecard.checkpoint import CheckpointError
 from onecard.pretrained import ConvertError
-from onecard.tokenizer import from_state, load_tokenizer, train_tokenizer
+from onecard.tokenizer import TokenizerError, from_state, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -105,6 +105,9 @@ def test_another_tokenizer_json_is_carried_and_gpt2s_own_files_are_known(tmp_pat
     ids = pretrained.vocabulary(load_tokenizer()) | {"<|endoftext|>": 50256, "<|pad|>": 50257}  # a token was added
     (tmp_path / "tokenizer.json").write_text(json.dumps(dict(model=dict(vocab=ids))))
     assert pretrained.read(str(tmp_path))[1]["tokenizer"] == load_tokenizer().state()
+    many = dict(json.loads(content), model=dict(type="BPE", merges=[], vocab={f"t{i}": i for i in range(70_000)}))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(many))
+    refused(tmp_path, "tokenizer.json: has 70,00[01] ids; at most 65,536", error=TokenizerError)
 
 
 def test_biases_that_the_config_denies_are_not_lost_silently(tmp_path):
