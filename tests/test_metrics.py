@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 import sys
 import zlib
 
@@ -48,6 +49,18 @@ def test_a_full_disk_is_named_with_the_bytes_and_the_lines_before_stay(small_dis
     MetricsWriter(folder, step=10**6).close()  # drops the half line
     lines = [json.loads(line) for line in (folder / metrics.NAME).read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(step)) and step > 300
+
+
+def test_the_start_line_has_the_commit_of_the_clone_and_none_outside_of_one(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    monkeypatch.setattr(metrics, "__file__", str(tmp_path / "onecard" / "metrics.py"))
+    assert metrics.commit() is None
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"], ["tag", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    assert len(metrics.commit()) >= 7 and head.startswith(metrics.commit())
+    monkeypatch.setenv("PATH", "")
+    assert metrics.commit() is None
 
 
 # ---- the numbers
