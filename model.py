@@ -143,7 +143,8 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x, context):
         q, k, v = (linear(x).unflatten(2, (self.n_head, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        q, k = rotate(self.q_norm(q.float()), context.angles), rotate(self.k_norm(k.float()), context.angles)
+        q, k = q.to(self.q_norm.weight.dtype), k.to(self.k_norm.weight.dtype)  # float32 in training
+        q, k = rotate(self.q_norm(q), context.angles), rotate(self.k_norm(k), context.angles)
         q, k = q.to(v.dtype), k.to(v.dtype)  # (B, H, T, D)
         y = context.attend(q, k, v, self.layer, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))
