@@ -22,16 +22,16 @@ dropout = 0.1
 
 batch_size = 8  # 2,048 tokens a step
 gradient_accumulation_steps = 1
-max_iters = 1500  # 3.1M tokens: 7 epochs of 1 MB with 1,024 ids
+max_iters = 1000  # 2.0M tokens: 5 epochs of 1 MB with 1,024 ids
 
 optimizer = "muon"
-learning_rate = 5e-3
+learning_rate = 6e-3
 lr_schedule = "linear"
 min_lr = 0.0
-warmup_iters = 50
+warmup_iters = 20
 weight_decay = 0.1
 
-eval_interval = 100
+eval_interval = 50
 eval_tokens = 16_384
 log_interval = 50
 

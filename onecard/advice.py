@@ -12,7 +12,7 @@ from onecard.memory import GiB, batch_sizes_that_fit
 
 def warnings(config, found):
     yield from memory_and_disk_warnings(config, found)
-    yield from data_warnings(found)
+    yield from data_warnings(config, found)
     if advice := size_advice(found):
         yield advice
     yield from schedule_warnings(config, found)
@@ -20,7 +20,7 @@ def warnings(config, found):
         remedy = f"; use --n_head={config.n_embd // 64}" if config.n_embd % 64 == 0 else ""
         yield f"head size {config.n_embd // config.n_head}: 64 or 128 learn better and run faster{remedy}"
     epochs = found["epochs"] or 0
-    if config.dropout and 0 < epochs <= 4:
+    if config.dropout > 0.1 and 0 < epochs <= 4:
         yield (
             f"dropout={config.dropout:g} with {epochs:.2f} epochs: a model does not overfit so early; dropout costs "
             "loss, memory and time: use --dropout=0"
@@ -92,13 +92,13 @@ def memory_remedy(config, found):
     return f"weights, gradients and optimizer alone need {state / GiB:.1f} GiB: use a smaller --n_layer or --n_embd"
 
 
-def data_warnings(found):
+def data_warnings(config, found):
     train, val, epochs = found["train_tokens"], found["val_tokens"], found["epochs"] or 0
     if val is not None and val < 100_000 and found["eval_error"] >= 0.05:
         share = 100_000 / (train + val) if train else 1
         remedy = f"prepare with --val_fraction={math.ceil(100 * share) / 100:g}" if share <= 0.2 else "add text"
         yield f"val split of {val:,} tokens: the val loss has an error of {found['eval_error']:.2f} or more; {remedy}"
-    if epochs > 4:
+    if epochs > 4 and config.always_save_checkpoint:  # else the best is kept: overfitting is expected
         yield f"{epochs:,.1f} epochs: beyond 4 passes repeats help little; add text, or lower max_iters"
 
 
