@@ -78,9 +78,8 @@ def forecast(steps: Numbers, losses: Numbers, rates: Numbers, constants: Constan
     fit["now"], fit["loss"] = follow(fit, rates)[[x[-1], -1]].tolist()
     fit["band"] = band(fit, fit["loss"])
     if decay[x[-1]] < 0.03 * decay[-1]:
-        spread = abs(fit["loss"]) * constants.decay[1]  # twice that of other runs
-        others = f"with a decay as in other runs, the loss ends at {fit['loss']:.2f} +- {spread:.2f}"
-        return None, f"no forecast before the learning rate has begun to fall; {others}"
+        others = f"the loss ends at {fit['loss']:.2f} +- {abs(fit['loss']) * constants.decay[1]:.2f}"
+        return None, f"no forecast before the learning rate has begun to fall; with a decay as in other runs, {others}"
     return fit, None
 
 
@@ -115,10 +114,11 @@ def fit_law(x1: np.ndarray, decay: np.ndarray, y: np.ndarray, decay_end: float, 
         best = int(cost.argmin())
         scatter = max(constants.misfit, 1.48 * float(np.median(np.abs(residuals[best]))))
         sigma = scatter * np.maximum(1, np.abs(residuals[best]) / (3 * scatter))
-    at_end = np.array([1.0, 1.0, -decay_end])
-    variances = at_end @ np.linalg.inv(precision) @ at_end + (b @ at_end - b[best] @ at_end) ** 2
+    ends = b @ (at_end := np.array([1.0, 1.0, -decay_end]))
+    variances = at_end @ np.linalg.inv(precision) @ at_end + (ends - ends[best]) ** 2
     fit_error = math.sqrt(np.average(variances, weights=np.exp((cost.min() - cost) / 2)))
-    return dict(a=float(EXPONENTS[best]), b=b[best], scatter=scatter, fit_error=fit_error)
+    few = 1 + 10 / len(y) ** 2  # few evaluations understate their scatter
+    return dict(a=float(EXPONENTS[best]), b=b[best], scatter=few * scatter, fit_error=few * fit_error)
 
 
 def follow(fit: dict, rates: Numbers) -> np.ndarray:
