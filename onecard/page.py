@@ -46,7 +46,7 @@ def write_page(
     sections = [
         f"<h1>{escape(heading)}</h1><p class=verdict>{escape(findings[0].text)}</p><dl>{items(findings[1:])}</dl>",
         f"<h2>Curves</h2>{controls(axes)}<div class=plots>{''.join(map(figure, charts))}</div>",
-        *map(run_tables, runs, earlier, planned),
+        *map(run_tables, runs, earlier, planned, [run.name for run in runs] if len(runs) > 1 else ["This run"]),
         keys_section(runs, defaults),
         *(samples_section(run, CHARACTERS // len(runs)) for run in runs),
     ]
@@ -106,7 +106,7 @@ def spread(values: Sequence, count: int) -> list:
     return [values[i] for i in sorted({round(i) for i in np.linspace(0, len(values) - 1, count)})] if values else []
 
 
-def run_tables(run: Run, earlier: Sequence[dict], planned: Rows) -> str:
+def run_tables(run: Run, earlier: Sequence[dict], planned: Rows, title: str) -> str:
     """Tables on one run: earlier forecasts, planned and actual, what it ran on."""
     names = dict(device="hardware", dtype="precision", torch="torch", date="started", commit="commit")
     facts = [(label, run.about[name]) for name, label in names.items() if run.about.get(name)]
@@ -117,7 +117,7 @@ def run_tables(run: Run, earlier: Sequence[dict], planned: Rows) -> str:
         "Machine and version": (("", ""), facts),
     }
     found = [f"<section><h3>{name}</h3>{table(*content)}</section>" for name, content in tables.items() if content[1]]
-    return f"<h2>{escape(run.name)}</h2><div class=tables>{''.join(found)}</div>" if found else ""
+    return f"<h2>{escape(title)}</h2><div class=tables>{''.join(found)}</div>" if found else ""
 
 
 def forecast_row(row, end, ended):
