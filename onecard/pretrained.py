@@ -22,6 +22,7 @@ from onecard import UserError, checkpoint
 from onecard.tokenizer import LETTERS, Tokenizer, from_state, load_tokenizer, need
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, downloaded by transformers
+MOST_ROWS = 1.001  # times the vocabulary: it is padded again up to here, where that costs 0.001 of loss at most
 LAYER_NORM_EPS = 1e-5  # GPT-2's, and torch's default
 QWEN3_NAMES = {  # parts of our names -> of those in transformers' Qwen3; its GPT-2 has our names
     "transformer.wte.": "model.embed_tokens.",
@@ -174,7 +175,9 @@ def network_of(config: Any, source: str) -> tuple[dict, dict]:
     else:
         config.rope_theta, config.rope_type = config.rope_parameters["rope_theta"], config.rope_parameters["rope_type"]
     own = getattr(config, "onecard", None) or {}
-    args |= {name: own[name] for name in ("bias", "vocab_size", "dropout") if name in own}
+    args |= {name: own[name] for name in ("bias", "dropout") if name in own}
+    if config.vocab_size < own.get("vocab_size", 0) <= MOST_ROWS * config.vocab_size:
+        args["vocab_size"] = own["vocab_size"]
     wrong = []
     for name, value in (hf_network(GPTConfig(**args)) | dict(rope_type="default")).items():
         found = getattr(config, name, value)

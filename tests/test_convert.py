@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,10 @@ def test_every_tokenizer_goes_to_transformers_and_back_with_its_ids(arch, kind, 
     assert text[0, len(prompt) :].tolist() == greedy(model, prompt, 20, ours.n_vocab)
     convert.main([str(run / "hf"), "--to=onecard", f"--out={tmp_path / 'back'}"])
     back, about = checkpoint.load_model(tmp_path / "back" / "ckpt.pt")
-    assert_same(model, back, ours.n_vocab)
+    assert back.config == replace(model.config, vocab_size=ours.n_vocab)  # a mean of few rows would be a likely token
+    for name, weight in model.state_dict().items():
+        rows = ours.n_vocab if name in ("transformer.wte.weight", "lm_head.weight") else None
+        assert torch.equal(back.state_dict()[name], weight[:rows]), name
     assert from_state(about["tokenizer"]).sha256 == ours.sha256 and about["tokenizer"]["kind"] == kind
 
 
