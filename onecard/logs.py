@@ -20,7 +20,7 @@ from onecard import UserError, metrics
 Damaged = list[int]  # numbers of lines
 MAX_STEP = 10**9
 LOSSES = ("train_loss", "val_loss", "loss")
-NUMBER = r"([-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf))"
+NUMBER = r"([-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf))"
 LOG_EVAL = re.compile(rf"\bstep (\d+): train loss {NUMBER}, val loss {NUMBER}")
 LOG_ITER = re.compile(rf"\biter (\d+): loss {NUMBER}, time {NUMBER}ms")
 LOG_HEAD = re.compile(r"Overriding config with .*:$|tokens per iteration will be: ([\d,]+)|found vocab_size = (\d+)")
@@ -109,6 +109,8 @@ def checked(record: dict) -> dict:
     for name, value in record.items():
         if isinstance(value, int) or (name in LOSSES and value is not None):
             float(value)
+    if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in record.get("val_groups", [])):
+        raise ValueError("losses of groups are not finite")
     return record | dict(step=int(step))
 
 

@@ -46,6 +46,7 @@ def test_damaged_lines_are_counted_and_the_good_ones_stay_and_a_line_being_writt
     ]
     bad += ['{"kind": "train", "step": -5, "loss": 1.0}', '{"kind": "train", "step": 1e30, "loss": 1.0}', "[" * 100_000]
     bad += ['{"kind": "train", "step": 1.5, "loss": 1.0}', '{"kind": "eval", "step": 3, "val_loss": "low"}']
+    bad += ['{"kind": "eval", "step": 3, "val_loss": 4.0, "val_groups": [1e999, 3.0]}']
     bad += ['{"kind": "start", "step": 0, "config": 3}', '{"kind": "train", "step": 4, "loss": 1' + "0" * 400 + "}"]
     text = "\n".join([json.dumps(good[0]), *bad, json.dumps(good[1]), json.dumps(good[2]), '{"kind": "ev'])
     runs, damaged = read("metrics.jsonl", text)
