@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-BINS = 60  # parts of the log lines; the median loss of each is a point of a curve
+BINS = 60  # parts of log lines, or of many evaluations; the median loss of each is a point of a curve
 
 
 class Curve(NamedTuple):
@@ -31,12 +31,17 @@ def finite(steps: np.ndarray, values: np.ndarray) -> Curve:
     return Curve(steps[np.isfinite(values)], values[np.isfinite(values)])
 
 
-def medians(lines: Curve) -> Curve:
-    """The median of each of up to BINS parts, at its mean step; a part has at least eight points."""
-    count = min(BINS, len(lines.steps) // 8)
+def medians(lines: Curve, least: int = 8) -> Curve:
+    """The median of each of up to BINS parts, at its mean step; a part has at least `least` points."""
+    count = min(BINS, len(lines.steps) // least)
     parts = np.array_split(np.arange(len(lines.steps)), count) if count else []
     steps = np.array([lines.steps[part].mean() for part in parts])
     return Curve(steps, np.array([np.median(lines.values[part]) for part in parts]))
+
+
+def coarse(curve: Curve) -> Curve:
+    """Fewer points, of a curve of more than BINS: the noise of close evaluations is not independent."""
+    return medians(curve, 4) if len(curve.steps) > BINS else curve
 
 
 def noise(curve: Curve) -> float:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onecard.curve import Curve, calm_noise, change, critical, noise, risen, without_outliers
+from onecard.curve import Curve, calm_noise, change, coarse, critical, noise, risen, without_outliers
 from onecard.law import usual_rate
 from onecard.run import Run
 from onecard.verdict import SPOILED, outlook, verdict
@@ -75,7 +75,7 @@ def overfitting(run):
     train = Curve(*(values[train.steps <= val.steps[-1]] for values in train))
     if len(train.steps) < 6:
         return None
-    gap = without_outliers(Curve(train.steps, np.interp(train.steps, *val) - train.values))
+    gap = without_outliers(coarse(Curve(train.steps, np.interp(train.steps, *val) - train.values)))
     part, scatter = gap.late(), noise(gap)
     widened, error = change(part, scatter)
     read = f", in {run.epochs:.2f} epochs" if run.epochs else ""
@@ -96,15 +96,16 @@ def overfitting(run):
     if widened > max(critical(len(part.steps), 3.5), 5) * error:
         still = "val still improves" if surely_falls(val) else "val no longer improves clearly"
         return Finding("gap widens", f"{text}, and {still}. Overfitting begins where val rises.")
-    if abs(widened) > 2 * error:
-        return Finding("gap", f"{text}.")
-    return Finding("no overfitting", f"{text}. A constant gap is not overfitting.")
+    if widened > 2 * error:
+        return Finding("gap", f"{text}: it may be widening.")
+    constant = "A constant gap is not overfitting." if widened > -2 * error else "It narrows: no overfitting."
+    return Finding("no overfitting", f"{text}. {constant}")
 
 
 def trend(run):
     """How much the loss falls in the last third of the steps: val, or train where val is missing or unclear."""
     curves = [("val", run.val.since(run.start)), ("train", run.train.since(run.start))]
-    curves = [(name, without_outliers(curve)) for name, curve in curves if len(curve.steps) >= 6]
+    curves = [(name, without_outliers(coarse(curve))) for name, curve in curves if len(curve.steps) >= 6]
     if not curves:
         return few_evaluations(run)
     falls = [(name, curve) for name, curve in curves if surely_falls(curve)]
@@ -117,7 +118,10 @@ def trend(run):
     if falls:
         length = part.steps[-1] - part.steps[0]
         unit = min(1000, 10 ** int(math.log10(length)))  # steps
-        text = f"{-moved * unit / length:.4f} +- {error * unit / length:.4f} per {unit:,} steps ({span(part)})"
+        rate = f"{-moved * unit / length:.4f} +- {error * unit / length:.4f}"
+        if -moved < 3 * error:  # few evaluations, each lower than the one before
+            rate = f"{-moved * unit / length:.4f}"
+        text = f"{rate} per {unit:,} steps ({span(part)})"
         return Finding("falling", f"No plateau: {name} loss still falls by {text}.")
     most = max(-moved, 0) + critical(len(part.steps), 2.0) * error
     if most < FLAT * part.values[-1]:

@@ -63,15 +63,15 @@ def loss_now(run):
 
 def against(run):
     """The forecast, and how the loss or its forecast compares with what was expected before the run."""
-    end = run.val.values[-1] if len(run.val.steps) and run.finished else None
+    end, error = run.val.values[-1] if len(run.val.steps) and run.finished else None, 0.0
     if end is not None and (earlier := forecast.earlier_forecasts(*run.val, run.rates)):
         yield f"the forecast at step {earlier[0]['step']:,} was {earlier[0]['loss']:.3f} +- {earlier[0]['band']:.3f}"
     elif not run.finished and (fit := run.forecast("val")[0]):
-        end = fit["loss"]
-        yield f"forecast of the end {end:.3f} +- {fit['band']:.3f}"
+        end, error = fit["loss"], fit["band"]
+        yield f"forecast of the end {end:.3f} +- {error:.3f}"
     if end is not None and (expected := run.plan["loss"]):
         away = end - expected
-        words = f"{abs(away):.2f} {'above' if away > 0 else 'below'} what" if abs(away) > BAND else "as"
+        words = f"{abs(away):.2f} {'above' if away > 0 else 'below'} what" if abs(away) > BAND + error else "as"
         yield f"{words} was expected before it ({expected:.2f} +- {BAND})"
 
 
