@@ -17,6 +17,8 @@ from common import ROOT, header, machine, row
 sys.path.insert(0, str(ROOT / "tests"))
 from curves import Curve, curves
 
+from configurator import run_script
+from onecard import UserError
 from onecard.forecast import CONSTANTS, Constants, band, follow, forecast
 from report import read_run
 
@@ -106,6 +108,8 @@ def main() -> None:
     print(machine("numpy"), f"\n\n{CONSTANTS}")
     for path in sys.argv[1:]:
         run = read_run(path)
+        if not run.config:
+            raise UserError(f"{path}: its learning rates are not known; give the folder of a run of train.py")
         steps, losses = run.evals["step"].astype(int), run.evals["val"]
         CURVES[path, "val"] = Curve(path, "val", run.config.lr_schedule, steps, losses, run.rates)
     table(lambda run: CONSTANTS)
@@ -114,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
