@@ -279,13 +279,18 @@ def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareCo
         size = min(size, int(max(0, config.max_tokens - done) * bytes_per_token(plan["settings"])))
     encoder = choose_encoder(config, plan["settings"], texts, size, folder)
     need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
-    print(f"{folder}: {len(numbers)} units of {len(plan['sources'])} files, {len(records)} of them done already")
+    units, files = counted(len(numbers), "unit"), counted(len(plan["sources"]), "file")
+    print(f"{folder}: {units} of {files}, {len(records):,} done already")
     print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens ({tokenizer.name}, by {encoder})")
     print(f"  disk:  {amount(need)}B needed, {amount(free)}B free")
     if need > free:
         remedy = "make room, use another --data_dir, or take fewer tokens with --max_tokens"
         raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
     return run_units(plan, records, numbers, config, folder, encoder, size)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def amount(number: float) -> str:
@@ -404,7 +409,7 @@ def verify(folder: Path, manifest: dict) -> int:
     is_gpt2 = manifest["tokenizer"]["sha256"] == GPT2Tokenizer.sha256
     has_counts = is_gpt2 and "paragraph_chars" not in manifest["settings"]
     dataset_tokenizer(folder)  # its file is the one of the manifest
-    with tqdm(total=sum(2 * s["tokens"] for s in manifest["shards"]), unit="B", unit_scale=True, disable=None) as bar:
+    with Progress(sum(2 * shard["tokens"] for shard in manifest["shards"]), "checked") as progress:
         for shard in manifest["shards"]:
             try:
                 check_shard(folder / shard["name"], shard, manifest["tokenizer"])
@@ -412,7 +417,7 @@ def verify(folder: Path, manifest: dict) -> int:
                 problems.append(str(error))
             place = (shard["source"], *shard.get("row_groups", ()), *shard.get("rows", ()))
             tokens_of[place] = tokens_of.get(place, 0) + shard["tokens"] - shard["documents"]
-            bar.update(2 * shard["tokens"])
+            progress.update(2 * shard["tokens"])
     for (path, *rows), tokens in tokens_of.items() if has_counts else ():
         expected = token_count(path, *rows) if rows else tokens  # of text files nothing is known
         if expected is None:

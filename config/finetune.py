@@ -1,5 +1,6 @@
 """Finetuning: trains existing weights further on other text.
 
+    python prepare.py my_texts/ --dataset=my_texts --tokenizer=gpt2
     python train.py config/finetune.py --init_from=my_gpt2 --dataset=my_texts
 
 init_from is gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded by transformers: pip install -e '.[hf]'), a folder in

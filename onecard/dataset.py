@@ -210,9 +210,10 @@ def choose_split(jobs: list[dict], val_fraction: float | None) -> dict:
     contents = [content for job in jobs for content in readable(job, problems)]
     total = sum(map(len, contents))
     if not total or (total < LEAST_BYTES and val_fraction is None):
-        what = f"{jobs[0]['paths'][0]}: {total:,} bytes of text in {sum(len(job['paths']) for job in jobs)} files"
-        reason = "".join(f"; {problem}" for problem in problems[:1])
-        raise PrepareError(f"{what}; at least {LEAST_BYTES:,} are needed, better 1,000,000{reason}")
+        files = sum(len(job["paths"]) for job in jobs)
+        others = f" and {files - 1} more" * (files > 1)
+        need = f"{total:,} bytes of text; at least {LEAST_BYTES:,} are needed, better 1,000,000"
+        raise PrepareError("\n".join([*problems[:1], f"{jobs[0]['paths'][0]}{others}: {need}"]))
     usual = round(max(0.005, min(0.1, USUAL_VAL_BYTES / total), min(0.25, LEAST_VAL_BYTES / total)), 4)
     asked = usual if val_fraction is None else val_fraction
     enough = min(asked / 2, ENOUGH_VAL_BYTES / total)
@@ -270,14 +271,14 @@ def train_on_sample(plan: dict, n_vocab: int, folder: Path) -> Tokenizer:
     """
     units, started = plan["units"], time.monotonic()
     numbers = range(0, len(units), math.ceil(len(units) / SAMPLE_UNITS))
-    size = sum(units[number]["bytes"] for number in numbers)
+    size, total = sum(units[number]["bytes"] for number in numbers), sum(unit["bytes"] for unit in units)
     share = SAMPLE_BYTES / size if size > SAMPLE_BYTES else math.inf
     with Progress(min(size, SAMPLE_BYTES), "tokenizer: read") as progress:
         texts = (text for number in numbers for text in sample(make_job(plan, number, 0, folder), share, progress))
         tokenizer = open_json(train_bpe(texts, n_vocab).encode(), folder / FILE, folder.name)
     few = "" if tokenizer.n_vocab == n_vocab else f" (no more pairs occur twice, so not {n_vocab:,})"
-    seconds, read = time.monotonic() - started, f"{progress.done / 1e6:,.1f} MB of text"
-    print(f"  tokenizer: {tokenizer.n_vocab:,} ids{few}, trained in {seconds:.0f} s on {read} of {len(numbers)} units")
+    read, seconds = f"{progress.done / 1e6:,.1f} of {total / 1e6:,.1f} MB of text", time.monotonic() - started
+    print(f"  tokenizer: {tokenizer.n_vocab:,} ids{few}, trained in {seconds:.0f} s on {read}")
     return tokenizer
 
 
@@ -313,7 +314,7 @@ class Progress:
         self.done += size
         self.tokens += tokens
         now = time.monotonic()
-        rate = f"{self.tokens / (now - self.started) / 1e6:.2f}M tokens/s" if self.tokens else ""
+        rate = f"{self.tokens / max(now - self.started, 1e-3) / 1e6:.2f}M tokens/s" if self.tokens else ""
         self.bar.set_postfix_str(rate, refresh=False)
         self.bar.update(size)
         if self.bar.disable and now - self.shown > LINE_SECONDS:

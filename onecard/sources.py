@@ -31,6 +31,7 @@ FORMATS = ".parquet, .jsonl, .json, .txt or .md (the last four also .gz or .zst)
 BATCH_BYTES = 1 << 20  # of text in a batch of rows, about
 TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after this many bytes
 SMALL_FILE = 1_000_000  # bytes; smaller text files share a shard, because a window never crosses the end of a shard
+CHECKED_BYTES = 100_000_000  # text files below this are read once more before any work, to find bytes that are not text
 JSON_BYTES = 1 << 30  # a larger .json file is refused, because it is read as a whole
 HUB_TRIES = 5  # in addition to those of huggingface_hub
 TEXT_KEYS = ("text", "content", "body", "value")  # of a message in a chat export
@@ -147,7 +148,7 @@ def examine(path: str, column: str, shard_bytes: float) -> tuple[dict, list[dict
         source = {"path": path, "bytes": size, "id": f"{size:x}-{sha256_of(file)}"}
     if kind != "parquet":
         units = cut_bytes(path, size, shard_bytes)
-        check_texts(path, units[0], column, size)
+        check_texts(path, column, size, "files" in units[0] or (kind in ("txt", "md") and size < CHECKED_BYTES))
         return source, units
     names = parquet.schema_arrow.names
     if column not in names:
@@ -203,27 +204,26 @@ def cut_bytes(path: str, size: int, shard_bytes: float) -> list[dict]:
     return [{"range": [start, stop], "bytes": stop - start} for start, stop in itertools.pairwise(ends)]
 
 
-def check_texts(path: str, unit: dict, column: str, size: int) -> None:
-    """Reads a small file to its end, and the first texts of a larger one.
+def check_texts(path: str, column: str, size: int, whole: bool) -> None:
+    """Reads a text file, the whole of it or up to its first text.
 
     Raises DamagedError if it is damaged, SourceError if there is no text in the objects of a JSON file.
     """
     if kind_of(path) == "json" and size > JSON_BYTES:
         raise SourceError(f"{path}: larger than {JSON_BYTES >> 30} GiB; write one object per line to a .jsonl file")
-    has_text, empty = False, True
-    for positions, values, _ in read_texts(path, unit, column):
-        empty = empty and not values
+    has_text, has_rows = False, False
+    for positions, values, _ in read_texts(path, {"range": [0, None]}, column):
         for position, value in zip(positions, values, strict=True):
-            has_text = has_text or value is not None
-            if isinstance(value, bytes) and "files" in unit:
-                try:
+            has_text, has_rows = has_text or value is not None, True
+            try:
+                if isinstance(value, bytes):
                     value.decode("utf-8", "surrogatepass")
-                except UnicodeDecodeError as error:
-                    at = position + error.start
-                    raise DamagedError(f"{path}: byte {at:,} is not UTF-8; save it as UTF-8 text") from error
-        if has_text and "files" not in unit:
+            except UnicodeDecodeError as error:
+                at = position + error.start
+                raise DamagedError(f"{path}: byte {at:,} is not UTF-8; save it as UTF-8 text") from error
+        if has_text and not whole:
             return
-    if not has_text and not empty:
+    if has_rows and not has_text:
         raise SourceError(f"{path}: no text in {column!r}; its {describe_json(path)}; name a key with --text_column=")
 
 

@@ -73,7 +73,7 @@ def test_a_fraction_that_is_less_than_a_paragraph_is_raised_and_too_little_text_
     assert settings_of(path, val_fraction=0.005)["val_fraction"] == 0.1
     assert "split by paragraphs, about 10.0% of the text is val" in capsys.readouterr().out
     for content, message in (
-        ("hello " * 100, r"a\.txt: 600 bytes of text in 1 files; at least 10,000 are needed"),
+        ("hello " * 100, r"a\.txt: 600 bytes of text; at least 10,000 are needed"),
         ("", r"a\.txt: 0 bytes of text"),
         ("hello world\n" * 5000, r"a\.txt: too few different paragraphs"),
     ):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from runs import flags_of
 from texts import documents_of, expected_documents, files_of, some_texts, strings_of_bytes, write_parquet
 
 import prepare
-from onecard import UserError
+from onecard import UserError, dataset
 from onecard.durable import OwnedError
 from onecard.shards import ShardError, check_shard, open_tokens, read_manifest
 from onecard.sources import SourceError
@@ -277,10 +278,17 @@ def test_a_trained_tokenizer_and_its_bytes_do_not_depend_on_workers_and_the_keys
             run(inputs, *keys)
 
 
+def test_without_a_terminal_progress_is_a_line_now_and_then(run, inputs, monkeypatch):
+    assert "prepared" not in run(inputs, *SMALL)
+    monkeypatch.setattr(dataset, "LINE_SECONDS", -1)
+    assert re.search(r"\n  prepared 0 of about 0 MB  \d\.\d\dM tokens/s\n", run(inputs, *SMALL, dataset="more"))
+    assert "checked 0 of about 0 MB" in run("--verify")
+
+
 def test_mistakes_are_lines_without_settings_and_names_are_suggested(run, tmp_path, capsys):
     (tmp_path / "my book.txt").write_text(" ".join(some_texts(300)))
     run(tmp_path / "my book.txt", dataset="books")
-    for arguments, dataset, message in (
+    for arguments, name, message in (
         (("--verify",), "book", r"book: no finished dataset; did you mean books\?"),
         (("--inspect",), "xyz", r"xyz: no finished dataset; .*data has books\."),
         ((), "bookss", r"nothing is prepared here yet; did you mean books\?"),
@@ -288,7 +296,7 @@ def test_mistakes_are_lines_without_settings_and_names_are_suggested(run, tmp_pa
         ((tmp_path / "my book.tx",), "x", r"my book\.tx: no such file or folder; check the name"),
     ):
         with pytest.raises(UserError, match=message):
-            run(*arguments, dataset=dataset)
+            run(*arguments, dataset=name)
         assert capsys.readouterr().out == ""
 
 

@@ -246,8 +246,10 @@ def test_json_without_text_is_refused_with_its_keys_and_broken_json_is_damaged(t
             rows_of(path)
 
 
-@pytest.mark.parametrize("content", ["café".encode("latin-1"), "text".encode("utf-16"), b"good " * 3000 + b"\xff\xd8"])
-def test_a_small_file_that_is_not_utf8_is_named_with_the_byte(tmp_path, content):
+@pytest.mark.parametrize(
+    "content", ["café".encode("latin-1"), "text".encode("utf-16"), b"good \n" * 300_000 + b"\xff\xd8"]
+)
+def test_a_text_file_that_is_not_utf8_is_named_with_the_byte(tmp_path, content):
     (tmp_path / "a.txt").write_bytes(content)
     at = content.decode("utf-8", "replace").index("\ufffd")
     with pytest.raises(DamagedError, match=rf"a\.txt: byte {at:,} is not UTF-8; save it as UTF-8"):
