@@ -42,7 +42,9 @@ def finish(options, ids, name, seed):
     """The result of one training, a process of its own, unless it is done already."""
     steps = options.tokens // (BATCH["batch_size"] * BATCH["block_size"])
     keys = BATCH | RECIPE | dict(n_embd=width(ids, options.parameters), max_iters=steps, seed=seed)
-    keys |= dict(warmup_iters=steps // 20, eval_interval=steps, dataset=f"vocabulary_{ids}", compile=False)
+    keys |= dict(
+        warmup_iters=steps // 20, eval_interval=steps, dataset=f"vocabulary_{ids}", eval_tokens=2**18, compile=False
+    )
     results = Path(options.results)
     for line in results.read_text().splitlines() if results.exists() else []:
         if json.loads(line)["keys"] == keys:
