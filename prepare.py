@@ -350,7 +350,10 @@ def next_config(manifest: dict, folder: Path) -> str:
     if folder.name == "quickstart":
         return f"config/quickstart.py{place}"
     if sum(shard["text_bytes"] for shard in manifest["shards"]) < SMALL_RUN_BYTES:
-        return f"config/own_text.py --dataset={name} --out_dir=out/{name}{place}"
+        tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
+        steps = max(50, 8 * tokens // 2048 // 10 * 10)  # 8 epochs; a shorter run than the config's for less text
+        keys = f" --max_iters={steps} --eval_interval={steps // 10}" if steps < 1000 else ""
+        return f"config/own_text.py --dataset={name} --out_dir=out/{name}{place}{keys}"
     return f"config/fineweb_4070.py --dataset={name}{place}"
 
 
