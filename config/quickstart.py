@@ -4,7 +4,7 @@
     python train.py config/quickstart.py         (loss from 6.9, the logarithm of the vocabulary size, to below 3)
     python sample.py out/quickstart
 
-The network and the vocabulary of 1,024 ids are small, so that it learns to write sentences within 1.3M tokens. What it
+The network and the vocabulary of 1,024 ids are small, so that it learns to write sentences within 1.2M tokens. What it
 writes about Python is mostly wrong.
 """
 
@@ -20,7 +20,7 @@ block_size = 256
 
 batch_size = 8
 gradient_accumulation_steps = 1  # 2,048 tokens a step
-max_iters = 650  # 1.3M tokens, below 4 epochs
+max_iters = 600  # 1.2M tokens, below 4 epochs
 
 optimizer = "muon"
 learning_rate = 8e-3  # small networks tolerate large learning rates

@@ -3,8 +3,8 @@
     write_quickstart(Path("data/quickstart/quickstart.parquet"))    (about 1 MB of text in seconds; no network)
 
 It is the language manual that help() shows and the docstrings of the standard library, whose files are parsed and
-never imported. Of these it keeps the paragraphs that are prose, without their marks, one a line, and each only once:
-so no paragraph is in both splits. The text depends on the version of Python.
+never imported. Of these it keeps the paragraphs that are prose, without their marks, one a line. A paragraph with a
+sentence that came before is left out, so none is in both splits. The text depends on the version of Python.
 """
 
 import ast
@@ -24,18 +24,22 @@ LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packag
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 MARKS = re.compile(r":[\w:]+:(?=`)|`|\*+(?=\w)|(?<=\w)\*+|^(?:[*+-]|\d+\.|\(\w\)) ")  # of reStructuredText, in a line
-LEAST_CHARACTERS = 40  # of a paragraph; shorter ones are often headings
-LEAST_LETTERS = 0.95  # share of letters, spaces, commas and full stops; formulas and signatures have less
+LEAST_CHARACTERS = 40  # of a paragraph, and of a sentence that may not come twice
+LEAST_LETTERS = 0.93  # share of letters, spaces, commas and full stops; formulas and signatures have less
 
 
 def write_quickstart(path: Path) -> None:
     """Writes the text with FineWeb's columns. token_count is right for GPT-2's tokenizer."""
     tokenizer, seen, rows = load_tokenizer(), set(), []
     for name, text in (*manual(), *docstrings(Path(sysconfig.get_paths()["stdlib"]))):
-        new = [line for line in dict.fromkeys(paragraphs(text)) if line not in seen]
+        new = []
+        for line in paragraphs(text):
+            sentences = {part for part in re.split(r"(?<=[.!?]) ", line) if len(part) >= LEAST_CHARACTERS}
+            if sentences and not sentences & seen:
+                new.append(line)
+            seen |= sentences
         if not new:
             continue
-        seen.update(new)
         text = "\n".join(new)
         identity = hashlib.sha256(text.encode()).hexdigest()
         row: dict = {"text": text, "id": identity, "dump": "python", "url": name, "date": "", "file_path": ""}
