@@ -93,7 +93,7 @@ def overfitting(run):
             return Finding("overfitting", f"{text} To lower it, {SPOILED['overfitting'][1]}.")
     side = "above" if part.values[-1] > 0 else "below"
     text += f". Val is {abs(np.median(part.values)):.3f} {side} train"
-    if widened > max(critical(len(part.steps), 3.5), 5) * error:
+    if widened > max(critical(len(part.steps), 3.5), 5.5) * error:  # more than 5: for noise that is autocorrelated
         still = "val still improves" if surely_falls(val) else "val no longer improves clearly"
         return Finding("gap widens", f"{text}, and {still}. Overfitting begins where val rises.")
     if widened > 2 * error:
