@@ -1,6 +1,6 @@
 """Warnings of a plan: a line for each choice that costs something, with the key to change.
 
-    for text in warnings(config, found): print("WARNING", text)     # found: of plan.plan
+for text in warnings(config, found): print("WARNING", text)     # found: of plan.plan
 """
 
 import math
@@ -20,7 +20,7 @@ def warnings(config, found):
         remedy = f"; use --n_head={config.n_embd // 64}" if config.n_embd % 64 == 0 else ""
         yield f"head size {config.n_embd // config.n_head}: 64 or 128 learn better and run faster{remedy}"
     epochs = found["epochs"] or 0
-    if config.dropout > 0.1 and 0 < epochs <= 4:
+    if config.dropout and not config.from_pretrained and 0 < epochs <= 4 and found["tokens"] > 1e8:
         yield (
             f"dropout={config.dropout:g} with {epochs:.2f} epochs: a model does not overfit so early; dropout costs "
             "loss, memory and time: use --dropout=0"
@@ -42,7 +42,7 @@ def warnings(config, found):
 
 def schedule_warnings(config, found):
     rate, usual = config.learning_rate, usual_rate(found["parameters"]["blocks"])
-    if config.init_from in ("scratch", "resume", "auto") and not usual / 10 <= rate <= 15 * usual:
+    if not config.from_pretrained and not usual / 10 <= rate <= 15 * usual:
         yield (
             f"learning_rate={rate:g}: about {usual:.1g} is usual for GPT-2's network of this size with AdamW (Kaplan "
             f"et al. 2020, D.6), and some times more with Muon; try --learning_rate={usual:.1g}"

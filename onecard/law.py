@@ -51,7 +51,7 @@ def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | N
     n, usual = counts["total"], usual_rate(counts["blocks"])
     multiplier = MULTIPLIER.get((config.arch, config.optimizer))
     end = config.lr_decay_iters or config.max_iters
-    if config.init_from not in ("scratch", "resume", "auto"):
+    if config.from_pretrained:
         reason = f"the scaling law holds for random initial weights, not for those of {config.init_from}"
     elif multiplier is None:
         reason = f"the scaling law is for GPT-2's network with AdamW, not for {config.arch} with {config.optimizer}"
