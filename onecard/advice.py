@@ -41,11 +41,11 @@ def warnings(config, found):
 
 
 def schedule_warnings(config, found):
-    rate, usual = config.learning_rate, usual_rate(found["parameters"]["blocks"])
-    if not config.from_pretrained and not usual / 10 <= rate <= 15 * usual:
+    rate, usual = config.learning_rate, usual_rate(found["parameters"]["blocks"], config.optimizer)
+    if not config.from_pretrained and not usual / 10 <= rate <= 10 * usual:
         yield (
-            f"learning_rate={rate:g}: about {usual:.1g} is usual for GPT-2's network of this size with AdamW (Kaplan "
-            f"et al. 2020, D.6), and some times more with Muon; try --learning_rate={usual:.1g}"
+            f"learning_rate={rate:g}: about {usual:.1g} is usual for {config.optimizer} and a network of this size; "
+            f"try --learning_rate={usual:.1g}"
         )
     share = found["eval_share"]
     if share > 0.3 and config.max_iters >= 100:

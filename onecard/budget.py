@@ -24,7 +24,6 @@ SHAPES = ((6, 384), (8, 512), (12, 512), (12, 768), (16, 1024), (24, 1024), (24,
 HEAD = 64
 MAX_MICRO_BATCH = 32
 EPOCHS = 4  # beyond so many passes over the data repeats help little (Muennighoff et al. 2023, arXiv 2305.16264)
-MUON_RATE = 5.6  # times AdamW's usual rate: 3.6e-3 at 124M in the public speed runs (modded-nanogpt, track 3)
 WRITTEN = (  # keys of a written config
     "dataset arch n_layer n_head n_embd block_size tokens_per_step batch_size max_iters optimizer learning_rate "
     "lr_schedule min_lr warmup_iters weight_decay beta2 dropout eval_interval eval_tokens dtype"
@@ -100,8 +99,7 @@ def fit(config, hours, found, free_bytes, dtype, train_tokens) -> Row | None:
     steps = int(tokens // step_tokens)
     if steps < 1000 or step_tokens < config.block_size:
         return None
-    rate = usual_rate(counts["blocks"]) * (MUON_RATE if config.optimizer == "muon" else 1)
-    rate = float(f"{rate:.1e}")
+    rate = float(f"{usual_rate(counts['blocks'], config.optimizer):.1e}")
     config = replace(
         config,
         tokens_per_step=step_tokens,
@@ -156,8 +154,8 @@ def write_config(path: str, row: Row, card_name: str) -> None:
 
     python train.py {file.as_posix()}
 
-About {row.hours:.1f} hours on {card_name}, modelled, not measured. {loss} learning_rate is the usual one of AdamW
-at this size (Kaplan et al. 2020, D.6){f", times {MUON_RATE} for Muon" if c.optimizer == "muon" else ""}.
+About {row.hours:.1f} hours on {card_name}, modelled, not measured. {loss} learning_rate is the usual one
+at this size (onecard/law.py).
 """
 
 '''
