@@ -267,7 +267,7 @@ def gguf_tokenizer(tokenizer, gguf):
     """
     content = json.loads(tokenizer_json(tokenizer))
     model, n_vocab, eot = content["model"], tokenizer.n_vocab, tokenizer.eot
-    if model["type"] != "BPE" or model.get("ignore_merges") or not getattr(tokenizer, "cuts", True):
+    if model["type"] != "BPE" or model.get("ignore_merges") or not tokenizer.gpt2_split:
         reason = "only byte-level BPE with GPT-2's splitting of text can be written"
         raise ConvertError(f"--to=gguf: {reason}, and the tokenizer {tokenizer.name} is of another kind: use --to=hf")
     special = {token["id"]: token["content"] for token in content.get("added_tokens") or []}

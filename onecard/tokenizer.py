@@ -111,7 +111,7 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: 
     """
     state = state or {}
     kind, content, sha256 = state.get("kind", "gpt2"), state.get("content"), str(state.get("sha256"))
-    where, remedy = f"tokenizer {state.get('name')}", "copy it again, or run prepare.py again with the same tokenizer"
+    where, remedy = f"tokenizer {state.get('name')}", "copy it again"
     if kind in ("gpt2", "bytes", "short"):
         tokenizer = load_tokenizer(state["name"] if kind == "short" else kind, encoder)
         if state and sha256 != tokenizer.sha256:
@@ -119,14 +119,17 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: 
         return tokenizer
     if kind not in ("chars", "bpe"):
         raise TokenizerError(f"{where}: kind={kind} is not known; use the version of onecard that wrote it")
-    if content is None and folder is not None and "file" in state:
+    if folder is not None and "file" in state:
         path = Path(folder) / state["file"]
-        where = f"{path}: {where}"
         content = path.read_bytes().decode(errors="replace") if path.exists() else None
-    if content is None:
-        raise TokenizerError(f"{where}: missing, its SHA-256 is {sha256[:12]}...; {remedy}")
-    if hashlib.sha256(content.encode()).hexdigest() != sha256:
-        raise TokenizerError(f"{where}: changed or damaged, its SHA-256 was {sha256[:12]}...; {remedy}")
+        where = f"{path}: {where}"
+        remedy += (
+            f", or run prepare.py --dataset={Path(folder).name} --tokenizer=FILE with the FILE that it was made from"
+        )
+        remedy += "; if prepare.py trained it, prepare the same text as another --dataset"
+    if content is None or hashlib.sha256(content.encode()).hexdigest() != sha256:
+        problem = "missing" if content is None else "changed or damaged"
+        raise TokenizerError(f"{where}: {problem}, its SHA-256 has to be {sha256[:12]}...; {remedy}")
     if kind == "chars":
         return CharTokenizer(json.loads(content), state["name"])
     return JsonTokenizer(content, state["name"], state["eot"], encoder)
@@ -155,6 +158,7 @@ class Tokenizer:
     kind: gpt2, short, bytes, chars or bpe (any tokenizer.json). sha256: of what defines the vocabulary. eot: id of the
     document separator, None for characters. content: for chars the JSON list of the characters, for bpe the text of
     its tokenizer.json. lossless: whether decode(encode(text)) is the text for every text that can be encoded.
+    gpt2_split: whether texts are split by GPT-2's pattern, or in a way that any cut leaves as it is.
     """
 
     kind: str
@@ -165,6 +169,7 @@ class Tokenizer:
     encoder: str
     content: str | None = None
     lossless = True
+    gpt2_split = True
     fast: Any = None  # fastokens' tokenizer of the same vocabulary
     token_bytes: list[bytes]  # of each id
 
@@ -173,13 +178,18 @@ class Tokenizer:
         state = {name: getattr(self, name) for name in ("kind", "name", "sha256", "n_vocab", "eot")}
         return state if self.content is None else state | {"content": self.content}
 
+    @property
+    def identity(self) -> str:
+        """Equal for tokenizers that give the same ids. A tokenizer.json that was saved again has another sha256."""
+        return self.sha256
+
     def encode(self, text: str) -> np.ndarray:
         """str -> uint16 (n,). A lone surrogate, which UTF-8 cannot hold, is encoded as U+FFFD."""
         return np.concatenate(self.encode_pieces(self.pieces(replace_surrogates(text)[0])))
 
     def pieces(self, text: str) -> list[str]:
         """Parts of a text whose ids together are the ids of the text. The whole text, where no exact cut is known."""
-        return [text]
+        return pieces(text) if self.gpt2_split else [text]
 
     def encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         """[str] -> [uint16 (n,)], each text by itself. Longer texts than `pieces` gives are slow, or fail.
@@ -197,7 +207,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> str. Bytes that are not UTF-8, such as half a character at an end, become U+FFFD."""
+        """Ids -> str. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -248,9 +258,6 @@ class GPT2Tokenizer(Tokenizer):
         ranks = {token: id for id, token in enumerate(self.token_bytes[: self.eot])}
         special = {ENDOFTEXT: self.eot}
         return tiktoken.Encoding(self.name, pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-
-    def pieces(self, text: str) -> list[str]:
-        return pieces(text)
 
     def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         encode = self.reference.encode_to_numpy
@@ -324,22 +331,29 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, content: str, name: str, eot: int, encoder: str = "tokenizers"):
         self.content, self.name, self.eot = content, name, eot
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
-        self.library = read_json(content, name)
+        self.library = read_json(content.encode(), name)
         self.n_vocab = id_count(self.library)
         separator = self.library.id_to_token(eot)
         if separator is None:
             raise TokenizerError(f"{name}: its separator {eot} is not one of its ids; copy it again")
         self.library.add_special_tokens([separator])
         layout = json.loads(content)
+        splits = layout.get("pre_tokenizer") or {}
         self.byte_level = (layout.get("decoder") or {}).get("type") == "ByteLevel"
         self.lossless = self.byte_level and keeps_every_byte(layout)
-        splits = layout.get("pre_tokenizer") or {}
-        self.cuts = self.lossless and splits["type"] == "ByteLevel" and splits.get("use_regex", True)  # GPT-2's pattern
+        self.gpt2_split = self.lossless and splits["type"] == "ByteLevel" and splits.get("use_regex", True)
         self.encoder = "fastokens" if encoder == "fastokens" else "tokenizers"
         if encoder == "fastokens":
-            if not self.cuts:  # with byte fallback, for example, it gives other ids here and there
+            if not self.gpt2_split:  # with byte fallback, for example, it gives other ids here and there
                 raise TokenizerError(f"{name}: fastokens is used with GPT-2's splitting pattern only; use tokenizers")
             self.fast = need("fastokens", "fast").Tokenizer.from_json_str(self.library.to_str())
+
+    @functools.cached_property
+    def identity(self) -> str:  # type: ignore[override]
+        layout = json.loads(self.library.to_str())  # in the library's own form, whatever wrote the file
+        parts = [self.eot, self.library.get_vocab(with_added_tokens=True)]
+        parts += [layout[name] for name in ("normalizer", "pre_tokenizer", "model")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:  # type: ignore[override]
@@ -349,9 +363,6 @@ class JsonTokenizer(Tokenizer):
             bytes(BYTES[letter] for letter in token) if BYTES.keys() >= set(token) else token.encode()
             for token in tokens
         ]
-
-    def pieces(self, text: str) -> list[str]:
-        return pieces(text) if self.cuts else [text]
 
     def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         encoded = self.library.encode_batch_fast(texts, add_special_tokens=False)
@@ -391,38 +402,30 @@ class JsonTokenizer(Tokenizer):
 
 def open_json(content: bytes, path: Path, name: str, encoder: str = "tokenizers") -> JsonTokenizer:
     """The tokenizer of a tokenizer.json. Its separator is the end-of-text token that the model names, or a new one."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise not_one(path, error) from None
-    library = read_json(text, path)
+    library = read_json(content, path)
     size = library.get_vocab_size()
     eot = choose_separator(library, path)
-    if library.get_vocab_size() > size:
-        text = library.to_str()
+    text = content.decode() if library.get_vocab_size() == size else library.to_str()
     if (n_vocab := id_count(library)) > MAX_IDS:
         raise TokenizerError(f"{path}: has {n_vocab:,} ids; at most {MAX_IDS:,} fit into 16 bits; use a smaller one")
     return JsonTokenizer(text, name, eot, encoder)
 
 
-def read_json(content: str, where: str | Path):
+def read_json(content: bytes, where: str | Path):
     """The library's tokenizer: every text is ordinary text, and nothing is added, cut off or left to chance."""
     library = need("tokenizers", "tokenizers", str(where))
     try:
-        tokenizer = library.Tokenizer.from_str(content)
+        tokenizer = library.Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises plain Exceptions
-        raise not_one(where, error) from None
+        what = f"not a tokenizer.json that the library tokenizers can read ({error})"
+        remedy = "give the tokenizer.json of a Hugging Face model, or gpt2, or bytes"
+        raise TokenizerError(f"{where}: {what}; {remedy}") from None
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
     return tokenizer
-
-
-def not_one(where, error):
-    remedy = "give the tokenizer.json of a Hugging Face model, or gpt2, or bytes"
-    return TokenizerError(f"{where}: not a tokenizer.json that the library tokenizers can read ({error}); {remedy}")
 
 
 def id_count(library) -> int:
@@ -481,9 +484,8 @@ def keeps_text(step: dict) -> bool:
 def train_tokenizer(texts: Iterable[str], n_vocab: int) -> str:
     """The text of a tokenizer.json: byte-level BPE with GPT-2's splitting pattern, `<|endoftext|>` as its last id.
 
-    The same texts give the same file, whatever the number of threads. texts is read once, so it can show progress. It
-    has fewer than n_vocab ids if the texts have too few pairs that occur twice; the caller reports that. Raises
-    TokenizerError.
+    The same texts give the same file, whatever the number of threads. It has fewer than n_vocab ids if the texts have
+    too few pairs that occur twice. Raises TokenizerError.
     """
     if not 257 <= n_vocab <= MAX_IDS:
         why = "256 bytes and the separator" if n_vocab < 257 else "ids have 16 bits"
@@ -550,11 +552,7 @@ def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
-    """Raises TokenizerError for the first text that decode(encode(text)) changes.
-
-    Not needed where tokenizer.lossless is true: gpt2, bytes, chars, and a byte-level tokenizer.json without a
-    normalizer, a prefix space or added tokens that are not special.
-    """
+    """Raises TokenizerError for the first text that decode(encode(text)) changes. Not needed if it is lossless."""
     for text in texts:
         text = replace_surrogates(text)[0]
         found = tokenizer.decode(tokenizer.encode(text))

@@ -1,7 +1,6 @@
 """The tokenizers: against tiktoken read by its own loader, the library tokenizers used directly, and plain Python."""
 
 import hashlib
-import importlib
 import json
 import os
 import pickle
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from runs import write_characters
 from tiktoken.load import load_tiktoken_bpe
 from tiktoken_ext import openai_public
 
@@ -25,12 +25,11 @@ ALPHABET = ["a", "Zé", "字", "1", "²", "!", "'s", "'ll", " ", "  ", "\n", "\r
 STORY = "The dog and the cat saw the dogs. Don't the cats see 12 dogs?\n"
 
 
-@pytest.fixture(scope="module")
-def reference():
-    """tiktoken's gpt2, from the same file but by tiktoken's own loader, pattern and hash."""
-    ranks = load_tiktoken_bpe(str(ours.VOCABULARY), expected_hash=ours.VOCABULARY_SHA256)
-    special = {"<|endoftext|>": 50256}
-    return tiktoken.Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+def random_text(length):
+    return "".join(random.Random(length).choices(ALPHABET, k=length))
+
+
+TEXTS = [*HARD_STRINGS, *map(random_text, range(1, 200, 7))]
 
 
 @pytest.fixture(scope="module", params=["tiktoken", "fastokens"])
@@ -39,36 +38,22 @@ def tokenizer(request):
     return load_tokenizer(encoder=request.param)
 
 
-def random_text(length):
-    return "".join(random.Random(length).choices(ALPHABET, k=length))
-
-
-TEXTS = [*HARD_STRINGS, *map(random_text, range(1, 200, 7))]
-
 # ---- GPT-2's vocabulary --------------------------------------------------------------------------------------
 
 
-def test_the_vocabulary_is_gpt2s(tokenizer, reference):
-    assert tokenizer.n_vocab == reference.n_vocab == 50257 and tokenizer.eot == reference.eot_token == 50256
+def test_ids_are_tiktokens_ordinary_ones_and_decode_to_the_text(tokenizer):
+    """tiktoken's gpt2, from the same file but by tiktoken's own loader, pattern and hash."""
+    ranks = load_tiktoken_bpe(str(ours.VOCABULARY), expected_hash=ours.VOCABULARY_SHA256)
+    special = {"<|endoftext|>": 50256}
+    theirs = tiktoken.Encoding(
+        "gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special
+    )
+    assert tokenizer.n_vocab == theirs.n_vocab == 50257 and tokenizer.eot == theirs.eot_token == 50256
     assert tokenizer.encode("Hello world").tolist() == [15496, 995]  # GPT-2's published example
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_ids_are_tiktokens_ordinary_ones_and_decode_to_the_text(tokenizer, reference, text):
-    ids = tokenizer.encode(text)  # HARD_STRINGS has <|endoftext|> in a text
-    assert ids.dtype == np.uint16 and 50256 not in ids
-    assert ids.tolist() == reference.encode_ordinary(text)
-    assert tokenizer.decode(ids) == text
-
-
-@pytest.mark.parametrize("piece", [1, 2, 5, 17])
-def test_a_cut_text_has_the_ids_of_the_whole(reference, monkeypatch, piece):
-    monkeypatch.setattr(ours, "PIECE", piece)
-    tokenizer = load_tokenizer()
-    for length in range(60):
-        text = random_text(length)
-        assert "".join(ours.pieces(text)) == text
-        assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
+    for text in TEXTS:  # HARD_STRINGS has <|endoftext|> in a text
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.uint16 and 50256 not in ids
+        assert ids.tolist() == theirs.encode_ordinary(text) and tokenizer.decode(ids) == text
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\u3000", "\r\n\t"])
@@ -90,26 +75,11 @@ def test_millions_of_letters_and_of_words_have_exact_ids(tokenizer, thousand):
     assert tokenizer.encode(words).tolist() == tokenizer.encode(words[:32]).tolist() * (thousand * 320)
 
 
-SURROGATES = {
-    "a\ud800b": ("a\ufffdb", 1),
-    "\udc00\ud800": ("\ufffd\ufffd", 2),
-    "\ud83d\ude00\ufffd": ("😀\ufffd", 0),
-    "é": ("é", 0),
-}
-
-
 def test_lone_surrogates_become_replacement_characters_and_pairs_their_character(tokenizer):
-    for text, (valid, count) in SURROGATES.items():
+    valid_of = {"a\ud800b": ("a\ufffdb", 1), "\udc00\ud800": ("\ufffd\ufffd", 2), "\ud83d\ude00\ufffd": ("😀\ufffd", 0)}
+    for text, (valid, count) in (valid_of | {"é": ("é", 0)}).items():
         assert ours.replace_surrogates(text) == (valid, count)
         assert tokenizer.encode(text).tolist() == tokenizer.encode(valid).tolist()
-
-
-def test_half_a_character_decodes_to_a_replacement_and_an_id_outside_the_vocabulary_is_refused(tokenizer):
-    ids = tokenizer.encode("😀")
-    assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd" and tokenizer.decode_bytes(ids) == "😀".encode()
-    for wrong in ([50257], [-1], [0, 65535]):
-        with pytest.raises(TokenizerError, match="50256"):
-            tokenizer.decode(wrong)
 
 
 def test_a_damaged_or_missing_vocabulary_is_refused(monkeypatch, tmp_path):
@@ -143,14 +113,6 @@ def save(folder, content):
     return path
 
 
-def changed(content, **parts):
-    """A tokenizer.json with other normalizer, pre_tokenizer, decoder ... as objects of the library tokenizers."""
-    library = pytest.importorskip("tokenizers").Tokenizer.from_str(content)
-    for name, part in parts.items():
-        setattr(library, name, part)
-    return library.to_str()
-
-
 def llama_like(t):
     """SentencePiece's manner, as Llama 2 has it: spaces are letters, unknown characters are bytes."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(set(STORY) - {" ", "\n"})]
@@ -173,49 +135,42 @@ def unigram(t):
     return library.to_str()
 
 
-def tokenizer_files(t):
-    """{name: the text of a tokenizer.json}: trained ones, changed in one part each, and other models."""
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """{name: path of a tokenizer.json}: a trained one, this one changed in one part each, and other models."""
+    t, folder = pytest.importorskip("tokenizers"), tmp_path_factory.mktemp("tokenizers")
     content, p = train_tokenizer([STORY] * 9, 280), t.pre_tokenizers
+
+    def changed(**parts):
+        library = t.Tokenizer.from_str(content)
+        for name, part in parts.items():
+            setattr(library, name, part)
+        return library.to_str()
+
     words = p.Split(t.Regex(r" ?\p{L}+"), "isolated")
     level = p.ByteLevel(add_prefix_space=False, use_regex=False)
     named = t.Tokenizer.from_str(content)
     named.add_special_tokens(["<s>"])
     named.add_tokens(["the cat", t.AddedToken("dog", lstrip=True)])
     ends = t.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 279)])
-    return {
+    contents = {
         "trained": content,
-        "other_pattern": changed(content, pre_tokenizer=p.Sequence([p.Digits(True), words, level])),
-        "adds_tokens": changed(content, post_processor=ends),
-        "nfc": changed(content, normalizer=t.normalizers.NFC()),
-        "prefix_space": changed(content, pre_tokenizer=p.ByteLevel(add_prefix_space=True)),
-        "drops_spaces": changed(content, pre_tokenizer=p.Sequence([p.Split(" ", "removed"), level])),
+        "other_pattern": changed(pre_tokenizer=p.Sequence([p.Digits(True), words, level])),
+        "adds_tokens": changed(post_processor=ends),
+        "nfc": changed(normalizer=t.normalizers.NFC()),
+        "prefix_space": changed(pre_tokenizer=p.ByteLevel(add_prefix_space=True)),
+        "drops_spaces": changed(pre_tokenizer=p.Sequence([p.Split(" ", "removed"), level])),
         "added_tokens": named.to_str(),
         "not_special": content.replace('"special": true', '"special": false'),
         "llama_like": llama_like(t),
         "unigram": unigram(t),
     }
+    return {name: save(folder / name, content) for name, content in contents.items()}
 
 
-LOSSLESS = ["trained", "other_pattern", "adds_tokens"]
+GPT2_SPLIT = ["trained", "adds_tokens"]
+LOSSLESS = [*GPT2_SPLIT, "other_pattern"]
 NAMES = [*LOSSLESS, "nfc", "prefix_space", "drops_spaces", "added_tokens", "not_special", "llama_like", "unigram"]
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """{name: path of a tokenizer.json}."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    library = pytest.importorskip("tokenizers")
-    return {name: save(folder / name, content) for name, content in tokenizer_files(library).items()}
-
-
-def chars_file(folder, text, **changes):
-    """meta.pkl as nanoGPT's data/shakespeare_char/prepare.py writes it."""
-    characters = sorted(set(text))
-    stoi, itos = {c: i for i, c in enumerate(characters)}, dict(enumerate(characters))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "meta.pkl"
-    path.write_bytes(pickle.dumps({"vocab_size": len(characters), "itos": itos, "stoi": stoi} | changes))
-    return path
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gpt2-1024", "bytes", "chars", *NAMES])
@@ -223,7 +178,8 @@ def any_kind(request, tmp_path_factory):
     if request.param in ("gpt2", "gpt2-1024", "bytes"):
         return load_tokenizer(request.param)
     if request.param == "chars":
-        return load_tokenizer(chars_file(tmp_path_factory.mktemp("chars"), STORY + "".join(TEXTS)))
+        write_characters(folder := tmp_path_factory.mktemp("chars"), STORY + "".join([*TEXTS, *ALPHABET]))
+        return load_tokenizer(folder / "meta.pkl")
     return load_tokenizer(request.getfixturevalue("files")[request.param])
 
 
@@ -233,20 +189,27 @@ def test_a_lossless_tokenizer_gives_every_text_back_and_ids_within_its_vocabular
         ids = any_kind.encode(text)
         assert ids.dtype == np.uint16 and ids.max(initial=0) < any_kind.n_vocab and any_kind.eot not in ids
         assert any_kind.decode(ids) == text and any_kind.decode_bytes(ids) == text.encode()
-    for wrong in (-1, any_kind.n_vocab):
+    for wrong in (-1, any_kind.n_vocab, 65535):
         with pytest.raises(TokenizerError, match=f"0 to {any_kind.n_vocab - 1}"):
-            any_kind.decode([wrong])
+            any_kind.decode([0, wrong])
+
+
+def test_a_cut_text_has_the_ids_of_the_whole_and_other_patterns_are_not_cut(any_kind, monkeypatch):
+    texts = [random_text(length) for length in range(61)]
+    whole = any_kind.encode_pieces(texts)
+    for piece in (1, 2, 5, 17):
+        monkeypatch.setattr(ours, "PIECE", piece)
+        for text, ids in zip(texts, whole, strict=True):
+            assert "".join(any_kind.pieces(text)) == text and np.array_equal(any_kind.encode(text), ids)
+        assert (len(any_kind.pieces(texts[60])) > 1) == (any_kind.kind != "bpe" or any_kind.name in GPT2_SPLIT)
+
+
+LOSES = dict(nfc="cafe\u0301 au lait", prefix_space="no space before it", drops_spaces="the dog", unigram="the 字")
 
 
 def test_the_round_trip_check_passes_or_names_the_document_and_the_place(any_kind):
-    loses = {
-        "nfc": "cafe\u0301 au lait",
-        "prefix_space": "no space before it",
-        "drops_spaces": "the dog",
-        "unigram": "the 字",
-    }
     ours.check_round_trip(any_kind, [" the" if any_kind.name == "prefix_space" else "the"])
-    if text := loses.get(any_kind.name):
+    if text := LOSES.get(any_kind.name):
         with pytest.raises(TokenizerError) as error:
             ours.check_round_trip(any_kind, [text])
         found = any_kind.decode(any_kind.encode(text))
@@ -259,33 +222,31 @@ def test_a_stream_of_ids_shows_the_characters_of_the_whole(any_kind):
     for text in TEXTS:
         if len(text) < 1000:
             ids = any_kind.encode(text).tolist()
-            step = any_kind.decoder()
-            assert "".join(map(step, ids)) == any_kind.decode(ids)
-            step = any_kind.decoder(prompt)
-            assert any_kind.decode(prompt) + "".join(map(step, ids)) == any_kind.decode(prompt + ids)
+            for before in ([], prompt):
+                shown = "".join(map(any_kind.decoder(before), ids))
+                assert any_kind.decode(before) + shown == any_kind.decode(before + ids)
 
 
-def test_a_stream_holds_back_the_bytes_of_an_incomplete_character(files):
-    for tokenizer in (load_tokenizer(), load_tokenizer("bytes"), *map(load_tokenizer, files.values())):
-        if tokenizer.name != "unigram":  # it has no bytes
-            ids, step = tokenizer.encode("a😀").tolist(), tokenizer.decoder()
-            shown = [step(id) for id in ids]
-            assert len(ids) > 2 and "".join(shown) == tokenizer.decode(ids) and shown[-2:] == ["", "😀"]
-            if tokenizer.eot is not None:  # a character that is never completed
-                step = tokenizer.decoder()
-                assert "".join(map(step, [*ids[:-1], *tokenizer.encode(" a").tolist()])).count("\ufffd") == 1
+def test_a_stream_holds_back_the_bytes_of_an_incomplete_character(any_kind):
+    if any_kind.name in ("chars0", "unigram"):  # they have no bytes
+        return
+    ids, step = any_kind.encode("a😀").tolist(), any_kind.decoder()
+    shown = [step(id) for id in ids]
+    assert len(ids) > 2 and "".join(shown) == any_kind.decode(ids) and shown[-2:] == ["", "😀"]
+    step = any_kind.decoder()  # a character that is never completed
+    assert "".join(map(step, [*ids[:-1], *any_kind.encode(" a").tolist()])).count("\ufffd") == 1
 
 
 def test_a_state_survives_json_and_gives_the_same_tokenizer(any_kind):
     state = json.loads(json.dumps(any_kind.state()))
     again = from_state(state)
-    assert again.state() == any_kind.state() and again.kind == any_kind.kind
+    assert again.state() == any_kind.state() and again.kind == any_kind.kind and again.identity == any_kind.identity
+    assert ("content" in state) == (any_kind.kind in ("chars", "bpe"))
     for text in TEXTS:
         assert np.array_equal(again.encode(text), any_kind.encode(text))
     with pytest.raises(TokenizerError, match=any_kind.name):
         from_state(state | {"sha256": "0" * 64})
-    if "content" in state:
-        del state["content"]
+    if state.pop("content", None):
         with pytest.raises(TokenizerError, match=f"{any_kind.name}.*missing"):
             from_state(state)
 
@@ -298,21 +259,28 @@ def test_a_state_without_kind_is_gpt2s_and_an_unknown_kind_is_refused():
         from_state(old | {"kind": "words"})
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-1024"])
+def test_gpt2s_vocabulary_and_the_first_ids_of_it_have_the_same_ids_as_a_tokenizer_json(name, tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer, whole = load_tokenizer(name), load_tokenizer()
+    other = load_tokenizer(save(tmp_path, convert.tokenizer_json(tokenizer)))
+    assert tokenizer.n_vocab == tokenizer.eot + 1 == (50257 if name == "gpt2" else 1024)
+    assert (other.n_vocab, other.eot, other.lossless) == (tokenizer.n_vocab, tokenizer.eot, True)
+    assert other.token_bytes == tokenizer.token_bytes == [*whole.token_bytes[: tokenizer.eot], b"<|endoftext|>"]
+    for text in (*TEXTS, "The quick brown fox jumps over the lazy dog. " * 20):
+        assert np.array_equal(other.encode(text), tokenizer.encode(text))
+
+
 # ---- tokenizer.json ------------------------------------------------------------------------------------------
 
 
-def test_ids_are_those_of_the_library_used_directly(files):
-    library = importlib.import_module("tokenizers")
+def test_ids_are_those_of_the_library_used_directly_and_special_tokens_in_a_text_are_ordinary(files):
+    library = pytest.importorskip("tokenizers")
     for path in files.values():
         tokenizer, direct = load_tokenizer(path), library.Tokenizer.from_file(str(path))
         for text in TEXTS:
             if "<" not in text:  # a special token
                 assert tokenizer.encode(text).tolist() == direct.encode(text, add_special_tokens=False).ids
-
-
-def test_a_special_token_in_a_text_is_ordinary_text(files):
-    for path in files.values():
-        tokenizer = load_tokenizer(path)
         for special in ("<s>", "</s>", "<unk>", "<|endoftext|>"):
             ids = tokenizer.encode(f"the{special} cat").tolist()
             assert tokenizer.eot not in ids
@@ -320,31 +288,10 @@ def test_a_special_token_in_a_text_is_ordinary_text(files):
                 assert tokenizer.library.token_to_id(special) not in ids
 
 
-def test_gpt2s_vocabulary_as_a_tokenizer_json_has_tiktokens_ids(reference, tmp_path):
-    pytest.importorskip("tokenizers")
-    convert = importlib.import_module("convert")
-    tokenizer = load_tokenizer(save(tmp_path, convert.tokenizer_json(load_tokenizer())))
-    assert (tokenizer.n_vocab, tokenizer.eot, tokenizer.lossless) == (50257, 50256, True)
-    assert tokenizer.token_bytes == load_tokenizer().token_bytes
-    for text in TEXTS:
-        assert tokenizer.encode(text).tolist() == reference.encode_ordinary(text)
-
-
-@pytest.mark.parametrize("piece", [1, 5, 17])
-def test_cut_texts_have_the_ids_of_the_whole_and_only_texts_with_gpt2s_pattern_are_cut(files, monkeypatch, piece):
-    library = importlib.import_module("tokenizers")
-    monkeypatch.setattr(ours, "PIECE", piece)
-    for name, path in files.items():
-        tokenizer, direct = load_tokenizer(path), library.Tokenizer.from_file(str(path))
-        text = random_text(60)
-        assert tokenizer.encode(text).tolist() == direct.encode(text, add_special_tokens=False).ids
-        assert (len(tokenizer.pieces(text)) > 1) == (name in ("trained", "adds_tokens"))
-
-
 def test_fastokens_has_the_ids_of_tokenizers_or_is_refused(files):
     pytest.importorskip("fastokens")
     for name, path in files.items():
-        if name in ("trained", "adds_tokens"):
+        if name in GPT2_SPLIT:
             tokenizer = load_tokenizer(path, "fastokens")
             assert tokenizer.encoder == "fastokens"
             check_parity(tokenizer, TEXTS)
@@ -354,7 +301,7 @@ def test_fastokens_has_the_ids_of_tokenizers_or_is_refused(files):
 
 
 def test_truncation_padding_and_dropout_of_a_file_are_switched_off(files, tmp_path):
-    library = importlib.import_module("tokenizers").Tokenizer.from_file(str(files["trained"]))
+    library = pytest.importorskip("tokenizers").Tokenizer.from_file(str(files["trained"]))
     library.enable_truncation(5)
     library.enable_padding(length=50)
     library.model.dropout = 0.9
@@ -362,6 +309,18 @@ def test_truncation_padding_and_dropout_of_a_file_are_switched_off(files, tmp_pa
     expected = load_tokenizer(files["trained"]).encode(STORY)
     for _ in range(9):
         assert np.array_equal(load_tokenizer(path).encode(STORY), expected)
+
+
+def test_a_file_that_was_saved_again_has_the_same_identity_and_one_with_other_ids_has_not(files, tmp_path):
+    transformers, first = pytest.importorskip("transformers"), load_tokenizer(files["trained"])
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(files["trained"])).save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert again.sha256 != first.sha256 and again.identity == first.identity
+    same_ids = {name for name, path in files.items() if load_tokenizer(path).identity == first.identity}
+    assert same_ids == {*GPT2_SPLIT}
+    content = json.loads(first.content)
+    content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
+    assert load_tokenizer(save(tmp_path, json.dumps(content))).identity != first.identity
 
 
 def test_the_separator_is_the_one_that_the_model_names_else_a_known_name_else_a_new_id(files, tmp_path):
@@ -381,31 +340,30 @@ def test_the_separator_is_the_one_that_the_model_names_else_a_known_name_else_a_
     assert load_tokenizer(files["llama_like"]).eot == 2
 
 
-def with_ids(t, count):
-    """A tokenizer.json without a separator whose ids are 0 to count - 1."""
-    return t.Tokenizer(t.models.WordLevel({f"w{i}": i for i in range(count)}, unk_token="w0")).to_str()
-
-
 def test_ids_that_do_not_fit_into_16_bits_are_refused(tmp_path):
-    library = pytest.importorskip("tokenizers")
-    assert load_tokenizer(save(tmp_path, with_ids(library, 65535))).eot == 65535
+    t = pytest.importorskip("tokenizers")
+
+    def with_ids(count):  # and without a separator, which is added
+        return save(tmp_path, t.Tokenizer(t.models.WordLevel({f"w{i}": i for i in range(count)}, "w0")).to_str())
+
+    assert load_tokenizer(with_ids(65535)).eot == 65535
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: has 65,537 ids; at most 65,536"):
-        load_tokenizer(save(tmp_path, with_ids(library, 65536)))
+        load_tokenizer(with_ids(65536))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}', b"<html>"])
-def test_a_file_that_is_no_tokenizer_json_is_refused(tmp_path, content):
+def test_a_source_that_is_no_tokenizer_or_cannot_be_read_is_refused_with_what_can_be_given(tmp_path):
     pytest.importorskip("tokenizers")
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(content)
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer\.json.*give") as error:
-        load_tokenizer(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_source_that_cannot_be_read_is_refused_with_what_can_be_given(tmp_path):
+    for content in (b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"}}', b"<html>"):
+        path.write_bytes(content)
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer\.json.*give") as error:
+            load_tokenizer(path)
+        assert "\n" not in str(error.value)
     for source in ("byte", tmp_path / "missing.json", tmp_path):
         with pytest.raises(TokenizerError, match=r"gpt2.* bytes, or the path"):
+            load_tokenizer(source)
+    for source in ("gpt2-256", "gpt2-50257"):
+        with pytest.raises(TokenizerError, match="gpt2-257 to gpt2-50256"):
             load_tokenizer(source)
 
 
@@ -435,8 +393,7 @@ def test_the_same_texts_give_the_same_file_in_every_process_and_with_any_number_
     root, found = Path(__file__).parent.parent, set()
     for threads, seed in (("1", "0"), ("2", "1"), ("2", "2")):
         env = os.environ | dict(RAYON_NUM_THREADS=threads, PYTHONHASHSEED=seed, PYTHONPATH=str(root))
-        done = subprocess.run([sys.executable, "-c", TRAIN], env=env, capture_output=True, check=True)
-        found.add(done.stdout)
+        found.add(subprocess.run([sys.executable, "-c", TRAIN], env=env, capture_output=True, check=True).stdout)
     assert len(found) == 1 and len(json.loads(found.pop())["model"]["vocab"]) == 399
 
 
@@ -447,7 +404,6 @@ def test_a_trained_tokenizer_has_256_bytes_then_merges_and_the_separator_last(fi
     assert tokenizer.decode([279]) == "<|endoftext|>" and b" the" in tokenizer.token_bytes[256:]
     assert tokenizer.sha256 == hashlib.sha256(files["trained"].read_bytes()).hexdigest()
     assert len(tokenizer.encode(STORY)) < len(STORY) / 2
-    assert tokenizer.encode("").size == 0
 
 
 def test_the_size_is_at_least_257_at_most_65536_and_smaller_where_no_pair_occurs_twice(tmp_path):
@@ -464,20 +420,17 @@ def test_the_size_is_at_least_257_at_most_65536_and_smaller_where_no_pair_occurs
 # ---- nanoGPT's characters ------------------------------------------------------------------------------------
 
 
-def test_characters_have_nanogpts_ids(tmp_path):
+def test_characters_have_nanogpts_ids_and_others_are_refused_by_name(tmp_path):
     text = "First Citizen:\nBefore we proceed, é字😀\n"
-    tokenizer = load_tokenizer(chars_file(tmp_path / "shakespeare_char", text))
+    write_characters(tmp_path / "shakespeare_char", text)
+    tokenizer = load_tokenizer(tmp_path / "shakespeare_char" / "meta.pkl")
     stoi = {character: i for i, character in enumerate(sorted(set(text)))}
     assert tokenizer.encode(text).tolist() == [stoi[character] for character in text]
     assert (tokenizer.kind, tokenizer.name, tokenizer.eot) == ("chars", "shakespeare_char", None)
     assert tokenizer.n_vocab == len(stoi) and json.loads(tokenizer.content) == list(stoi)
-
-
-def test_a_text_with_other_characters_is_refused_with_these(tmp_path):
-    tokenizer = load_tokenizer(chars_file(tmp_path, "abc"))
-    with pytest.raises(TokenizerError, match=r"2 characters.*'x' '😀'") as error:
-        tokenizer.encode("axb😀x")
-    assert "'a'" not in str(error.value)
+    with pytest.raises(TokenizerError, match=r"2 characters.*'x' '\U0001f44d'") as error:
+        tokenizer.encode("ex\U0001f44drx")
+    assert "'e'" not in str(error.value)
 
 
 class Attack:
@@ -489,29 +442,29 @@ class Attack:
 
 
 def test_code_in_a_meta_pkl_is_not_run(tmp_path):
-    run = tmp_path / "run"
+    run, path = tmp_path / "run", tmp_path / "meta.pkl"
     for attack in (Attack(os.mkdir, str(run)), Attack(exec, f"import os; os.mkdir({str(run)!r})"), Path(run)):
-        path = chars_file(tmp_path, "abc", attack=attack)
+        path.write_bytes(pickle.dumps(dict(itos={0: "a"}, stoi={"a": 0}, attack=attack)))
         with pytest.raises(TokenizerError, match=r"meta\.pkl: .*code.*no code was run.*make it again") as error:
             load_tokenizer(path)
         assert not run.exists() and "\n" not in str(error.value)
 
 
 def test_a_meta_pkl_that_is_none_is_refused(tmp_path):
+    a, many = {0: "a"}, [chr(i) for i in range(65537 + 2048) if not 0xD800 <= i < 0xE000]
     wrong = [
-        dict(itos={0: "a", 1: "a"}),
+        dict(itos={0: "a", 1: "a"}, stoi={"a": 0}),
         dict(itos={0: "ab"}, stoi={"ab": 0}),
-        dict(itos={1: "a"}),
+        dict(itos={1: "a"}, stoi={"a": 0}),
         dict(itos={}, stoi={}),
-        dict(stoi={"a": 1}),
-        dict(itos=dict(enumerate(map(chr, range(65537))))),
+        dict(itos=a, stoi={"a": 1}),
+        dict(itos=a),
+        dict(itos=dict(enumerate(many)), stoi={character: i for i, character in enumerate(many)}),
     ]
-    for changes in wrong:
-        with pytest.raises(TokenizerError, match=r"meta\.pkl: not nanoGPT's"):
-            load_tokenizer(chars_file(tmp_path, "a", **changes))
-    path = tmp_path / "meta.pkl"
-    whole = chars_file(tmp_path, "abc").read_bytes()
-    for content in (b"", b"text", whole[:-9], pickle.dumps(7), b"\x80\x04K\x01b."):
+    whole, path = pickle.dumps(dict(itos=a, stoi={"a": 0})), tmp_path / "meta.pkl"
+    path.write_bytes(whole)
+    assert load_tokenizer(path).n_vocab == 1
+    for content in (*map(pickle.dumps, wrong), b"", b"text", whole[:-9], pickle.dumps(7), b"\x80\x04K\x01b."):
         path.write_bytes(content)
         with pytest.raises(TokenizerError, match=r"meta\.pkl: not nanoGPT's"):
             load_tokenizer(path)
@@ -520,46 +473,26 @@ def test_a_meta_pkl_that_is_none_is_refused(tmp_path):
 # ---- the tokenizer of a dataset ------------------------------------------------------------------------------
 
 
-def manifest_with(folder, tokenizer):
-    folder.mkdir(exist_ok=True)
-    write_manifest(folder, dict(version=1, tokenizer=tokenizer, shards=[], skipped={}, settings={}))
+def test_a_dataset_has_the_tokenizer_that_its_manifest_names_or_nanogpts_characters(tmp_path, files):
+    def dataset_with(tokenizer):
+        write_manifest(tmp_path, dict(version=1, tokenizer=tokenizer, shards=[], skipped={}, settings={}))
+        return ours.dataset_tokenizer(tmp_path)
 
-
-def test_a_dataset_has_the_tokenizer_that_its_manifest_names(tmp_path, files):
-    manifest_with(tmp_path, dict(name="gpt2", sha256=ours.VOCABULARY_SHA256, n_vocab=50257, eot=50256))  # an old one
-    assert ours.dataset_tokenizer(tmp_path).kind == "gpt2"
-    manifest_with(tmp_path, load_tokenizer("bytes").state())
-    assert ours.dataset_tokenizer(tmp_path).kind == "bytes"
-    manifest_with(tmp_path, dict(name="of another program", sha256="0" * 64, n_vocab=300, eot=0))
     assert ours.dataset_tokenizer(tmp_path) is None
+    write_characters(tmp_path, "abc")
+    assert ours.dataset_tokenizer(tmp_path).kind == "chars"
+    old = dict(name="gpt2", sha256=ours.VOCABULARY_SHA256, n_vocab=50257, eot=50256)
+    assert dataset_with(old).kind == "gpt2"
+    assert dataset_with(load_tokenizer("bytes").state()).kind == "bytes"
+    assert dataset_with(dict(name="of another program", sha256="0" * 64, n_vocab=300, eot=0)) is None
 
     state = load_tokenizer(files["trained"]).state()
     path = save(tmp_path, state.pop("content"))
-    manifest_with(tmp_path, state | {"file": "tokenizer.json"})
-    assert ours.dataset_tokenizer(tmp_path).state() == load_tokenizer(files["trained"]).state()
+    assert dataset_with(state | {"file": "tokenizer.json"}).state() == load_tokenizer(files["trained"]).state()
     path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*changed.*prepare\.py"):
+    remedy = rf"copy it again.*prepare\.py --dataset={tmp_path.name} --tokenizer=FILE.*another --dataset"
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json: .*changed.*{remedy}"):
         ours.dataset_tokenizer(tmp_path)
     path.unlink()
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*missing.*prepare\.py"):
+    with pytest.raises(TokenizerError, match=rf"tokenizer\.json: .*missing.*{remedy}"):
         ours.dataset_tokenizer(tmp_path)
-
-
-def test_a_folder_without_a_manifest_has_nanogpts_characters_or_names_none(tmp_path):
-    assert ours.dataset_tokenizer(tmp_path) is None
-    chars_file(tmp_path, "abc")
-    assert ours.dataset_tokenizer(tmp_path).kind == "chars"
-
-
-def test_the_short_vocabularies_are_gpt2_s_merges_up_to_an_id_so_their_ids_are_what_tokenizers_gives():
-    """The other reading of them: byte pair encoding with the first merges, from a tokenizer.json."""
-    short, whole = load_tokenizer("gpt2-1024"), load_tokenizer()
-    assert short.n_vocab == 1024 and short.eot == 1023 and short.token_bytes[:1023] == whole.token_bytes[:1023]
-    other = pytest.importorskip("tokenizers").Tokenizer.from_str(convert.tokenizer_json(short))
-    other.encode_special_tokens = True
-    for text in (*HARD_STRINGS, "The quick brown fox jumps over the lazy dog. " * 20):
-        assert short.encode(text).tolist() == other.encode(text).ids and short.decode(short.encode(text)) == text
-    assert from_state(short.state()).state() == short.state() and "content" not in short.state()
-    for source in ("gpt2-256", "gpt2-50257"):
-        with pytest.raises(TokenizerError, match="gpt2-257 to gpt2-50256"):
-            load_tokenizer(source)
