@@ -352,7 +352,7 @@ def take_over(config, tokenizer: Tokenizer | None, origin: dict | None):
 
 def check_tokenizer(config, tokenizer: Tokenizer, trained_with: Tokenizer, source: str) -> None:
     """Raises ConfigError unless the dataset has the tokenizer that the weights of `source` were trained with."""
-    if tokenizer.sha256 != trained_with.sha256:
+    if tokenizer.identity != trained_with.identity:
         names = [f"{t.name} ({t.n_vocab:,} ids, SHA-256 {t.sha256[:8]})" for t in (tokenizer, trained_with)]
         raise ConfigError(
             f"dataset={config.dataset} has the tokenizer {names[0]}, {source} was trained with {names[1]}: the same "
