@@ -123,10 +123,8 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: 
         path = Path(folder) / state["file"]
         content = path.read_bytes().decode(errors="replace") if path.exists() else None
         where = f"{path}: {where}"
-        remedy += (
-            f", or run prepare.py --dataset={Path(folder).name} --tokenizer=FILE with the FILE that it was made from"
-        )
-        remedy += "; if prepare.py trained it, prepare the same text as another --dataset"
+        remedy += f", or run prepare.py --dataset={Path(folder).name} --tokenizer=FILE, as at first"
+        remedy += "; if prepare.py trained it, prepare the same text with another --dataset"
     if content is None or hashlib.sha256(content.encode()).hexdigest() != sha256:
         problem = "missing" if content is None else "changed or damaged"
         raise TokenizerError(f"{where}: {problem}, its SHA-256 has to be {sha256[:12]}...; {remedy}")
@@ -351,8 +349,7 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def identity(self) -> str:  # type: ignore[override]
         layout = json.loads(self.library.to_str())  # in the library's own form, whatever wrote the file
-        parts = [self.eot, self.library.get_vocab(with_added_tokens=True)]
-        parts += [layout[name] for name in ("normalizer", "pre_tokenizer", "model")]
+        parts = [self.eot, *(layout[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model"))]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property

@@ -228,7 +228,7 @@ def test_a_stream_of_ids_shows_the_characters_of_the_whole(any_kind):
 
 
 def test_a_stream_holds_back_the_bytes_of_an_incomplete_character(any_kind):
-    if any_kind.name in ("chars0", "unigram"):  # they have no bytes
+    if any_kind.kind == "chars" or any_kind.name == "unigram":  # they have no bytes
         return
     ids, step = any_kind.encode("a😀").tolist(), any_kind.decoder()
     shown = [step(id) for id in ids]
@@ -317,7 +317,7 @@ def test_a_file_that_was_saved_again_has_the_same_identity_and_one_with_other_id
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert again.sha256 != first.sha256 and again.identity == first.identity
     same_ids = {name for name, path in files.items() if load_tokenizer(path).identity == first.identity}
-    assert same_ids == {*GPT2_SPLIT}
+    assert same_ids == {*GPT2_SPLIT, "not_special"}  # the separator is special in any case
     content = json.loads(first.content)
     content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
     assert load_tokenizer(save(tmp_path, json.dumps(content))).identity != first.identity
