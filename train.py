@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import describe, key, load_config, run_script
+from configurator import key, load_config, run_script
 from model import GPT, GPT2_IDS, GPTConfig
 from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
@@ -126,7 +126,7 @@ class TrainConfig:
 
     def problems(self) -> list[str]:
         """What does not fit together, one message each."""
-        found = checkpoint.problems(self)
+        found = checkpoint.problems(self) + budget.problems(self)
         if self.from_pretrained and self.init_from not in pretrained.HUB_NAMES and not os.path.exists(self.init_from):
             names = ", ".join(("scratch, resume, auto", *pretrained.HUB_NAMES, "a Hugging Face folder, a ckpt.pt"))
             found.append(f"init_from={self.init_from!r} is not a file or folder; use {names}")
@@ -136,14 +136,12 @@ class TrainConfig:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
         if self.tokens_per_step % self.block_size:
             below = self.tokens_per_step // self.block_size * self.block_size
-            reason = f"no multiple of block_size={self.block_size}: use {below:,} or {below + self.block_size:,}"
-            found.append(f"tokens_per_step={self.tokens_per_step:,} is {reason}")
+            found.append(
+                f"tokens_per_step={self.tokens_per_step} is no multiple of block_size={self.block_size}: "
+                f"use {f'{below} or ' if below else ''}{below + self.block_size}"
+            )
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
-        if self.gpu and not (self.plan_only and cards.card(self.gpu)):
-            found.append(f"gpu={self.gpu!r} needs --plan_only=True and one of these cards: {', '.join(cards.TABLE)}")
-        if (self.budget_hours and not self.plan_only) or (self.write_config and not self.budget_hours):
-            found.append("write_config needs budget_hours, and budget_hours needs --plan_only=True")
         return found
 
 
@@ -215,29 +213,32 @@ class Run:
 
 
 def setup(config: TrainConfig, stop: Stop) -> Run:
-    """Device, weights, data, plan, optimizers, compiler: in the order in which a mistake costs the user least time."""
+    """Device, data, weights, plan, optimizers, compiler: in the order in which a mistake costs the user least time."""
     runtime = start_runtime(config)
     train_windows, val_windows, tokenizer = open_data(config)
-    config, model, origin = starting_point(config, tokenizer, runtime.print0)
-    train_windows.vocab_size = val_windows.vocab_size = config.vocab_size
     data = checkpoint.data_identity(train_windows, val_windows)
-    saved, progress = None if model else origin, Progress(began_from=config.init_from if model else "")
+    pretrained_model, origin = starting_point(config, runtime.print0)
+    config = checkpoint.take_over(config, tokenizer, origin)
+    train_windows.vocab_size = val_windows.vocab_size = config.vocab_size
+    saved = None if pretrained_model else origin  # the checkpoint of a run that goes on
     if saved:
-        old = checkpoint.saved_config(saved, TrainConfig)
-        checkpoint.check_same_run(saved, old, config, data, runtime.print0)  # network, seed, tokens per step, data
-        progress = Progress.restore(saved)
-        before, after = learning_rate(progress.step, old), learning_rate(progress.step, config)
-        checkpoint.warn_of_jump(before, after, runtime.print0)
+        progress = checkpoint.resumed(saved, config, data, learning_rate, runtime.print0)
+    else:
+        progress = Progress(began_from=config.init_from if pretrained_model else "")
     runtime.require_same(step=progress.step, **data)
-    windows, facts = (train_windows, val_windows), runtime.plan_facts(config.out_dir)
-    planned = show_plan(config, facts, windows, tokenizer, origin, runtime.print0)
-    if runtime.rank == 0 and not config.eval_only:
-        checkpoint.check_room(config.out_dir, planned["disk_need"], resumed=not checkpoint.is_new(config))
+    is_new, writes = checkpoint.is_new(config), runtime.rank == 0 and not config.eval_only
+    planned: dict = {}
+    if runtime.rank == 0:
+        facts = runtime.plan_facts(config.out_dir)
+        planned = plan.show(config, learning_rates(config), facts, (train_windows, val_windows), tokenizer, origin)
+    if writes:
+        checkpoint.check_room(config.out_dir, planned["disk_need"], resumed=not is_new)
 
     torch.manual_seed(config.seed)
-    model = model or GPT(GPTConfig(**config.model_args()))
+    model = pretrained_model or GPT(GPTConfig(**config.model_args()))
     model.activation_checkpointing = config.activation_checkpointing
-    model.n_ids = tokenizer.n_vocab if tokenizer else model.n_ids
+    if tokenizer:
+        model.n_ids = tokenizer.n_vocab
     model.to(runtime.device)
     optimizers = optim.configure_optimizers(model, config, runtime.device.type)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -248,7 +249,16 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
             scaler.load_state_dict(saved["scaler"])
     runtime.print0(f"device  {runtime.world_size} x {runtime.device_name}, {runtime.dtype_name}")
     batch_size, micro_steps = choose_batch_size(model, config, runtime, progress.found)
-    run = Run(
+    compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
+    writer = None
+    if writes:
+        if is_new:
+            checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
+        about: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
+        about |= dict(parameters=model.num_params(positions=False))
+        about |= dict(planned_memory=planned["memory"], planned_hours=planned["hours"])
+        writer = metrics.start(config, progress, tokenizer, is_new, about, runtime.print0)
+    return Run(
         config=config,
         runtime=runtime,
         stop=stop,
@@ -256,69 +266,62 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         val_windows=val_windows,
         tokenizer=tokenizer,
         model=model,
-        compiled=compile_model(model, (batch_size, config.block_size), config.compile, runtime),
+        compiled=compiled,
         optimizers=optimizers,
         scaler=scaler,
         progress=progress,
         batch_size=batch_size,
         micro_steps=micro_steps,
+        writer=writer,
     )
-    if runtime.rank == 0 and not config.eval_only:
-        if new := checkpoint.is_new(config):
-            checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
-        start: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
-        start |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
-        run.writer = metrics.start(config, progress, tokenizer, new, start, runtime.print0)
-    return run
 
 
 def open_data(config):
-    """(train windows, val windows, tokenizer). A dataset without one: GPT-2's, as in nanoGPT, or None if too large."""
-    folder, rows = Path(config.data_dir) / config.dataset, config.vocab_size or None
-    train, val = (Windows(folder, split, config.block_size, config.seed, rows) for split in ("train", "val"))
-    tokenizer = dataset_tokenizer(folder) or (None if 0 < config.vocab_size < GPT2_IDS else load_tokenizer())
-    val.text_bytes = metrics.text_bytes(val, tokenizer)
-    return train, val, tokenizer
+    """(train windows, val windows, tokenizer). A dataset that names no tokenizer has GPT-2's, as in nanoGPT.
 
-
-def starting_point(config, tokenizer, print0):
-    """(config, pretrained model or None, what is known of the weights that the run starts from, None for random ones).
-
-    config has a number for vocab_size=0, and the network of pretrained weights, also where a run from them is resumed.
+    The tokenizer is None, not known, if vocab_size is too small for GPT-2's.
     """
-    model, origin = None, checkpoint.find(config, print0)
-    if config.from_pretrained:
-        model, origin = pretrained.start(config.init_from, config.block_size, config.dropout)
-        origin |= dict(model_args=asdict(model.config), path=config.init_from, began_from=config.init_from)
-    return checkpoint.take_over(config, tokenizer, origin), model, origin
+    folder, rows = Path(config.data_dir) / config.dataset, config.vocab_size or None
+    train_windows = Windows(folder, "train", config.block_size, config.seed, rows)
+    val_windows = Windows(folder, "val", config.block_size, config.seed, rows)
+    tokenizer = dataset_tokenizer(folder)
+    if tokenizer is None and not 0 < config.vocab_size < GPT2_IDS:
+        tokenizer = load_tokenizer()
+    val_windows.text_bytes = metrics.text_bytes(val_windows, tokenizer)
+    return train_windows, val_windows, tokenizer
 
 
-def show_plan(config, facts, windows, tokenizer, origin, print0):
-    """Prints config and plan, returns the plan. facts: see Runtime.plan_facts; windows: of train and val, if any."""
-    began_from = (origin or {}).get("began_from") or config.init_from  # also where the run is resumed
-    planned, facts = replace(config, init_from=began_from), facts | {f"{w.split}_tokens": w.tokens for w in windows}
-    facts["eval_tokens"] = config.tokens_to_evaluate(config.batch_size)
-    found = plan.plan(planned, learning_rates(config), trace=True if config.plan_only else None, **facts)
-    ids = f"{tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}" if tokenizer else "of an unknown tokenizer"
-    ids = f"ids     {ids}; vocab_size={config.vocab_size}"
-    print0("\n".join([describe(config), ids, *plan.lines(found, planned)]))
-    return found
+def starting_point(config, print0):
+    """(pretrained model, facts about its weights), or (None, the checkpoint to go on from), or (None, None).
+
+    What both dicts have, `checkpoint.take_over` lists.
+    """
+    saved = checkpoint.find(config, print0)
+    if not config.from_pretrained:
+        return None, saved
+    model, facts = pretrained.start(config.init_from, config.block_size, config.dropout)
+    facts |= dict(model_args=asdict(model.config), path=config.init_from, began_from=config.init_from)
+    return model, facts
 
 
 def plan_only(config: TrainConfig) -> None:
     """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
-    dtype = getattr(torch, config.dtype, torch.bfloat16)  # auto: bfloat16, which every card in the table has
-    facts = dict(device=config.gpu, dtype=dtype) if config.gpu else start_runtime(config).plan_facts(config.out_dir)
+    if known := cards.card(config.gpu):
+        auto = torch.bfloat16 if known.has_bfloat16 else torch.float16
+        facts = dict(device=known.name, dtype=getattr(torch, config.dtype, auto))
+    else:
+        facts = start_runtime(config).plan_facts(config.out_dir)
     windows, tokenizer = (), None
     try:
         *windows, tokenizer = open_data(config)
     except ShardError as error:
         print(f"data    unknown: {error}")
-    config, _, origin = starting_point(config, tokenizer, print)
+    _, origin = starting_point(config, print)
+    config = checkpoint.take_over(config, tokenizer, origin)
     if config.budget_hours:
         budget.show(config, facts, windows[0].tokens if windows else None)
-        return
-    show_plan(config, facts, windows, tokenizer, origin, print)
+    else:
+        plan.show(config, learning_rates(config), facts, windows, tokenizer, origin)
 
 
 # ---- evaluation and checkpoints

@@ -14,15 +14,16 @@ import torch
 from tqdm import tqdm
 
 from onecard import UserError
-from onecard.cards import Card, card
+from onecard.cards import Card, card, similar
 from onecard.durable import replacing
 from onecard.law import BAND, critical_batch, expected_loss, law, usual_rate
-from onecard.memory import GiB, batch_sizes_that_fit, network, trace_memory
+from onecard.memory import BUDGET, GiB, network, trace_memory
 from onecard.plan import DESKTOP, utilisation
 
 SHAPES = ((6, 384), (8, 512), (12, 512), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048))  # layers, width
 HEAD = 64
 MAX_MICRO_BATCH = 32
+SHOWN = 4  # networks in the table: the one with the lowest loss to expect and its rivals
 EPOCHS = 4  # beyond so many passes over the data repeats help little (Muennighoff et al. 2023, arXiv 2305.16264)
 WRITTEN = (  # keys of a written config
     "dataset arch n_layer n_head n_embd block_size tokens_per_step batch_size max_iters optimizer learning_rate "
@@ -42,6 +43,22 @@ class Row(NamedTuple):
     hours: float
     loss: float | None  # expected, where the law is validated
     rank: float  # the law's value for this size and these tokens, whatever the recipe: lower is better
+
+
+def problems(config) -> list[str]:
+    """What does not fit together in the keys about planning, one message each."""
+    found = []
+    if config.gpu and not config.plan_only:
+        found.append(f"gpu={config.gpu!r} needs plan_only=True: a run uses the card of this machine")
+    elif config.gpu and not card(config.gpu):
+        near = similar(config.gpu)
+        remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else "'RTX 4070', 'RTX 5090', 'H100' are"
+        found.append(f"gpu={config.gpu!r} is not a card that onecard knows; {remedy} (all: onecard/cards.py)")
+    if config.budget_hours and not config.plan_only:
+        found.append("budget_hours needs plan_only=True")
+    if config.write_config and not config.budget_hours:
+        found.append("write_config needs budget_hours, such as --budget_hours=24")
+    return found
 
 
 def show(config, facts: dict, train_tokens: int | None) -> None:
@@ -68,26 +85,30 @@ def show(config, facts: dict, train_tokens: int | None) -> None:
 
 
 def choices(config, hours: float, found: Card, free_bytes: float, dtype: torch.dtype, train_tokens=None) -> list[Row]:
-    """The rows that fit, by size. config gives arch, optimizer, schedule and block_size; train_tokens: of the dataset.
+    """The best rows that fit, by size. config gives arch, optimizer, schedule and block_size.
 
-    Raises BudgetError if nothing fits.
+    The loss to expect does not depend on memory, which takes seconds to predict: it is predicted for the best networks
+    only. Raises BudgetError if nothing fits.
     """
-    rows = []
-    for n_layer, n_embd in tqdm(SHAPES, desc="networks", leave=False, delay=2):
-        shape = replace(config, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // HEAD)
-        row = fit(shape, hours, found, free_bytes, dtype, train_tokens)
+    shapes = [replace(config, n_layer=layers, n_embd=width, n_head=width // HEAD) for layers, width in SHAPES]
+    runs = [run for shape in shapes if (run := longest_run(shape, hours, found, dtype, train_tokens))]
+    rows: list[Row] = []
+    for run in tqdm(sorted(runs, key=lambda run: run.rank), desc="networks", leave=False, delay=2):
+        row = with_micro_batch(run, free_bytes, dtype)
         if row:
             rows.append(row)
+        if len(rows) == SHOWN:
+            break
     if not rows:
         raise BudgetError(
-            f"budget_hours={hours:g}: no network of the table fits {found.name} and trains 1,000 steps in that time; "
+            f"budget_hours={hours:g}: no network of the table fits {found.name} and trains 2,000 steps in that time; "
             "give more hours, or a smaller --block_size"
         )
-    return rows
+    return sorted(rows, key=lambda row: row.parameters)
 
 
-def fit(config, hours, found, free_bytes, dtype, train_tokens) -> Row | None:
-    """The run of this network in that time; None if it does not fit the memory or would take too few steps."""
+def longest_run(config, hours, found, dtype, train_tokens) -> Row | None:
+    """This network on as many tokens as the hours allow, without a micro batch yet. None: they are too few."""
     model = network(config)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
     speed = found.tflops * 1e12 * utilisation(config.n_embd, found.tflops * 1e12)  # FLOP/s
@@ -95,15 +116,15 @@ def fit(config, hours, found, free_bytes, dtype, train_tokens) -> Row | None:
     if train_tokens:
         tokens = min(tokens, EPOCHS * train_tokens)
     rank = law(counts["total"], tokens)
-    step_tokens = 2 ** int(min(critical_batch(rank), tokens / 2000)).bit_length() // 2  # the power of two below
-    steps = int(tokens // step_tokens)
-    if steps < 1000 or step_tokens < config.block_size:
+    sequences = int(min(critical_batch(rank), tokens / 2000)) // config.block_size  # of a step: at least 2,000 steps
+    if not sequences:
         return None
+    step_tokens = 2 ** (sequences.bit_length() - 1) * config.block_size  # the power of two below
+    steps = int(tokens // step_tokens)
     rate = float(f"{usual_rate(counts['blocks'], config.optimizer):.1e}")
     config = replace(
         config,
         tokens_per_step=step_tokens,
-        batch_size=1,
         max_iters=steps,
         lr_decay_iters=0,
         warmup_iters=max(100, steps // 50),
@@ -112,17 +133,26 @@ def fit(config, hours, found, free_bytes, dtype, train_tokens) -> Row | None:
         eval_interval=max(1, steps // 40),
         eval_tokens=2**20,
         dropout=0.0,
+        dtype=str(dtype).removeprefix("torch."),
     )
-    largest = min(MAX_MICRO_BATCH * config.block_size, step_tokens)
-    sizes = batch_sizes_that_fit(replace(config, tokens_per_step=largest), free_bytes, "cuda", dtype)
-    if not sizes:
-        return None
-    config = replace(config, batch_size=sizes[-1], dtype=str(dtype).removeprefix("torch."))
     rates = [rate, config.min_lr]  # the law asks for the first and the last one
     loss, _ = expected_loss(config, rates, tokens / train_tokens if train_tokens else None)
-    memory = sum(trace_memory(config, "cuda", dtype).values())
     seconds = steps * step_tokens * flops_per_token / speed / 0.97
-    return Row(config, counts["total"], steps * step_tokens, memory, seconds / 3600, loss, rank)
+    return Row(config, counts["total"], steps * step_tokens, 0.0, seconds / 3600, loss, rank)
+
+
+def with_micro_batch(row: Row, free_bytes: float, dtype: torch.dtype) -> Row | None:
+    """The row with the largest micro batch that fits the memory, and the memory of its step; None if none fits."""
+    size = min(MAX_MICRO_BATCH, row.config.step_sequences)  # a power of two, as the step is
+    if 12 * row.parameters > free_bytes:  # weights, gradients and one moment: Muon's state, AdamW needs more
+        return None
+    while size:
+        config = replace(row.config, batch_size=size)
+        memory = sum(trace_memory(config, "cuda", dtype).values())
+        if memory <= BUDGET * free_bytes:
+            return row._replace(config=config, memory=memory)
+        size //= 2
+    return None
 
 
 def best(rows: list[Row]) -> int:

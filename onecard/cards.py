@@ -7,6 +7,7 @@ The one thing to know: a card that is not surely one of the table is unknown. A 
 is derived from it wrong, without a sign.
 """
 
+import difflib
 import re
 from typing import NamedTuple
 
@@ -129,6 +130,16 @@ def card(name: str, sms: int | None = None, total_bytes: int | None = None) -> C
     if gib:
         rows = [row for row in rows if row.gib == gib]
     return rows[0] if rows else None
+
+
+def similar(name: str) -> list[str]:
+    """Up to three cards of the table whose names are close to this one."""
+    rows = {split_name(row)[0]: row for row in reversed(TABLE)}  # of variants with more memory, the first row
+    family, _ = split_name(name)
+    for words in (family, f"rtx {family}"):
+        if near := difflib.get_close_matches(words, rows, n=3, cutoff=0.75):
+            return [rows[words] for words in near]
+    return []
 
 
 def split_name(name: str) -> tuple[str, int | None]:

@@ -265,8 +265,12 @@ def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
 
 @contextlib.contextmanager
 def owned(out_dir: str | Path):
-    """Makes out_dir if needed and holds its lock; finishes or removes what a killed process left unfinished there."""
+    """Makes out_dir if needed and holds its lock; finishes or removes what a killed process left unfinished there.
+
+    Removes an out_dir that it made if nothing was written, as when the dataset is missing.
+    """
     with contextlib.ExitStack() as lock:
+        made = not os.path.exists(out_dir)
         try:
             os.makedirs(out_dir, exist_ok=True)
             lock.enter_context(durable.owned(Path(out_dir) / ".lock", f"out_dir={out_dir}"))
@@ -277,7 +281,13 @@ def owned(out_dir: str | Path):
         if (newest(out_dir) or "").startswith(NEW):  # killed after it was written, before it became ckpt.pt
             os.replace(new, new.with_name(LATEST))
         new.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows does not delete an open file
+                if made and os.listdir(out_dir) == [".lock"]:
+                    os.remove(Path(out_dir) / ".lock")
+                    os.rmdir(out_dir)
 
 
 # ---- resuming: what a run goes on from, and whether it may
@@ -379,37 +389,14 @@ def data_identity(train_windows, val_windows) -> dict:
     }
 
 
-def identity(config, data):
-    """What must not change when a run is resumed: network, seed, tokens per step, optimizer and data."""
-    network = {name: value for name, value in config.model_args().items() if name != "dropout"}
-    return {
-        **network,
-        "seed": config.seed,
-        "tokens_per_step": config.step_tokens,
-        "optimizer": config.optimizer,
-        **data,
-    }
+def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
+    """How far the run of the checkpoint `saved` is. learning_rate: a function of step and config.
 
-
-def saved_config(saved: dict, ConfigClass):
-    """The config in a checkpoint, without the keys of other versions."""
-    known = ConfigClass.__dataclass_fields__
-    return ConfigClass(**{name: value for name, value in saved["config"].items() if name in known})
-
-
-def warn_of_jump(before: float, after: float, print0) -> None:
-    """before, after: the learning rate of the next step by the saved config, and by the one now."""
-    if not math.isclose(before, after, rel_tol=0.01):
-        effect = ": the loss will rise at first" if after > before else ""
-        print0(f"WARNING: the learning rate jumps from {before:.2e} to {after:.2e}{effect}")
-
-
-def check_same_run(saved: dict, old, config, data: dict, print0) -> None:
-    """Raises ConfigError unless `config` and `data` make the run of the checkpoint `saved`, whose config is `old`.
-
-    Network, seed, tokens per step, optimizer and data must be the same. Other changes take effect and are listed. With
-    a new val split the best val loss starts over.
+    Network, seed, tokens per step, optimizer and data must be the same, or ConfigError. Other changes take effect and
+    are listed. With a new val split the best val loss starts over.
     """
+    Config = type(config)
+    old = Config(**{name: value for name, value in saved["config"].items() if name in Config.__dataclass_fields__})
     now, then = identity(config, data), identity(old, saved["data"])
     differ = [name for name in now if now[name] != then[name] and not (config.allow_new_data and name in data)]
     if differ:
@@ -423,7 +410,20 @@ def check_same_run(saved: dict, old, config, data: dict, print0) -> None:
     if changed:
         values = ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in changed)
         print0(f"resumed with other settings: {values}")
+    progress = Progress.restore(saved)
     if saved["data"] != data:
         print0(f"resumed with other data: {data['train_tokens']:,} tokens, before {saved['data']['train_tokens']:,}")
         if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
-            saved["best_val_loss"] = math.inf
+            progress.best_val_loss = math.inf
+    old_rate, rate = learning_rate(progress.step, old), learning_rate(progress.step, config)
+    if not math.isclose(old_rate, rate, rel_tol=0.01):
+        effect = ": the loss will rise at first" if rate > old_rate else ""
+        print0(f"WARNING: the learning rate jumps from {old_rate:.2e} to {rate:.2e}{effect}")
+    return progress
+
+
+def identity(config, data):
+    """What must not change when a run is resumed."""
+    network = {name: value for name, value in config.model_args().items() if name != "dropout"}
+    rest = dict(seed=config.seed, tokens_per_step=config.step_tokens, optimizer=config.optimizer)
+    return network | rest | data

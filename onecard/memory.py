@@ -28,6 +28,7 @@ FLOAT32_ON_A_CARD = (
     "pow.Tensor_Scalar pow.Tensor_Tensor exp log rsqrt reciprocal softplus softmax.int cumsum layer_norm"
 )
 GiB = 2**30
+CPU_BATCH_TOKENS = 2**12  # a larger micro batch is not faster on a CPU
 BUDGET = 0.92  # share of the free memory that a micro batch may need: the allocator loses some to fragments
 
 

@@ -12,14 +12,16 @@ reason is given instead.
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 
+from configurator import describe
 from model import GPT, GPTConfig
 from onecard.advice import warnings
 from onecard.cards import card
-from onecard.law import BAND, best_size, expected_loss, law, usual_rate  # noqa: F401
-from onecard.memory import GiB, network, trace_memory
+from onecard.law import BAND, expected_loss
+from onecard.memory import CPU_BATCH_TOKENS, GiB, network, trace_memory
 from onecard.optim import configure_optimizers
 
 DESKTOP = 11.2 / 12  # share of a card's memory that is free where a desktop uses the rest
@@ -57,15 +59,16 @@ def plan(
 
     train_tokens, val_tokens: in the dataset; eval_tokens: of each split in an evaluation; device: "cpu", or the name
     of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes, total_bytes: of the card's
-    memory; gpu_processes: the other processes on it; trace: predict the memory of a step, which takes a few seconds;
-    None: not for a small network on a CPU, whose speed is measured instead.
+    memory; gpu_processes: the other processes on it; trace: predict the memory of a step, and measure the speed of a
+    small network on a CPU, which takes seconds; None: the memory only where it may be short.
     """
     model, known = network(config), card(device, sms, total_bytes)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
     tokens, eval_tokens = config.step_tokens * config.max_iters, min(eval_tokens, val_tokens or eval_tokens)
     small_on_cpu = device == "cpu" and counts["total"] <= SMALL
-    measure, trace = trace is None and small_on_cpu, not small_on_cpu if trace is None else trace
-    memory = trace_memory(config, "cpu" if device == "cpu" else "cuda", dtype) if trace and config.batch_size else None
+    memory = None
+    if config.batch_size and (trace or (trace is None and not small_on_cpu)):
+        memory = trace_memory(config, "cpu" if device == "cpu" else "cuda", dtype)
     kept = config.max_iters // config.keep_every if config.keep_every else 0
     found = {
         "parameters": counts,
@@ -96,10 +99,9 @@ def plan(
         found["utilisation"] = utilisation(config.n_embd, found["peak"])
         speed = found["peak"] * found["utilisation"] * world_size  # FLOP/s
         found["hours"] = (tokens + evaluated) * flops_per_token / speed / 3600
-    elif measure and config.batch_size:
-        micro_batch, update = measured_seconds(config, dtype)
-        micro_batches = (tokens + evaluated) / (config.batch_size * config.block_size)
-        found["hours"] = (micro_batches * micro_batch / world_size + config.max_iters * update) / 3600
+    elif small_on_cpu and trace is not False and tokens:
+        token_seconds, update_seconds = measured_seconds(config, dtype)
+        found["hours"] = ((tokens + evaluated) * token_seconds / world_size + config.max_iters * update_seconds) / 3600
     found["loss"], found["no_loss"] = expected_loss(config, rates, found["epochs"])
     found["warnings"] = list(warnings(config, found))
     return found
@@ -122,14 +124,15 @@ def utilisation(n_embd: int, peak: float) -> float:
     return share * min(1.0, (MEASURED_ON / peak) ** 0.25)
 
 
+@torch.random.fork_rng(devices=[])
 def measured_seconds(config, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds of a micro batch, forward and backward, and of the optimizers' step: measured here, on the CPU."""
-    with torch.random.fork_rng():
-        model = GPT(GPTConfig(**config.model_args()))
+    """Seconds for a token, forward and backward, and for the optimizers' update: measured here, on the CPU."""
+    model = GPT(GPTConfig(**config.model_args()))
+    model.activation_checkpointing = config.activation_checkpointing
     optimizers = configure_optimizers(model, config, "cpu")
-    tokens = (
-        torch.arange(config.batch_size * (config.block_size + 1)).view(config.batch_size, -1) % model.config.vocab_size
-    )
+    largest = max(1, CPU_BATCH_TOKENS // config.block_size)
+    batch_size = min(config.batch_size or largest, largest)
+    tokens = torch.randint(model.config.vocab_size, (batch_size, config.block_size + 1))
     for _ in range(2):  # the first is slower: buffers are made
         started = time.perf_counter()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -139,7 +142,7 @@ def measured_seconds(config, dtype: torch.dtype) -> tuple[float, float]:
         for optimizer in optimizers:
             optimizer.step()
         ended = time.perf_counter()
-    return done - started, ended - done
+    return (done - started) / (batch_size * config.block_size), ended - done
 
 
 def hours_left(config, step: int, seconds_per_step: float, eval_seconds: float = 0.0) -> float:
@@ -149,6 +152,25 @@ def hours_left(config, step: int, seconds_per_step: float, eval_seconds: float =
 
 
 # ---- the plan as lines
+
+
+def show(config, rates, facts: dict, windows, tokenizer, origin: dict | None) -> dict:
+    """Prints the config and the plan of a run of train.py, and returns the plan.
+
+    facts: of device and disk, see Runtime.plan_facts; windows: of train and val, if there is a dataset; origin: of the
+    weights that the run starts from, see checkpoint.take_over. With eval_only memory and hours are left out.
+    """
+    began_from = (origin or {}).get("began_from") or config.init_from  # also where the run is resumed
+    planned = replace(config, init_from=began_from)
+    facts = facts | {f"{split.split}_tokens": split.tokens for split in windows}
+    trace = True if config.plan_only else False if config.eval_only else None
+    eval_tokens = config.tokens_to_evaluate(config.batch_size)
+    found = plan(planned, rates, eval_tokens=eval_tokens, trace=trace, **facts)
+    ids = f"{tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}" if tokenizer else "of an unknown tokenizer"
+    print(describe(config))
+    print(f"ids     {ids}; vocab_size={config.vocab_size}")
+    print(*lines(found, planned), sep="\n", flush=True)
+    return found
 
 
 def lines(found: dict, config):

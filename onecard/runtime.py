@@ -22,9 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from onecard import UserError
 from onecard.cards import card
-from onecard.memory import BUDGET, batch_sizes_that_fit, divisors
-
-CPU_BATCH_TOKENS = 2**12  # a larger micro batch is not faster on a CPU
+from onecard.memory import BUDGET, CPU_BATCH_TOKENS, batch_sizes_that_fit, divisors
 
 
 class DeviceError(UserError):

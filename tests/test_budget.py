@@ -43,8 +43,18 @@ def test_every_row_fits_the_time_and_the_memory_and_the_marked_one_has_the_lowes
     assert budget.table(found, 1)[2].startswith("*")
 
 
-def test_a_small_dataset_is_read_four_times_at_most(rows):
-    assert all(row.tokens <= 4 * 10**8 for row in rows(train_tokens=10**8))
+def test_of_many_networks_only_those_with_the_lowest_losses_are_traced_and_shown(rows, monkeypatch):
+    monkeypatch.setattr(budget, "SHOWN", 2)
+    monkeypatch.setattr(budget, "trace_memory", lambda config, *_: traced.append(config.n_embd) or {"weights": 1})
+    traced = []
+    found = rows(block_size=96)  # no power of two: a step is whole sequences
+    assert [row.config.n_embd for row in found] == [512, 1024] and sorted(set(traced)) == [512, 1024]
+    assert all(row.config.problems() == [] for row in found)
+
+
+def test_a_small_dataset_is_read_four_times_at_most(rows, monkeypatch):
+    monkeypatch.setattr(budget, "trace_memory", lambda *_: {"weights": 1})
+    assert [row.tokens for row in rows(train_tokens=10**8)] == pytest.approx([4 * 10**8] * 3, rel=0.01)
 
 
 def test_the_written_config_is_the_row_and_is_never_overwritten(rows, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from onecard.cards import TABLE, card
+from onecard.cards import TABLE, card, similar
 
 
 def test_ada_cards_have_the_peak_of_their_sms_and_boost_clock():
@@ -59,6 +59,11 @@ def test_a_card_is_known_by_the_drivers_name_and_by_what_a_person_types(name, sm
 )
 def test_a_card_that_is_not_surely_in_the_table_is_unknown(name, sms):
     assert card(name, sms) is None
+
+
+def test_cards_with_a_similar_name_are_offered():
+    assert similar("RTX 4O70")[0] == "RTX 4070" and similar("RTX 6000")[0] == "RTX A6000"
+    assert similar("4070 Tii")[0] == "RTX 4070 Ti" and similar("abc") == []
 
 
 def test_the_memory_in_the_machine_decides_between_cards_of_one_name():

@@ -390,6 +390,7 @@ def test_another_tokenizer_is_refused_in_resuming_and_finetuning_and_both_are_na
         (dict(n_head=3), "n_embd=32 is not a multiple of n_head=3"),
         (dict(tokens_per_step=120), "120 is no multiple of block_size=16: use 112 or 128"),
         (dict(batch_size=0), "batch_size=0 needs tokens_per_step"),
+        (dict(gpu="RTX 4070"), "gpu='RTX 4070' needs plan_only=True"),
         (dict(keep_every=3), "keep_every=3 has to be a multiple of eval_interval=4"),
         (dict(wandb_artifact=True), "needs wandb_log=True"),
         (dict(dataset="no-such"), "no-such: no such folder"),
@@ -401,8 +402,8 @@ def test_another_tokenizer_is_refused_in_resuming_and_finetuning_and_both_are_na
         (dict(dataset="cut"), r"val_000000\.bin: 1,222 bytes, expected 1,224"),
     ],
 )
-def test_a_mistake_is_refused_before_the_model_is_built_or_anything_is_printed(
-    flags, tiny_data, monkeypatch, capsys, keys, message
+def test_a_mistake_is_refused_before_the_model_is_built_or_anything_is_printed_or_written(
+    flags, tiny_data, tmp_path, monkeypatch, capsys, keys, message
 ):
     monkeypatch.setattr(train, "GPT", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -411,7 +412,7 @@ def test_a_mistake_is_refused_before_the_model_is_built_or_anything_is_printed(
     write_characters(tiny_data[0] / "letters", TEXT)
     with pytest.raises(UserError, match=message):
         train.main(flags(**keys))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
 
 
 def test_a_dataset_of_the_code_before_the_rebuild_is_trained_on_and_made_again_byte_for_byte(tmp_path, capsys):
