@@ -336,7 +336,7 @@ def new_path(path: Path) -> Iterator[Path]:
     Raises ConvertError if `path` exists or cannot be written. Nothing is left behind if the body fails.
     """
     if path.exists():
-        raise ConvertError(f"{path} is there already: remove it, or give another --out")
+        raise ConvertError(f"{path} is there already: give another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(f".convert{durable.TEMPORARY}", f"{path.name}.", path.parent) as folder:
@@ -357,9 +357,9 @@ def output_path(config: ConvertConfig, folder: Path, name: str) -> Path:
         return Path(config.out)
     if config.to == "onecard":
         return Path("out") / name
-    if not folder.exists():  # weights that transformers downloads
-        return Path("out") / f"{name}-{config.to}"
-    return folder / (f"{name}.gguf" if config.to == "gguf" else config.to)
+    if config.to == "gguf":
+        return (folder if folder.exists() else Path("out")) / f"{name}.gguf"
+    return folder / config.to if folder.exists() else Path("out") / f"{name}-{config.to}"  # those of the hub
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -372,9 +372,6 @@ def main(argv: list[str] | None = None) -> None:
         model, about = pretrained.read(source, config.checkpoint)
         c, step, tokenizer = model.config, about.get("iter_num", 0), from_state(about["tokenizer"])
         print(f"{source}: {c.arch}, {model.num_params():,} parameters, step {step:,}, tokenizer {tokenizer.name}")
-        if c.vocab_size < tokenizer.n_vocab:
-            reason = f"fewer than the {tokenizer.n_vocab} ids of the tokenizer {tokenizer.name}"
-            raise ConvertError(f"{source}: vocab_size={c.vocab_size} is {reason}: put its own tokenizer.json beside it")
         about |= last_evaluation(folder / metrics.NAME, step)
         write = dict(hf=write_hf, gguf=write_gguf, nanogpt=write_nanogpt, onecard=write_onecard)[config.to]
         write(temporary, model, tokenizer, about, name)

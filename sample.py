@@ -24,13 +24,15 @@ from model import GPT
 from onecard import checkpoint, pretrained
 from onecard.generation import first_id, score, stream
 from onecard.runtime import pick_device, pick_dtype
-from onecard.tokenizer import Tokenizer
+from onecard.tokenizer import Tokenizer, from_state
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     # files
-    out_dir: str = key("out", "folder that train.py wrote; also as an argument without a key", inputs=True)
+    out_dir: str = key(
+        "out", "folder that train.py wrote, or what convert.py reads; also as an argument without a key", inputs=True
+    )
     checkpoint: str = key("latest", "which of its checkpoints", choices=("latest", "best"))
     # prompts
     start: str = key("", "prompt; FILE:name reads it from a file, - from standard input; empty: no prompt")
@@ -97,16 +99,14 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model on its device, and its tokenizer. The weights are cast once to the dtype that is computed in."""
     device = pick_device(config.device)
     dtype = "float32" if config.score and config.dtype == "auto" else config.dtype
-    path = Path(config.out_dir) / (checkpoint.LATEST if config.checkpoint == "latest" else checkpoint.BEST)
-    if not path.exists():
-        raise ConfigError(f"{path}: no checkpoint here; train first, or check --out_dir")
-    model, saved = pretrained.read(str(path))  # nanoGPT's ckpt.pt too
-    tokenizer = checkpoint.tokenizer_of(saved, path)
+    model, saved = pretrained.read(config.out_dir, config.checkpoint)
+    tokenizer = from_state(saved["tokenizer"])
     model.n_ids = tokenizer.n_vocab
-    log(f"step {saved['iter_num']:,}, best val loss {saved['best_val_loss']:.4f}, tokenizer {tokenizer.name}")
-    best = path.with_name(checkpoint.BEST)
-    if best.exists() and (step := checkpoint.read_trailer(best)[0]) < saved["iter_num"]:
-        log(f"the best val loss was at step {step:,}; --checkpoint=best samples from there")
+    step, loss = saved.get("iter_num", 0), saved.get("best_val_loss", math.inf)
+    log(f"step {step:,}, best val loss {loss:.4f}, tokenizer {tokenizer.name}")
+    best = Path(config.out_dir) / checkpoint.BEST
+    if best.exists() and (best_step := checkpoint.read_trailer(best)[0]) < step:
+        log(f"the best val loss was at step {best_step:,}; --checkpoint=best samples from there")
     return model.to(device, pick_dtype(dtype, device)), tokenizer
 
 

@@ -71,7 +71,8 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
     except checkpoint.CheckpointError:  # not written by onecard
         return read_nanogpt(path)
     except FileNotFoundError:
-        raise ConvertError(f"{path}: there is no such file, and no config.json in its folder; train first") from None
+        reason = "there is no such file, and no config.json in its folder"
+        raise ConvertError(f"{path}: {reason}; train first, or give the folder of another run") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
     model, about = checkpoint.load_model(path)
@@ -139,6 +140,9 @@ def read_hf(source: str) -> tuple[GPT, dict]:
     config = call_transformers(source, transformers.AutoConfig.from_pretrained)
     args, own = network_of(config, source)
     tokenizer = folder_tokenizer(Path(source), own)
+    if args["vocab_size"] < tokenizer.n_vocab:
+        reason = f"vocab_size={args['vocab_size']} is less than the {tokenizer.n_vocab} ids of {tokenizer.name}"
+        raise ConvertError(f"{source}: {reason}: put its own tokenizer.json beside it")
     load_weights = transformers.AutoModelForCausalLM.from_pretrained
     model, found = call_transformers(source, load_weights, output_loading_info=True)
     bad = [*found["missing_keys"], *found["mismatched_keys"]]
