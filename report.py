@@ -23,6 +23,8 @@ from configurator import ConfigError, checked, key, load_config, read_values, ru
 from onecard import UserError, logs, plan
 from onecard.compare import compare, last_losses
 from onecard.diagnosis import PROBLEMS, Finding, diagnose
+from onecard.law import BAND
+from onecard.memory import GiB
 from onecard.page import write_page
 from onecard.run import Run
 from train import TrainConfig, learning_rate
@@ -30,6 +32,7 @@ from train import TrainConfig, learning_rate
 DEFAULTS = dict(lr_decay_iters=600_000, eval_iters=200, dtype="bfloat16", gelu="none")  # nanoGPT's, other than ours
 DEFAULTS |= dict(vocab_size=50304)
 MAX_ITERS = 10**7
+HUGE = 1e15
 MAX_RUNS = 12
 
 
@@ -111,10 +114,10 @@ def assemble(name: str, records: Sequence[dict]) -> Run:
 
 
 def column(records, name):
-    """The numbers of one name: NaN where there is none, inf where it is not finite."""
-    values = [record.get(name) for record in records]
-    finite = [math.inf if isinstance(v, float) and not math.isfinite(v) else v for v in values]
-    return np.array([value if isinstance(value, int | float) else math.nan for value in finite], dtype=float)
+    """The numbers of one name: NaN where there is none, inf where it is not finite, or too large to mean anything."""
+    logged = (record.get(name) for record in records)
+    numbers = (value if isinstance(value, int | float) else None for value in logged)
+    return np.array([math.nan if n is None else n if abs(n) < HUGE else math.inf for n in numbers], dtype=float)
 
 
 def known_config(name: str, keys: dict) -> TrainConfig:
@@ -164,21 +167,21 @@ def plan_beside(run: Run) -> list[tuple[str, str, str]]:
     if found["epochs"]:
         rows.append(("epochs", f"{found['epochs']:.2f}", f"{run.epochs:.2f}"))
     if "ms_per_step" in lines:
-        seconds, hours = np.nanmedian(lines["ms_per_step"]) / 1000, found["hours"]
+        seconds, hours = np.nanmedian(lines["ms_per_step"]) / 1000, found["hours"] or run.about.get("planned_hours")
         speed = f"{found['tokens'] / hours / 3600:,.0f}" if hours else ""
         rows.append(("tokens per second", speed, f"{c.step_tokens / seconds:,.0f}"))
         eval_seconds = float(np.nan_to_num(run.evals["eval_seconds"][-1:].sum()))
         measured = plan.hours_left(c, 0, seconds, eval_seconds)
         rows.append(("hours in total", f"{hours:.1f}" if hours else "", f"{measured:.2f} at this speed"))
     if "peak_memory_gib" in lines:
-        planned = sum((run.about.get("planned_memory") or {}).values()) / plan.GiB  # for an eager step
+        planned = sum((run.about.get("planned_memory") or {}).values()) / GiB  # for an eager step
         actual = np.nanmax(lines["peak_memory_gib"])
         rows.append(("peak memory, GiB", f"{planned:.2f}" if planned else "", f"{actual:.2f}"))
     if run.groups:
         error = np.std(run.groups[-1], ddof=1) / math.sqrt(len(run.groups[-1]))
         rows.append(("standard error of val", f"{found['eval_error']:.4f}", f"{error:.4f}"))
     if len(run.evals["step"]):
-        expected = f"{found['loss']:.2f} +- {plan.BAND} at the end" if found["loss"] else "no expectation"
+        expected = f"{found['loss']:.2f} +- {BAND} at the end" if found["loss"] else "no expectation"
         rows.append(("val loss", expected, f"{run.evals['val'][-1]:.4f}"))
     return rows
 

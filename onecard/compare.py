@@ -60,15 +60,16 @@ def ranking(runs, letters):
     if not all(len(steps) for steps, _ in curves):
         return f"These runs cannot be ranked: not all have {missing(unit)}."
     at = min(steps[-1] for steps, _ in curves)
-    losses = sorted((float(np.interp(at, *curve)), letter) for letter, curve in zip(letters, curves, strict=True))
-    others = ", ".join(f"{letter} {loss:.4f}" for loss, letter in losses[1:])
-    text = f"{losses[0][1]} is lowest with {losses[0][0]:.4f}{unit} ({others})"
-    each = {run.config.step_tokens for run in runs if run.config}
-    aside = " Not all have as many tokens in a step." if len(each) > 1 else ""
-    aside += (
-        " Not all are as far in their schedules." if any(annealed(runs[0], run, at, at, "") for run in runs) else ""
+    (loss, best), *others = sorted(
+        (np.interp(at, *curve), letter) for letter, curve in zip(letters, curves, strict=True)
     )
-    return f"At step {at:,.0f}, the last that all have reached, {text}.{aside}"
+    text = f"At step {at:,.0f}, the last that all have reached, {best} is lowest with {loss:.4f}{unit}"
+    text += f" ({', '.join(f'{letter} {loss:.4f}' for loss, letter in others)})."
+    if len({run.config.step_tokens for run in runs if run.config}) > 1:
+        text += " Not all have as many tokens in a step."
+    if any(annealed(runs[0], run, at, at, "") for run in runs):
+        text += " Not all are as far in their schedules."
+    return text
 
 
 def measure(runs):
@@ -102,16 +103,19 @@ def compare_two(a: Run, b: Run, letter: str) -> Iterator[str]:
         yield f"{letter} and a cannot be compared: not both have {missing(unit)}."
         return
     tokens = [run.config.step_tokens if run.config else 0 for run in (a, b)]
+
+    def sentence(where, at_a, at_b, change):
+        found = difference(a, b, at_a, at_b, change, unit)
+        return f"{where}, {letter} is {found}.{annealed(a, b, at_a, at_b, letter)}"
+
     at, change = last_common(*curves)
     each = f", {amount(at * tokens[0])} tokens each" if all(tokens) and tokens[0] == tokens[1] else ""
-    text = difference(a, b, at, at, change, unit)
-    yield f"At step {at:,.0f}{each}, {letter} is {text}.{annealed(a, b, at, at, letter)}"
+    yield sentence(f"At step {at:,.0f}{each}", at, at, change)
     if all(tokens) and tokens[0] != tokens[1]:
         used, change = last_common(*((steps * n, loss) for (steps, loss), n in zip(curves, tokens, strict=True)))
         at_a, at_b = used / tokens[0], used / tokens[1]
         where = f"At {amount(used)} tokens (a: step {at_a:,.0f}, {letter}: step {at_b:,.0f})"
-        text = difference(a, b, at_a, at_b, change, unit)
-        yield f"{where}, {letter} is {text}.{annealed(a, b, at_a, at_b, letter)}"
+        yield sentence(where, at_a, at_b, change)
     if all(tokens) and a.finished and b.finished:
         yield from compare_ends(letter, curves, tokens, unit)
 
@@ -135,13 +139,14 @@ def last_common(a: Curve, b: Curve) -> tuple[float, float]:
 def difference(a, b, at_a, at_b, change, unit):
     """ "lower by 0.0123 +- 0.0040", with what is known of its error."""
     pairs = None if unit else window_pairs(a, b, at_a, at_b)
+    change = change if pairs is None else pairs.mean()
+    text = f"{'lower' if change < 0 else 'higher'} by {abs(change):.4f}{unit}" if change else "equal"
     if pairs is None:
         reason = "" if unit else ": not evaluated on the same windows"
-        return f"{'lower' if change < 0 else 'higher'} by {abs(change):.4f}{unit} (error unknown{reason})"
-    mean, error = pairs.mean(), np.std(pairs, ddof=1) / math.sqrt(len(pairs))
-    text = f"{'lower' if mean < 0 else 'higher'} by {abs(mean):.4f} +- {error:.4f}"
-    chance = "" if abs(mean) > 2 * error else "; the difference may be chance"
-    return f"{text} ({len(pairs)} pairs of the same val windows){chance}"
+        return f"{text} (error unknown{reason})"
+    error = np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+    chance = "; the difference may be chance" if 0 < abs(change) <= 2 * error else ""
+    return f"{text} +- {error:.4f} ({len(pairs)} pairs of the same val windows){chance}"
 
 
 def window_pairs(a, b, at_a, at_b):

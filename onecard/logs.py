@@ -21,10 +21,13 @@ Damaged = list[int]  # numbers of lines
 MAX_STEP = 10**9
 LOSSES = ("train_loss", "val_loss", "loss")
 NUMBER = r"([-+]?(?:\d+(?:\.\d*)?(?:e[-+]?\d+)?|nan|inf))"
-LOG_EVAL = re.compile(rf"\bstep (\d+): train loss {NUMBER}, val loss {NUMBER}")
-LOG_ITER = re.compile(rf"\biter (\d+): loss {NUMBER}, time {NUMBER}ms")
-LOG_HEAD = re.compile(r"Overriding config with .*:$|tokens per iteration will be: ([\d,]+)|found vocab_size = (\d+)")
+LOG_EVAL = re.compile(rf"\bstep (\d{{1,9}}): train loss {NUMBER}, val loss {NUMBER}")
+LOG_ITER = re.compile(rf"\biter (\d{{1,9}}): loss {NUMBER}, time {NUMBER}ms")
+LOG_FILE = re.compile(r"Overriding config with .*:$")
+LOG_TOKENS = re.compile(r"tokens per iteration will be: ([\d,]{1,20})\b")
+LOG_VOCAB = re.compile(r"found vocab_size = (\d{1,6})\b")
 LOG_KEY = re.compile(r"Overriding: (\w+) = (.*)")
+LOG_ASSIGNMENT = re.compile(r"(\w+)\s*=\s*(.*)")
 COLUMNS = {  # of a CSV, in small letters, without the run's name that wandb puts in front
     "step": "step iter _step iteration global_step trainer/global_step",
     "val_loss": "val_loss val/loss eval/val_loss valid/loss valid_loss validation_loss eval_loss eval/loss val",
@@ -38,11 +41,8 @@ COLUMNS = {  # of a CSV, in small letters, without the run's name that wandb put
     "seconds": "_runtime seconds",
 }
 RUN_COLUMNS = "run run_name run_id experiment name"
-RECORDS: dict[str, dict[str, type]] = {  # what a record of each kind has to hold
-    "start": dict(config=dict),
-    "event": dict(event=str),
-    "samples": dict(texts=list),
-}
+NEEDED = dict(start="config", event="event", samples="texts")  # what a record of this kind has to hold
+TYPES: dict[str, type] = dict(config=dict, data=dict, device=str, event=str, texts=list, val_groups=list)
 
 
 class LogError(UserError):
@@ -66,10 +66,11 @@ def read_records(path: str | Path, defaults: dict) -> tuple[dict[str, list[dict]
     else:
         runs = {"": read_log(text, defaults)}
     if not any(record["kind"] in ("eval", "train", "micro") for records in runs.values() for record in records):
-        first = text.strip().split("\n")[0][:60]
+        number = min(damaged, default=1)
+        line = text.split("\n")[number - 1].strip()[:60]
         raise LogError(
-            f"{file}: no evaluation and no step found (line 1: {first!r}); give metrics.jsonl, nanoGPT's printed log "
-            '("step 500: train loss 5.4, val loss 5.5"), or a CSV with the columns step, and train_loss or val_loss'
+            f"{file}: no evaluation and no step found (line {number}: {line!r}); give metrics.jsonl, nanoGPT's printed "
+            'log ("step 500: train loss 5.4, val loss 5.5"), or a CSV with the columns step, and train_loss or val_loss'
         )
     return runs, sorted(set(damaged))
 
@@ -103,10 +104,11 @@ def checked(record: dict) -> dict:
     step = record["step"]
     if isinstance(step, bool) or not 0 <= step <= MAX_STEP or step != int(step):
         raise ValueError("not a step")
-    for name, kind in RECORDS.get(record["kind"], {}).items():
-        if not isinstance(record[name], kind):
-            raise ValueError(f"{name} is not a {kind.__name__}")
+    if NEEDED.get(record["kind"], "step") not in record:
+        raise ValueError("incomplete")
     for name, value in record.items():
+        if not isinstance(value, TYPES.get(name, object)):
+            raise ValueError(f"{name} has another type")
         if isinstance(value, int) or (name in LOSSES and value is not None):
             float(value)
     if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in record.get("val_groups", [])):
@@ -120,7 +122,7 @@ def checked(record: dict) -> dict:
 def read_log(text: str, defaults: dict) -> list[dict]:
     """nanoGPT prints its config before the first step. A log that goes back to an earlier step was resumed there."""
     records: list[dict] = []
-    config: dict | None = None  # printed, and no step since
+    config: dict = {}  # printed, and no step since
     in_file = False  # the lines of a config file are being printed
     for line in text.split("\n"):
         line = line.rstrip()
@@ -128,24 +130,27 @@ def read_log(text: str, defaults: dict) -> list[dict]:
             step = record["step"]
             if records and step < records[-1]["step"]:
                 records = [earlier for earlier in records if earlier["step"] < step]
-            if config is not None:
+            if config:
                 records.append(dict(kind="start", step=step, config=config))
             records.append(record)
-            config, in_file = None, False
-        elif head := LOG_HEAD.match(line):
-            config = defaults.copy() if config is None else config
-            in_file = not (head[1] or head[2])
-            if head[1]:
-                micro_batch = config["batch_size"] * config["block_size"]
-                config["gradient_accumulation_steps"] = max(1, int(head[1].replace(",", "")) // max(1, micro_batch))
-            elif head[2]:
-                config["vocab_size"] = int(head[2])
-        elif override := LOG_KEY.match(line):
-            config, in_file = defaults.copy() if config is None else config, False
-            set_key(config, override[1], override[2])
-        elif in_file and config is not None and (assignment := re.match(r"(\w+)\s*=\s*(.*)", line)):
-            set_key(config, assignment[1], assignment[2])
+            config, in_file = {}, False
+        elif in_file and (assignment := LOG_ASSIGNMENT.match(line)):
+            set_key(config, *assignment.groups())
+        elif any(head.match(line) for head in (LOG_FILE, LOG_KEY, LOG_TOKENS, LOG_VOCAB)):
+            config, in_file = config or defaults.copy(), bool(LOG_FILE.match(line))
+            read_head(config, line)
     return records
+
+
+def read_head(config, line):
+    if key := LOG_KEY.match(line):
+        set_key(config, *key.groups())
+    elif vocab := LOG_VOCAB.match(line):
+        config["vocab_size"] = int(vocab[1])
+    elif tokens := LOG_TOKENS.match(line):
+        sizes = config["batch_size"], config["block_size"]
+        if all(isinstance(size, int) and size > 0 for size in sizes):
+            config["gradient_accumulation_steps"] = max(1, int(tokens[1].replace(",", "")) // math.prod(sizes))
 
 
 def log_record(line):
@@ -161,7 +166,7 @@ def set_key(config, name, text):
     """Sets a key to the value of a printed expression; to the text itself where nanoGPT printed it without quotes."""
     try:
         config[name] = evaluate(ast.parse(text.strip(), mode="eval").body, config)
-    except (SyntaxError, ValueError):  # a ConfigError is a ValueError: of a call, as in f"run {time.time()}"
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # a ConfigError is a ValueError
         if isinstance(config.get(name), str):
             config[name] = text
 

@@ -121,7 +121,7 @@ def commit() -> str | None:
     if not (clone / ".git").exists():
         return None
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+        return subprocess.run(command, capture_output=True, text=True, timeout=2).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 

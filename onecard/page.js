@@ -54,6 +54,7 @@ function draw() {
       type: "scatter",
       x: along(curve, axis),
       y: curve.smooth ? smooth(curve.y, weight) : curve.y,
+      hovertemplate: curve.hoverinfo ? undefined : "%{y} at %{x}",
       line: {...curve.line, color: ink(curve.colour)},
       marker: {...curve.marker, color: ink(curve.colour)},
       fillcolor: ink(curve.colour) + "30",
@@ -69,7 +70,10 @@ function draw() {
       legend: {orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0, traceorder: "normal"},
       dragmode: touch ? false : "zoom",
       modebar: {bgcolor: "transparent", color: ink("soft"), activecolor: ink("ink")},
-      xaxis: {...lines, title: {text: axis, standoff: 4}, type: form.across.value, nticks: 8},
+      xaxis: {
+        ...lines, title: {text: axis, standoff: 4}, type: form.across.value, nticks: 8,
+        hoverformat: {steps: ",d", tokens: ".4s", hours: ".2f"}[axis],
+      },
       yaxis: {
         ...lines, title: {text: chart.unit, standoff: 8}, type: scale, nticks: 9, hoverformat: chart.format,
         dtick: chart.scale === "log" && decades(chart) > 1 ? "D2" : undefined,

@@ -68,11 +68,9 @@ def write_page(
 
 
 def items(findings: Sequence[Finding]) -> str:
-    text = ""
-    for name, sentence in findings:
-        mark = " class=problem" if name in PROBLEMS else ""
-        text += f"<dt{mark}>{'! ' if mark else ''}{escape(name)}<dd{mark}>{escape(sentence)}"
-    return text
+    marks = [(" class=problem", "! ") if finding.name in PROBLEMS else ("", "") for finding in findings]
+    rows = zip(findings, marks, strict=True)
+    return "".join(f"<dt{css}>{sign}{escape(name)}<dd{css}>{escape(text)}" for (name, text), (css, sign) in rows)
 
 
 def controls(axes: Sequence[dict]) -> str:
@@ -99,11 +97,6 @@ def figure(chart):
 def table(head: Sequence[str], rows: Rows) -> str:
     cells = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}' for cell in row)}" for row in rows)
     return f"<div class=wide><table><thead><tr>{''.join(f'<th>{escape(h)}' for h in head)}<tbody>{cells}</table></div>"
-
-
-def spread(values: Sequence, count: int) -> list:
-    """At most `count` of the values, evenly chosen, the first and the last among them."""
-    return [values[i] for i in sorted({round(i) for i in np.linspace(0, len(values) - 1, count)})] if values else []
 
 
 def run_tables(run: Run, earlier: Sequence[dict], planned: Rows, title: str) -> str:
@@ -141,12 +134,13 @@ def keys_section(runs: Sequence[Run], defaults: dict) -> str:
 
 
 def samples_section(run: Run, characters: int) -> str:
-    """Samples over time, the last ones open."""
-    parts = [f"<h2>Samples of {escape(run.name)}</h2>"] if run.samples else []
-    for record in spread(run.samples, SAMPLES):
-        texts = "".join(f"<pre>{escape(str(text)[:characters])}</pre>" for text in record["texts"][:5])
-        state = " open" if record is run.samples[-1] else ""
-        parts.append(
-            f"<details{state}><summary>Step {record['step']:,}</summary><div class=tables>{texts}</div></details>"
-        )
-    return "".join(parts)
+    """Samples over time, evenly chosen, the last ones open."""
+    if not run.samples:
+        return ""
+    section = f"<h2>Samples of {escape(run.name)}</h2>"
+    for i in np.unique(np.linspace(0, len(run.samples) - 1, SAMPLES).round().astype(int)):
+        step, texts = run.samples[i]["step"], run.samples[i]["texts"][:5]
+        shown = "".join(f"<pre>{escape(str(text)[:characters])}</pre>" for text in texts)
+        state = " open" if i == len(run.samples) - 1 else ""
+        section += f"<details{state}><summary>Step {step:,}</summary><div class=tables>{shown}</div></details>"
+    return section

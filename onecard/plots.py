@@ -15,7 +15,7 @@ import numpy as np
 
 from onecard import forecast
 from onecard.compare import measure
-from onecard.plan import BAND
+from onecard.law import BAND
 from onecard.run import Run
 
 POINTS = 2400  # of one kind of curve, for all runs together
@@ -26,15 +26,11 @@ LLMC_STEP_TOKENS = 524_288
 LLMC = [(250, 6.1710), (500, 5.3743), (750, 4.7097), (1000, 4.3170), (1500, 4.0060), (2000, 3.8585), (3000, 3.6973)]
 LLMC += [(4000, 3.6176), (5000, 3.5535), (6000, 3.5069), (8000, 3.4431), (10000, 3.3924), (12000, 3.3509)]
 LLMC += [(14000, 3.3149), (16000, 3.2882), (18000, 3.2746), (19560, 3.2722)]
-LINES: dict[str, tuple[str, str, dict]] = {  # of the log lines: title, unit, options of the plot
-    "grad_norm": ("Gradient norm before clipping", "", dict(scale="log")),
-    "tokens_per_s": ("Speed", "tokens per second", dict(scale="linear", zero=True)),
-    "ms_per_step": (
-        "Time of a step",
-        "ms",
-        dict(caption="That of nanoGPT includes an evaluation.", scale="linear", zero=True),
-    ),
-    "peak_memory_gib": ("Peak memory", "GiB", dict(scale="linear", zero=True)),
+LINES = {  # of the log lines: title, unit, scale
+    "grad_norm": ("Gradient norm before clipping", "", "log"),
+    "tokens_per_s": ("Speed", "tokens per second", "linear"),
+    "ms_per_step": ("Time of a step", "ms (nanoGPT's with evaluations)", "linear"),
+    "peak_memory_gib": ("Peak memory", "GiB", "linear"),
 }
 
 
@@ -100,22 +96,23 @@ def all_charts(runs: Sequence[Run], earlier: Sequence[list[dict]]) -> Iterator[d
     which on its values have to be seen.
     """
     drawn = [Drawn(run, i, len(runs), rows) for i, (run, rows) in enumerate(zip(runs, earlier, strict=True))]
-    if measure(runs)[0] == "val":
-        unit, loss = "nats per token", [curve for d in drawn for curve in loss_curves(d)] + reference(drawn)
-    else:
-        unit, loss = "bits per byte", [curve for d in drawn for curve in bits_curves(d)]
-    caption = "Marks: evaluations, with two standard errors where known. Thin line: training steps."
     first = min(max(run.warm, 0.1 * run.step) for run in runs)
-    yield chart("Loss", unit, loss, caption, format=".4f", first=first)
-    ends = [curve for d in drawn for curve in forecast_curves(d)] if unit == "nats per token" else []
-    caption = "The loss that was forecast for the end, with its band, over the step of the forecast."
-    yield chart("Forecasts of the last val loss", "nats per token", ends, caption, format=".3f", scale="linear")
+    if measure(runs)[0] == "bits_per_byte":
+        bits = [evaluations(d, "bits_per_byte") for d in drawn if len(d.run.evals["step"])]
+        yield chart("Loss", "bits per byte", bits, format=".4f", first=first)
+    else:
+        losses = [curve for d in drawn for curve in loss_curves(d)] + reference(drawn)
+        caption = "Marks: evaluations, with two standard errors where known. Thin line: training steps."
+        yield chart("Loss", "nats per token", losses, caption, format=".4f", first=first)
+        ends = [curve for d in drawn for curve in forecast_curves(d)]
+        caption = "The loss that was forecast for the end, with its band, over the step of the forecast."
+        yield chart("Forecasts of the last val loss", "nats per token", ends, caption, format=".3f", scale="linear")
     rates = [curve for d in drawn for curve in rate_curves(d)]
     yield chart("Learning rate", "", rates, format=".3~e", scale="linear", zero=True)
-    for name, (title, unit, options) in LINES.items():
+    for name, (title, unit, scale) in LINES.items():
         if name != "ms_per_step" or not any("tokens_per_s" in run.lines for run in runs):
             lines = [line_curve(d, name) for d in drawn if np.isfinite(d.run.lines.get(name, [])).any()]
-            yield chart(title, unit, lines, format=",.4~g", **options)
+            yield chart(title, unit, lines, format=",.4~g", scale=scale, zero=scale == "linear")
 
 
 def chart(title: str, unit: str, curves: list[dict], caption: str = "", **options) -> dict:
@@ -136,24 +133,33 @@ def described(curve):
 
 def loss_curves(d: Drawn) -> Iterator[dict]:
     """Training steps and evaluations of a run; of a single run also the forecast and the expected loss."""
-    run, evals, single = d.run, d.run.evals, d.count == 1
+    run, evals = d.run, d.run.evals
     if np.isfinite(run.lines.get("loss", [])).any():
         name = "one micro batch" if run.micro else "training steps"
         look: dict = dict(line=dict(width=1, dash=d.dash), opacity=0.4 if len(evals["step"]) else 1, smooth=True)
         yield d.curve(name, run.lines["step"], run.lines["loss"], 1, main=not len(evals["step"]), **look)
-    if single and np.isfinite(evals["train"]).any():
+    if d.count == 1 and np.isfinite(evals["train"]).any():
         look = dict(line=dict(width=1.2, dash="dot"), marker=dict(symbol=f"{d.symbol}-open", size=6))
         yield d.curve("train", evals["step"], evals["train"], 1, mode="lines+markers", **look)
     if len(evals["step"]):
-        look = dict(line=dict(width=1.8, dash=d.dash), marker=dict(symbol=d.symbol, size=6))
+        errors: dict = {}
         if len(run.groups) == len(evals["step"]) <= 100:
-            errors = [2 * np.std(g, ddof=1) / math.sqrt(len(g)) if len(g) > 1 else 0 for g in run.groups]
-            look["error_y"] = dict(array=[float(f"{error:.3g}") for error in errors], width=2, thickness=1)
-        yield d.curve("val", evals["step"], evals["val"], 0, mode="lines+markers", **look)
-    if not single or not run.config:
-        return
-    fit = None if run.finished else run.forecast("val")[0]
-    if fit:
+            twice = [2 * np.std(g, ddof=1) / math.sqrt(len(g)) if len(g) > 1 else 0 for g in run.groups]
+            errors["error_y"] = dict(array=[float(f"{error:.3g}") for error in twice], width=2, thickness=1)
+        yield evaluations(d, "val", **errors)
+    if d.count == 1 and run.config:
+        yield from end_curves(d)
+
+
+def evaluations(d: Drawn, name: str, **look) -> dict:
+    look |= dict(line=dict(width=1.8, dash=d.dash), marker=dict(symbol=d.symbol, size=6))
+    return d.curve("val", d.run.evals["step"], d.run.evals[name], 0, mode="lines+markers", **look)
+
+
+def end_curves(d: Drawn) -> Iterator[dict]:
+    """The forecast, and the loss that was expected before the run."""
+    run = d.run
+    if not run.finished and (fit := run.forecast("val")[0]):
         ahead = np.unique(np.linspace(fit["step"], fit["end"], 60).astype(int))
         half = fit["band"] * (ahead - ahead[0]) / max(1, ahead[-1] - ahead[0])
         yield from d.band("forecast", ahead, forecast.follow(fit, run.rates)[ahead], half)
@@ -161,13 +167,6 @@ def loss_curves(d: Drawn) -> Iterator[dict]:
         end: dict = dict(mode="markers", error_y=dict(array=[BAND], width=9, thickness=2))
         end["marker"] = dict(symbol="line-ew-open", size=12)
         yield d.curve("expected before the run", [run.end], [loss], 3, **end)
-
-
-def bits_curves(d: Drawn) -> Iterator[dict]:
-    """Evaluations of one of several runs whose tokenizers differ."""
-    look: dict = dict(line=dict(width=1.8, dash=d.dash), marker=dict(symbol=d.symbol, size=6))
-    if np.isfinite(d.run.evals["bits_per_byte"]).any():
-        yield d.curve("val", d.run.evals["step"], d.run.evals["bits_per_byte"], 0, mode="lines+markers", **look)
 
 
 def forecast_curves(d: Drawn) -> Iterator[dict]:
@@ -203,9 +202,8 @@ def line_curve(d: Drawn, name: str) -> dict:
 
 def reference(drawn: Sequence[Drawn]) -> list[dict]:
     """GPT-2 124M by llm.c as far as the runs go, where their tokens are GPT-2's."""
-    saved = [d.run.about.get("tokenizer") or dict(kind="gpt2") for d in drawn]
-    of_gpt2 = all(d.run.config and 50257 <= d.run.config.vocab_size <= 51200 for d in drawn)
-    if not of_gpt2 or any(tokenizer.get("kind", "gpt2") != "gpt2" for tokenizer in saved):
+    kinds = {(d.run.about.get("tokenizer") or {}).get("kind", "gpt2") for d in drawn}
+    if kinds != {"gpt2"} or not all(d.run.config and 50257 <= d.run.config.vocab_size <= 51200 for d in drawn):
         return []
     tokens = max(d.run.step * d.run.config.step_tokens for d in drawn)
     seen = [(step, loss) for step, loss in LLMC if step * LLMC_STEP_TOKENS <= tokens]

@@ -163,7 +163,7 @@ def test_a_bad_row_is_counted_and_a_row_without_an_evaluation_keeps_what_it_has(
         ("x.log", b"", "no evaluation and no step"),
         ("x.csv", b"", "no evaluation and no step"),
         ("x.csv", b"0,5.5\n1,5.4\n", "no evaluation and no step"),
-        ("x.csv", b"step,val_loss\n1,x\n", "line 1: 'step,val_loss'"),
+        ("x.csv", b"step,val_loss\n1,x\n", "line 2: '1,x'"),
         ("metrics.jsonl", b"[]\n7\n", "no evaluation and no step"),
         ("notes.txt", b"nothing\n", "nanoGPT's printed log"),
     ],
