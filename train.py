@@ -277,25 +277,19 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
 
 
 def open_data(config):
-    """(train windows, val windows, tokenizer). A dataset that names no tokenizer has GPT-2's, as in nanoGPT.
-
-    The tokenizer is None, not known, if vocab_size is too small for GPT-2's.
-    """
+    """(train windows, val windows, tokenizer). The tokenizer is None if it is not known."""
     folder, rows = Path(config.data_dir) / config.dataset, config.vocab_size or None
     train_windows = Windows(folder, "train", config.block_size, config.seed, rows)
     val_windows = Windows(folder, "val", config.block_size, config.seed, rows)
     tokenizer = dataset_tokenizer(folder)
     if tokenizer is None and not 0 < config.vocab_size < GPT2_IDS:
-        tokenizer = load_tokenizer()
+        tokenizer = load_tokenizer()  # GPT-2's, as in nanoGPT
     val_windows.text_bytes = metrics.text_bytes(val_windows, tokenizer)
     return train_windows, val_windows, tokenizer
 
 
 def starting_point(config, print0):
-    """(pretrained model, facts about its weights), or (None, the checkpoint to go on from), or (None, None).
-
-    What both dicts have, `checkpoint.take_over` lists.
-    """
+    """(pretrained model, facts about its weights), or (None, the checkpoint to go on from, if any)."""
     saved = checkpoint.find(config, print0)
     if not config.from_pretrained:
         return None, saved
