@@ -31,7 +31,7 @@ from onecard.tokenizer import Tokenizer, from_state
 class SampleConfig:
     # files
     out_dir: str = key(
-        "out", "folder that train.py wrote, or what convert.py reads; also as an argument without a key", inputs=True
+        "out", "what train.py wrote, or convert.py reads; also as an argument without a key", inputs=True
     )
     checkpoint: str = key("latest", "which of its checkpoints", choices=("latest", "best"))
     # prompts

@@ -2,7 +2,6 @@
 safetensors, gguf, and llama.cpp where llama-cpp-python is installed (pip install llama-cpp-python builds it)."""
 
 import functools
-import hashlib
 import json
 import math
 import pickle
@@ -11,6 +10,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +23,8 @@ from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS, GPTConfig
 from onecard import UserError, checkpoint, pretrained
-from onecard.tokenizer import PATTERN, CharTokenizer, from_state, load_tokenizer, train_tokenizer
+from onecard.checkpoint import check_tokenizer
+from onecard.tokenizer import PATTERN, CharTokenizer, JsonTokenizer, from_state, load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
@@ -61,18 +62,17 @@ def exported(request, tmp_path_factory):
 
 @functools.cache
 def tokenizer_of(kind):
-    """A tokenizer that is not GPT-2's: bytes, the characters of PAGES, a BPE of 400 ids that was trained on PAGES."""
+    """gpt2, gpt2-1024, bytes; the characters of PAGES; a BPE of 400 ids of PAGES, also one that splits off digits."""
     if kind == "chars":
         return CharTokenizer(sorted(set(PAGES)), "pages")
-    if kind == "bytes":
-        return load_tokenizer("bytes")
+    if kind not in ("bpe", "digits"):
+        return load_tokenizer(kind)
     pytest.importorskip("tokenizers")
-    content = train_tokenizer([PAGES], 400)
-    return from_state(dict(kind="bpe", name="pages", eot=399, content=content, sha256=sha256(content)))
-
-
-def sha256(text):
-    return hashlib.sha256(text.encode()).hexdigest()
+    content = json.loads(train_tokenizer([PAGES], 400))
+    if kind == "digits":
+        digits = dict(type="Digits", individual_digits=True)
+        content["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[digits, content["pre_tokenizer"]])
+    return JsonTokenizer(json.dumps(content), "pages", 399)
 
 
 def run_with(tokenizer, folder, **network):
@@ -132,30 +132,39 @@ def hard_strings():
     return texts
 
 
-def test_the_exported_tokenizer_gives_tiktokens_ids_and_its_text_back(exported):
-    transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(exported[1] / "hf"), load_tokenizer()
-    assert len(theirs) == 50257 and theirs.eos_token_id == theirs.bos_token_id == EOT
-    for text in hard_strings():
+def assert_same_ids(folder, ours):
+    """-> transformers' tokenizer of a folder, whose ids are those of `ours`."""
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+    assert len(theirs) == ours.n_vocab and theirs.eos_token_id == theirs.bos_token_id == ours.eot
+    for text in (*hard_strings(), PAGES):
+        text = "".join(character for character in text if ours.kind != "chars" or character in PAGES)
         ids = theirs(text, split_special_tokens=True, verbose=False)["input_ids"]
         assert ids == ours.encode(text).tolist(), repr(text)
         assert theirs.decode(ids) == text
+    return theirs
+
+
+@pytest.mark.parametrize("exported", ["gpt2"], indirect=True)
+def test_the_exported_tokenizer_gives_tiktokens_ids_and_its_text_back(exported):
+    theirs = assert_same_ids(exported[1] / "hf", load_tokenizer())
     assert theirs("<|endoftext|>Hello world")["input_ids"] == [EOT, 15496, 995]  # as OpenAI published them
 
 
-@pytest.mark.parametrize("arch, kind", [("gpt2", "bytes"), ("qwen3", "bpe"), ("gpt2", "chars"), ("qwen3", "chars")])
+KINDS = [("gpt2", "bytes"), ("qwen3", "gpt2-1024"), ("qwen3", "bpe"), ("gpt2", "chars"), ("qwen3", "chars")]
+
+
+@pytest.mark.parametrize("arch, kind", KINDS)
 @torch.no_grad()
 def test_every_tokenizer_goes_to_transformers_and_back_with_its_ids(arch, kind, tmp_path):
     transformers, ours = pytest.importorskip("transformers"), tokenizer_of(kind)
     model, run = run_with(ours, tmp_path / "run", arch=arch)
     convert.main([str(run), "--to=hf"])
-    theirs = transformers.AutoTokenizer.from_pretrained(run / "hf")
-    assert len(theirs) == ours.n_vocab and theirs.eos_token_id == theirs.bos_token_id == ours.eot
-    for text in (*hard_strings(), PAGES):
-        text = "".join(character for character in text if kind != "chars" or character in PAGES)
-        ids = theirs(text, split_special_tokens=True, verbose=False)["input_ids"]
-        assert ids == ours.encode(text).tolist(), repr(text)
-        assert theirs.decode(ids) == text
+    theirs = assert_same_ids(run / "hf", ours)
+    if kind == "chars":
+        assert "<|endoftext|>" not in (run / "hf" / "README.md").read_text()
+        assert json.loads((run / "hf" / "generation_config.json").read_text())["eos_token_id"] is None
+        with pytest.raises(Exception, match="UNK"):
+            theirs("\u2603")
     prompt = ours.encode("The card").tolist()
     copy = transformers.AutoModelForCausalLM.from_pretrained(run / "hf").eval()
     assert copy.config.vocab_size == copy.get_input_embeddings().num_embeddings == ours.n_vocab
@@ -167,17 +176,12 @@ def test_every_tokenizer_goes_to_transformers_and_back_with_its_ids(arch, kind, 
     for name, weight in model.state_dict().items():
         rows = ours.n_vocab if name in ("transformer.wte.weight", "lm_head.weight") else None
         assert torch.equal(back.state_dict()[name], weight[:rows]), name
-    assert from_state(about["tokenizer"]).sha256 == ours.sha256 and about["tokenizer"]["kind"] == kind
-
-
-def test_characters_have_no_separator_and_others_are_an_error(tmp_path):
-    transformers, ours = pytest.importorskip("transformers"), tokenizer_of("chars")
-    _, run = run_with(ours, tmp_path / "run")
-    convert.main([str(run), "--to=hf"])
-    assert "<|endoftext|>" not in (run / "hf" / "README.md").read_text()
-    assert json.loads((run / "hf" / "generation_config.json").read_text())["eos_token_id"] is None
-    with pytest.raises(Exception, match="UNK"):
-        transformers.AutoTokenizer.from_pretrained(run / "hf")("\u2603")
+    assert about["tokenizer"] == ours.state() | dict(name=about["tokenizer"]["name"])
+    if kind == "bpe":  # transformers writes the file in its own form, and adds a post-processor
+        theirs.save_pretrained(tmp_path)
+        again = load_tokenizer(tmp_path / "tokenizer.json")
+        assert again.sha256 != ours.sha256
+        check_tokenizer(SimpleNamespace(dataset="pages"), ours, again, "run/hf")
 
 
 def test_the_card_reports_the_loss_with_its_error(tmp_path):
@@ -338,53 +342,30 @@ def test_each_convert_command_of_the_pages_runs_as_it_stands(tmp_path, monkeypat
 
 
 def refused(run, to, reason):
-    """convert.py stops with this reason and leaves nothing behind."""
+    """convert.py stops for this reason and leaves nothing behind."""
     with pytest.raises(UserError, match=reason):
         convert.main([str(run), f"--to={to}"])
     assert [path.name for path in run.iterdir()] == ["ckpt.pt"]
 
 
-@pytest.mark.parametrize(
-    "network, to, reason",
-    [
-        (dict(gelu="none"), "gguf", "llama.cpp computes GPT-2 with the tanh form alone"),
-        (dict(arch="qwen3", bias=False), "nanogpt", "nanoGPT has only GPT-2's network"),
-    ],
-)
-def test_what_the_other_program_cannot_compute_is_refused_with_the_reason(network, to, reason, tmp_path):
-    pytest.importorskip("gguf")
-    refused(save(tiny(**network), tmp_path / "run"), to, reason)
+BYTE_LEVEL = "only byte-level BPE with GPT-2's splitting of text can be written, and the tokenizer pages"
+NANOGPTS = "sample.py has GPT-2's tokenizer or characters, and this tokenizer is "
 
 
 @pytest.mark.parametrize(
-    "kind, to, reason",
+    "kind, network, to, reason",
     [
-        ("chars", "gguf", "only byte-level BPE with GPT-2's splitting of text can be written, and the tokenizer pages"),
-        ("bytes", "nanogpt", "sample.py has GPT-2's tokenizer or characters, and this tokenizer is bytes"),
-        ("bpe", "nanogpt", "sample.py has GPT-2's tokenizer or characters, and this tokenizer is pages"),
+        ("gpt2", dict(gelu="none"), "gguf", "llama.cpp computes GPT-2 with the tanh form alone"),
+        ("gpt2", dict(arch="qwen3"), "nanogpt", "nanoGPT has only GPT-2's network"),
+        ("chars", {}, "gguf", BYTE_LEVEL),
+        ("digits", {}, "gguf", BYTE_LEVEL),
+        ("bytes", {}, "nanogpt", f"{NANOGPTS}bytes"),
+        ("bpe", {}, "nanogpt", f"{NANOGPTS}pages"),
     ],
 )
-def test_a_tokenizer_that_the_format_cannot_hold_is_refused_with_the_reason(kind, to, reason, tmp_path):
+def test_what_the_other_program_does_not_have_is_refused_with_the_reason(kind, network, to, reason, tmp_path):
     pytest.importorskip("gguf")
-    refused(run_with(tokenizer_of(kind), tmp_path / "run")[1], to, reason)
-
-
-def test_gguf_refuses_a_tokenizer_json_that_splits_text_in_another_way(tmp_path):
-    pytest.importorskip("gguf")
-    content = json.loads(tokenizer_of("bpe").content)
-    digits = dict(type="Digits", individual_digits=True)
-    content["pre_tokenizer"] = dict(type="Sequence", pretokenizers=[digits, content["pre_tokenizer"]])
-    text = json.dumps(content)
-    other = from_state(dict(kind="bpe", name="digits", eot=399, content=text, sha256=sha256(text)))
-    _, run = run_with(other, tmp_path / "run")
-    refused(run, "gguf", "GPT-2's splitting of text .* tokenizer digits is of another kind")
-
-
-def test_a_network_smaller_than_the_vocabulary_is_refused(tmp_path):
-    state, message = tokenizer_of("bytes").state(), "vocab_size=65 is (less|fewer) than the 257 ids"
-    run = save(tiny(vocab_size=65), tmp_path / "run", tokenizer=state)
-    with pytest.raises((ConvertError, checkpoint.CheckpointError), match=message):
-        convert.main([str(run), "--to=hf"])
+    refused(run_with(tokenizer_of(kind), tmp_path / "run", **network)[1], to, reason)
 
 
 def test_logits_that_differ_fail_the_export(tmp_path, monkeypatch):

@@ -95,6 +95,7 @@ def test_a_folder_with_a_missing_weight_another_tokenizer_or_another_network_is_
 def test_another_tokenizer_json_is_carried_and_gpt2s_own_files_are_known(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     hf_gpt2(tmp_path, vocab_size=384)
+    refused(tmp_path, "vocab_size=384 is less than the 50257 ids of gpt2: put its own tokenizer.json beside it")
     content = train_tokenizer([(ROOT / "README.md").read_text()], 300)
     (tmp_path / "tokenizer.json").write_text(content)
     model, about = pretrained.start(str(tmp_path), block_size=64, dropout=0.0)
