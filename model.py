@@ -3,8 +3,8 @@
     model = GPT(GPTConfig(n_layer=12, n_head=6, n_embd=384, bias=False))
     loss = model(inputs, targets)
 
-Two blocks share one trunk. GPT2Block is what nanoGPT trains. Qwen3Block has the exact shape of transformers' Qwen3, so
-other programs can run its weights. This file is the only place for a formula of the network: plan.py asks it.
+Two networks share one trunk. gpt2 is what nanoGPT trains. qwen3 has the exact shape of transformers' Qwen3, so other
+programs can run its weights. This file is the only place for a formula of the network: plan.py asks it.
 Letters in shapes: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary, L layers.
 """
 
@@ -116,21 +116,6 @@ class GPT2MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
 
 
-class GPT2Block(nn.Module):
-    """Radford et al. 2019: LayerNorm before attention and MLP, GELU."""
-
-    def __init__(self, config, layer):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = GPT2Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = GPT2MLP(config)
-
-    def forward(self, x, context):
-        x = x + self.attn(self.ln_1(x), context)
-        return x + self.mlp(self.ln_2(x))
-
-
 class Qwen3Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -169,15 +154,24 @@ class Qwen3MLP(nn.Module):
         return self.dropout(self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x)))
 
 
-class Qwen3Block(nn.Module):
-    """Qwen3 (Yang et al. 2025, arXiv 2505.09388): RMSNorm, QK norm, rotary positions, gated MLP."""
+def norm(config):
+    """LayerNorm for gpt2, RMSNorm for qwen3."""
+    if config.arch == "gpt2":
+        return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream: GPT-2's (Radford et al. 2019) or Qwen3's (Yang et al. 2025,
+    arXiv 2505.09388: QK norm, rotary positions, gated MLP)."""
 
     def __init__(self, config, layer):
         super().__init__()
-        self.ln_1 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
-        self.attn = Qwen3Attention(config, layer)
-        self.ln_2 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
-        self.mlp = Qwen3MLP(config)
+        gpt2 = config.arch == "gpt2"
+        self.ln_1 = norm(config)
+        self.attn = GPT2Attention(config, layer) if gpt2 else Qwen3Attention(config, layer)
+        self.ln_2 = norm(config)
+        self.mlp = GPT2MLP(config) if gpt2 else Qwen3MLP(config)
 
     def forward(self, x, context):
         x = x + self.attn(self.ln_1(x), context)
@@ -252,15 +246,12 @@ class GPT(nn.Module):
         self.n_ids = min(config.vocab_size, GPT2_IDS)  # the tokenizer's ids; rows past them are padding, never sampled
         self.activation_checkpointing = False  # True: keep only the input of each block, compute the rest again
         self.plan_for: str | None = None  # a device type: plan.py traces a step as that device would run it
-        gpt2 = config.arch == "gpt2"
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
-        if gpt2:
+        if config.arch == "gpt2":
             parts["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         parts["drop"] = nn.Dropout(config.dropout)
-        block = GPT2Block if gpt2 else Qwen3Block
-        parts["h"] = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
-        norm = nn.LayerNorm(config.n_embd, bias=config.bias) if gpt2 else nn.RMSNorm(config.n_embd, eps=NORM_EPS)
-        self.transformer = nn.ModuleDict(parts | {"ln_f": norm})
+        parts["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict(parts | {"ln_f": norm(config)})
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
