@@ -1,7 +1,7 @@
 """A noisy curve: how much it scatters, how it changes, whether it has risen above its best. For diagnosis.py.
 
 val = finite(steps, losses)
-fall, error = change(val.late(), noise(val))
+moved, error = change(val.late(), noise(val))
 """
 
 import math
@@ -24,6 +24,11 @@ class Curve(NamedTuple):
     def late(self) -> "Curve":
         """The last third of the steps, at least six points."""
         count = max(6, int(np.sum(self.steps >= self.steps[-1] * 2 / 3))) if len(self.steps) else 0
+        return Curve(self.steps[-count:], self.values[-count:])
+
+    def later_half(self) -> "Curve":
+        """The later half of the points, at least ten."""
+        count = max(10, (len(self.steps) + 1) // 2)
         return Curve(self.steps[-count:], self.values[-count:])
 
 
@@ -50,12 +55,27 @@ def noise(curve: Curve) -> float:
     The largest of those of points 1, 2 and 4 apart, because slow fluctuations do not show in neighbours; over the
     logarithm of the steps, where a loss is least curved. Single outliers are left out.
     """
-    count = max(10, (len(curve.steps) + 1) // 2)
-    later = without_outliers(Curve(curve.steps[-count:], curve.values[-count:]))
+    later = without_outliers(curve.later_half())
     x, y = np.log(later.steps + 1), later.values
     lags = [lag for lag in (1, 2, 4) if len(y) >= 2 * lag + 3]
     scatters = [float(np.sqrt(np.mean(second_differences(x, y, lag) ** 2))) for lag in lags]
     return max(scatters) + 1e-6 if lags else math.inf
+
+
+def lasting_noise(curve: Curve) -> float:
+    """The noise as it acts on a trend: larger where it is autocorrelated, because fewer points are independent.
+
+    If neighbours have an autocorrelation r, n points tell as much as n (1 - r) / (1 + r) independent ones. r is that of
+    the residuals about a parabola in the logarithm of the steps, whose fit takes away about 3 / n of it.
+    """
+    later = without_outliers(curve.later_half())
+    x, y, n = np.log(later.steps + 1), later.values, len(later.steps)
+    if n < 7:
+        return noise(curve)
+    residuals = y - np.polyval(np.polyfit(x - x.mean(), y, 2), x - x.mean())
+    r = (n * (residuals[1:] @ residuals[:-1]) / (residuals @ residuals + 1e-30) + 3) / (n - 6)
+    r = min(max(float(r), 0.0), 0.8)
+    return noise(curve) * math.sqrt((1 + r) / (1 - r))
 
 
 def without_outliers(curve: Curve) -> Curve:
@@ -85,13 +105,24 @@ def second_differences(x: np.ndarray, y: np.ndarray, lag: int) -> np.ndarray:
 
 
 def change(part: Curve, scatter: float) -> tuple[float, float]:
-    """The change from the first to the last step of the line through a part, and its standard error."""
-    x = part.steps - part.steps.mean()
+    """How much a part rises from its first to its last step, by the median slope of all pairs (Sen); standard error.
+
+    The median slope ignores outliers, at the ends too. The error is that of least squares, a few percent less.
+    """
+    x, y = part.steps, part.values
+    first, second = np.triu_indices(len(x), 1)
+    slope = np.median((y[second] - y[first]) / (x[second] - x[first]))
     length = x[-1] - x[0]
-    return float(x @ part.values / (x @ x) * length), float(scatter * length / math.sqrt(x @ x))
+    return float(slope * length), float(scatter * length / (math.sqrt(len(x)) * x.std()))
 
 
-def critical(df: float, z: float) -> float:
+def critical(curve: Curve, z: float) -> float:
+    """How many errors of a change are beyond chance, as z errors would be if the noise of the curve were known."""
+    later = len(curve.later_half().steps)
+    return student((later - 2) / 2, z)  # neighbouring second differences share points: two tell as much as one
+
+
+def student(df: float, z: float) -> float:
     """Student's t with the tail probability of the normal quantile z (Cornish and Fisher's expansion)."""
     return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 

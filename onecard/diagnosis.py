@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onecard.curve import Curve, calm_noise, change, coarse, critical, noise, risen, without_outliers
+from onecard.curve import Curve, calm_noise, change, coarse, critical, lasting_noise, noise, risen, without_outliers
 from onecard.law import usual_rate
 from onecard.run import Run
 from onecard.verdict import SPOILED, outlook, verdict
@@ -36,10 +36,15 @@ def diagnose(run: Run) -> list[Finding]:
         if not gap or gap.name != "overfitting":
             found += [*val_set(run), trend(run)]
     found += [*(Finding(*pair) for pair in outlook(run)), *system(run)]
-    found += [Finding("choice", text) for text in (run.plan["warnings"] if run.config else [])]
+    found += [Finding("choice", sentence(text)) for text in (run.plan["warnings"] if run.config else [])]
     findings = [finding for finding in [*found, not_logged(run)] if finding]
     findings.sort(key=lambda finding: finding.name not in PROBLEMS)
     return [Finding("verdict", verdict(run, [finding.name for finding in findings])), *findings]
+
+
+def sentence(text):
+    """With a capital letter, except where the first word is a key or its value."""
+    return text if "=" in text.split()[0] else text[:1].upper() + text[1:]
 
 
 def span(part):
@@ -76,8 +81,8 @@ def overfitting(run):
     if len(train.steps) < 6:
         return None
     gap = without_outliers(coarse(Curve(train.steps, np.interp(train.steps, *val) - train.values)))
-    part, scatter = gap.late(), noise(gap)
-    widened, error = change(part, scatter)
+    part = gap.late()
+    widened, error = change(part, lasting_noise(gap))
     read = f", in {run.epochs:.2f} epochs" if run.epochs else ""
     text = f"The gap between val and train changed by {widened:+.4f} +- {error:.4f} ({span(part)}{read})"
     if up := risen(val, 0.005):
@@ -93,13 +98,12 @@ def overfitting(run):
             return Finding("overfitting", f"{text} To lower it, {SPOILED['overfitting'][1]}.")
     side = "above" if part.values[-1] > 0 else "below"
     text += f". Val is {abs(np.median(part.values)):.3f} {side} train"
-    if widened > max(critical(len(part.steps), 3.5), 5.5) * error:  # more than 5: for noise that is autocorrelated
+    if widened > critical(gap, 3.5) * error:
         still = "val still improves" if surely_falls(val) else "val no longer improves clearly"
         return Finding("gap widens", f"{text}, and {still}. Overfitting begins where val rises.")
     if widened > 2 * error:
         return Finding("gap", f"{text}: it may be widening.")
-    constant = "A constant gap is not overfitting." if widened > -2 * error else "It narrows: no overfitting."
-    return Finding("no overfitting", f"{text}. {constant}")
+    return Finding("no overfitting", f"{text}. A gap that does not widen is not overfitting.")
 
 
 def trend(run):
@@ -110,8 +114,8 @@ def trend(run):
         return few_evaluations(run)
     falls = [(name, curve) for name, curve in curves if surely_falls(curve)]
     name, curve = (falls or curves)[0]
-    part, scatter = curve.late(), noise(curve)
-    moved, error = change(part, scatter)
+    part = curve.late()
+    moved, error = change(part, lasting_noise(curve))
     if run.finished:
         text = f"In the last part {name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})."
         return Finding("finished", text)
@@ -123,8 +127,11 @@ def trend(run):
             rate = f"{-moved * unit / length:.4f}"
         text = f"{rate} per {unit:,} steps ({span(part)})"
         return Finding("falling", f"No plateau: {name} loss still falls by {text}.")
-    most = max(-moved, 0) + critical(len(part.steps), 2.0) * error
-    if most < FLAT * part.values[-1]:
+    if moved > critical(curve, 3.5) * error:
+        text = f"{name} loss rose by {moved:.4f} +- {error:.4f} ({span(part)}). Keep the checkpoint with the best val loss."
+        return Finding(f"{name} rises", text)
+    most = max(-moved, 0) + 1.65 * error  # at 95%
+    if most < FLAT * part.values[-1] and moved < 2 * error:
         text = f"{name} loss falls by at most {most:.4f} in {span(part)}."
         share = run.rates[run.step] / max(run.rates) if run.rates else 0.0
         if share < 0.1:
@@ -150,9 +157,9 @@ def few_evaluations(run):
 def surely_falls(curve):
     """The line through the last third falls beyond its error, or each point is below the one before."""
     part = curve.late()
-    moved, error = change(part, noise(curve))
+    moved, error = change(part, lasting_noise(curve))
     half = Curve(*(values[len(part.steps) // 2 :] for values in part))
-    clear = -moved > critical(len(part.steps), 2.8) * error and change(half, 0)[0] < 0
+    clear = -moved > critical(curve, 2.8) * error and change(half, 0)[0] < 0
     return clear or (np.diff(part.values) < 0).all()
 
 
@@ -179,10 +186,10 @@ def rate_too_low(run):
     summed rate than before.
     """
     c = run.config
-    if not c or not c.decay_lr or c.optimizer != "adamw" or c.from_pretrained or run.jump:
+    if not c or not c.decay_lr or c.optimizer != "adamw" or c.from_pretrained or run.jump or not run.rates:
         return None
     usual, share = usual_rate(run.plan["parameters"]["blocks"]), np.array(run.rates) / max(run.rates)
-    val, summed = run.val.since(run.start), np.append(0.0, np.cumsum(share))
+    val, summed = coarse(run.val.since(run.start)), np.append(0.0, np.cumsum(share))
     val = Curve(*(values[val.steps <= len(share)] for values in val))
     share = share[np.minimum(val.steps.astype(int), len(share) - 1)]
     high, low = (Curve(summed[val.steps[part].astype(int)], val.values[part]) for part in (share > 0.5, share <= 0.5))

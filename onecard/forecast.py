@@ -18,7 +18,7 @@ Numbers = Sequence[float] | np.ndarray
 Forecast = tuple[dict | None, str | None]  # a fit, or the reason why there is none
 EXPONENTS = np.arange(0.1, 1.45, 0.1)  # the values of a that are tried
 MIN_EVALUATIONS = 4  # after warm-up
-EARLIEST = 0.45  # of the schedule: an evaluation shortly before half of it counts as half
+EARLIEST = 0.48  # of the schedule: an evaluation shortly before half of it counts as half
 
 
 class Constants(NamedTuple):

@@ -80,12 +80,12 @@ def test_annealing_sums_the_rates_and_begins_to_decay_after_warmup():
 def test_no_forecast_early_nor_from_few_evaluations_and_before_the_decay_only_what_other_runs_say():
     (steps, _, val), keys = anchor("40m"), ANCHORS["40m"]
     rates, stable = (learning_rates(config(**keys, lr_schedule=name)) for name in ("cosine", "wsd"))
-    assert "before step 9,000" in forecast(steps[:18], val[:18], rates)[1] and forecast(steps[:19], val[:19], rates)[0]
-    assert "at least 4" in forecast([0, 3000, 6000, 9000], val[:4], rates)[1]
+    assert "before step 9,600" in forecast(steps[:20], val[:20], rates)[1] and forecast(steps[:21], val[:21], rates)[0]
+    assert "at least 4" in forecast([0, 3000, 6000, 10000], val[:4], rates)[1]
     fit, reason = forecast(steps[:30], val[:30], stable)
     assert fit is None and "begun to fall; with a decay as in other runs, the loss ends at 3.39 +- 0.18" in reason
     evals = list(zip(*anchor("40m"), strict=True))
-    assert forecast_line(evals[:18], rates) == "" == forecast_line(evals, rates)
+    assert forecast_line(evals[:20], rates) == "" == forecast_line(evals, rates)
     assert forecast_line(evals[:30], rates).startswith("forecast: val loss 3.5") and "20,000" in forecast_line(
         evals[:30], rates
     )
