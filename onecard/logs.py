@@ -66,11 +66,11 @@ def read_records(path: str | Path, defaults: dict) -> tuple[dict[str, list[dict]
     else:
         runs = {"": read_log(text, defaults)}
     if not any(record["kind"] in ("eval", "train", "micro") for records in runs.values() for record in records):
-        number = min(damaged, default=1)
-        line = text.split("\n")[number - 1].strip()[:60]
+        lines = text.split("\n")
+        shown = "; ".join(f"line {i}: {lines[i - 1].strip()[:60]!r}" for i in sorted({1, *damaged})[:2])
         raise LogError(
-            f"{file}: no evaluation and no step found (line {number}: {line!r}); give metrics.jsonl, nanoGPT's printed "
-            'log ("step 500: train loss 5.4, val loss 5.5"), or a CSV with the columns step, and train_loss or val_loss'
+            f"{file}: no evaluation and no step found ({shown}); give metrics.jsonl, nanoGPT's printed log "
+            '("step 500: train loss 5.4, val loss 5.5"), or a CSV with the columns step, and train_loss or val_loss'
         )
     return runs, sorted(set(damaged))
 
@@ -188,9 +188,8 @@ def read_csv(text: str, damaged: Damaged) -> dict[str, list[dict]]:
         except csv.Error:  # a cell of more than 131,072 characters
             damaged.append(number)
     names = [name.strip() for name in rows[0][1]] if rows else []
-    kind_column, run_column = (
-        next((i for i, n in enumerate(names) if n.lower() in c.split()), None) for c in ("kind", RUN_COLUMNS)
-    )
+    small = [name.lower() for name in names]
+    kind_column, run_column = position(small, "kind"), position(small, RUN_COLUMNS)
     runs: dict[str, list[dict]] = {}
     for run, columns in columns_of_runs(names).items():
         for number, cells in rows[1:]:
@@ -205,16 +204,19 @@ def read_csv(text: str, damaged: Damaged) -> dict[str, list[dict]]:
     return {name: records_of_rows(records) for name, records in runs.items()}
 
 
+def position(names: list[str], wanted: str) -> int | None:
+    """Index of the first wanted name that there is."""
+    return next((names.index(name) for name in wanted.split() if name in names), None)
+
+
 def columns_of_runs(names: list[str]) -> dict[str, dict[str, int]]:
     """{run: {our name of a column: its index}}. A column without the name of a run, such as Step, is of all runs."""
     split = [name.lower().rpartition(" - ") for name in names]
     runs = list(dict.fromkeys(name[: len(run)] for name, (run, _, _) in zip(names, split, strict=True) if run))
     found: dict[str, dict[str, int]] = {}
     for run in runs or [""]:
-        of_run = {metric.strip(): i for i, (r, _, metric) in enumerate(split) if r in ("", run.lower())}
-        columns = {
-            ours: next((of_run[n] for n in theirs.split() if n in of_run), None) for ours, theirs in COLUMNS.items()
-        }
+        metrics_of_run = [metric.strip() if of in ("", run.lower()) else "" for of, _, metric in split]
+        columns = {ours: position(metrics_of_run, theirs) for ours, theirs in COLUMNS.items()}
         found[run] = {ours: i for ours, i in columns.items() if i is not None}
     return found
 
@@ -236,8 +238,9 @@ def records_of_rows(rows: list[dict]) -> list[dict]:
     """
     for name in COLUMNS:
         finite = [math.isfinite(row[name]) for row in rows if name in row]
-        last = len(finite) - finite[::-1].index(True) if True in finite else 0
-        if finite[:last].count(False) > finite.count(True):
+        while finite and not finite[-1]:  # a diverged run ends with losses that are not finite
+            finite.pop()
+        if finite.count(False) > finite.count(True):
             rows = [{k: v for k, v in row.items() if k != name or math.isfinite(v)} for row in rows]
     steps_alone = any("loss" in row and "val_loss" not in row for row in rows)  # the train loss is not an evaluation's
     records = []

@@ -11,7 +11,7 @@ from report import read_run
 
 
 def compared(*folders):
-    return [(name, text) for name, text in compare([read_run(folder) for folder in folders])]
+    return list(compare([read_run(folder) for folder in folders]))
 
 
 def test_two_runs_are_compared_by_pairs_of_windows_and_a_difference_within_its_error_may_be_chance(tmp_path):
@@ -19,13 +19,14 @@ def test_two_runs_are_compared_by_pairs_of_windows_and_a_difference_within_its_e
     found, (first, second) = compared(a, b), (read_run(run).groups[-1] for run in (a, b))
     each = np.subtract(second, first)
     (_, verdict), keys = found[0], dict(found)["keys of b"]
-    assert (
-        f"At step 4,000, 1.97B tokens each, b is lower by {-each.mean():.4f} +- {each.std(ddof=1) / 8:.4f}" in verdict
-    )
+    error = each.std(ddof=1) / 8
+    assert f"At step 4,000, 1.97B tokens each, b is lower by {-each.mean():.4f} +- {error:.4f}" in verdict
     assert keys == "n_head 12 -> 6."
-    assert each.std(ddof=1) / 8 < 0.003 < np.std(first) / 8  # pairs see what two errors would hide
-    (_, verdict), *_ = compared(write_run(tmp_path / "c", 0.0, 0.02), write_run(tmp_path / "dd", 0.0, 0.02))
-    assert "may be chance" in verdict
+    assert error < 0.003 < np.std(first) / 8  # pairs see what two errors would hide
+    c, d = write_run(tmp_path / "c", 0.0, 0.02), write_run(tmp_path / "dd", 0.0, 0.02)
+    assert "may be chance" in compared(c, d)[0][1]
+    other = write_run(tmp_path / "e", -0.1, fingerprint="another val set")
+    assert "error unknown: not evaluated on the same windows" in compared(a, other)[0][1]
 
 
 def test_a_run_that_is_not_as_far_is_compared_at_the_last_step_of_both_and_its_learning_rate_is_named(tmp_path):
@@ -62,11 +63,12 @@ def test_the_tokens_saved_are_counted_to_where_the_better_run_has_the_last_loss_
 
 def test_an_evaluation_that_only_one_run_has_is_compared_with_the_others_value_between_two_of_its_own(tmp_path):
     a, b = tmp_path / "a.csv", tmp_path / "b.csv"
-    a.write_text("step,val_loss\n0,9\n300,4\n")
+    a.write_text("step,val_loss\n0,9\n300,4.5\n")
     b.write_text("step,val_loss\n0,9\n200,5\n400,3\n")
     (_, verdict), *_ = compared(a, b)
-    assert verdict.startswith("At step 300, b is equal ")
+    assert verdict.startswith("At step 300, b is lower by 0.5000 (error unknown: not evaluated on the same windows)")
     assert "Learning rates are not known" in verdict
+    assert compared(a, a)[0][1].startswith("At step 300, b is equal ")
 
 
 def test_two_tokenizers_are_compared_in_bits_per_byte_or_not_at_all(tmp_path):
@@ -83,30 +85,22 @@ def test_two_tokenizers_are_compared_in_bits_per_byte_or_not_at_all(tmp_path):
     assert "b and a cannot be compared: not both have bits per byte" in compared(a, b)[0][1]
 
 
-def test_runs_on_other_val_sets_have_an_unknown_error(tmp_path):
-    a, b = (write_run(tmp_path / name, fingerprint=name) for name in ("a", "b"))
-    assert "error unknown: not evaluated on the same windows" in compared(a, b)[0][1]
-
-
 def test_the_best_of_three_runs_is_named_at_the_last_step_of_all(tmp_path):
-    folders = [
-        write_run(tmp_path / name, d, last=s) for name, d, s in (("a", 0, None), ("b", -0.2, 3000), ("c", -0.1, None))
-    ]
+    runs = (("a", 0, None), ("b", -0.2, 3000), ("c", -0.1, None))
+    folders = [write_run(tmp_path / name, difference, last=last) for name, difference, last in runs]
     losses = [read_run(folder).evals["val"][30] for folder in folders]
     order = f"b is lowest with {losses[1]:.4f} (c {losses[2]:.4f}, a {losses[0]:.4f})."
     assert compared(*folders)[0] == ("verdict", f"At step 3,000, the last that all have reached, {order}")
 
 
-def test_a_run_without_a_val_loss_is_shown_but_not_compared(tmp_path):
+def test_a_run_without_a_val_loss_and_a_diverged_one_are_shown_in_words(tmp_path):
+    a = write_run(tmp_path / "a")
     (tmp_path / "t.csv").write_text("step,loss\n0,9\n10,8\n")
-    found = compared(write_run(tmp_path / "a"), tmp_path / "t.csv")
-    assert "cannot be compared: not both have a val loss" in found[0][1]
-    assert dict(found)["b"].endswith("step 10, no evaluation.")
-
-
-def test_a_diverged_run_has_a_last_loss_in_words(tmp_path):
+    found = dict(compared(a, tmp_path / "t.csv"))
+    assert "cannot be compared: not both have a val loss" in found["verdict"]
+    assert found["b"].endswith("step 10, no evaluation.")
     (tmp_path / "n.csv").write_text("step,val_loss\n0,9\n10,8\n20,nan\n")
-    found = dict(compared(write_run(tmp_path / "a"), tmp_path / "n.csv"))
+    found = dict(compared(a, tmp_path / "n.csv"))
     assert found["b"].endswith("val loss not finite at step 20.")
     assert "At step 10, " in found["verdict"] and "not finite" in found["verdict"]
 
