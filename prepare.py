@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -35,15 +34,26 @@ from configurator import key, load_config, run_script, sources_of
 from onecard import dataset, durable
 from onecard.dataset import PrepareError, Progress, bytes_per_token, read_plan
 from onecard.quickstart import write_quickstart
-from onecard.shards import ShardError, check_shard, layout, open_tokens, other_datasets, read_manifest, write_manifest
-from onecard.sources import token_count
+from onecard.shards import (
+    MANIFEST,
+    ShardError,
+    check_shard,
+    keys_of,
+    open_tokens,
+    other_datasets,
+    read_manifest,
+    write_manifest,
+)
+from onecard.sources import STATE
 from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, dataset_tokenizer, load_tokenizer
-from onecard.units import STATE, encode_texts, job_tokenizer, make_job, unit_record, work
+from onecard.units import encode_texts, job_tokenizer, make_job, read_record, unit_record, work
 
 PLANNING_SECONDS = 5.0  # that a task waits for other tasks, which own the whole dataset only while they plan
 INSPECT_TOKENS = 50_000_000  # read by --inspect
 FAST_BYTES = 10_000_000  # of text; checking fastokens takes longer than encoding less
 SMALL_RUN_BYTES = 50_000_000  # config/own_text.py is for less text than this
+COUNTS = ("documents", "tokens", "replaced")
+MANIFEST_KEYS = {*COUNTS, "tokenizer", "encoder", "libraries", "settings", "skipped", "failed", "sources", "shards"}
 QUICKSTART = {"tokenizer": "gpt2-1024", "val_fraction": 0.1}  # its settings
 
 
@@ -73,9 +83,7 @@ class PrepareConfig:
         if self.train_tokenizer and "tokenizer" in sources_of(self):
             found.append("train_tokenizer: excludes --tokenizer; give one of the two")
         if 0 < self.train_tokenizer < 257:
-            found.append(
-                f"train_tokenizer: {self.train_tokenizer} is less than 256 bytes and a separator; give 257 or more"
-            )
+            found.append("train_tokenizer: 256 bytes and a separator are ids; give 257 or more")
         task = re.fullmatch(r"(\d+)/(\d+)", self.task)
         if self.task and not (task and 1 <= int(task[1]) <= int(task[2])):
             found.append(f"task: {self.task!r} is not a task; the tasks of sixteen are 1/16 to 16/16")
@@ -94,21 +102,24 @@ def asked_settings(config: PrepareConfig, folder: Path) -> dict:
     return (QUICKSTART if new_quickstart else {}) | {name: getattr(config, name) for name in names}
 
 
+def inputs_of(config: PrepareConfig, folder: Path) -> tuple[str, ...]:
+    """The inputs; without any the file of the quickstart, which is made if it is missing."""
+    if config.inputs or folder.name != "quickstart":
+        return config.inputs
+    path = folder / "quickstart.parquet"
+    if not path.exists():
+        write_quickstart(path)
+    return (str(path),)
+
+
 def read_records(plan: dict, numbers: range, folder: Path) -> dict[int, dict]:
-    """{unit number: record} of the finished units whose shards have their full size."""
+    """{unit number: record} of the units that are done. One that is damaged is reported and prepared again."""
     records = {}
     for number in numbers:
         try:
-            record = json.loads(unit_record(folder, number).read_text(encoding="utf-8"))
-            if record.get("files") != plan["units"][number].get("files"):
-                raise ShardError("files were added to it")
-            for shard in record["shards"]:
-                if layout(folder / shard["name"])[1] != shard["tokens"]:
-                    raise ShardError(f"{folder / shard['name']}: not the size that was written")
-            records[number] = record
-        except FileNotFoundError:
-            continue
-        except (ShardError, ValueError, KeyError) as error:
+            if record := read_record(folder, number, plan["units"][number]):
+                records[number] = record
+        except ShardError as error:
             print(f"  unit {number} is prepared again: {error}")
     return records
 
@@ -225,10 +236,10 @@ def remove_leftovers(folder: Path, numbers: range, plan: dict) -> None:
 # ---- the dataset -------------------------------------------------------------------------------------------
 
 
-def prepare(config: PrepareConfig, asked: dict, folder: Path) -> int:
-    """Plans, prepares what is missing, and completes the dataset. asked: see asked_settings. Returns the exit code."""
+def prepare(config: PrepareConfig, folder: Path) -> int:
+    """Plans, prepares what is missing, and completes the dataset. Returns the exit code."""
     state, started, before = folder / STATE, time.monotonic(), read_plan(folder)
-    plan, damaged, content = dataset.plan_dataset(config.inputs, asked, folder)
+    plan, damaged, content = dataset.plan_dataset(inputs_of(config, folder), asked_settings(config, folder), folder)
     state.mkdir(parents=True, exist_ok=True)
     task, tasks = map(int, config.task.split("/")) if config.task else (1, 1)
     whole, own = state / "all.lock", state / f"task_{task}_of_{tasks}.lock"
@@ -250,7 +261,7 @@ def prepare(config: PrepareConfig, asked: dict, folder: Path) -> int:
         if config.task:
             tokens = sum(record["tokens"] for record in records.values())
             print(f"task {config.task}: {len(records)} of {len(numbers)} units are done, {tokens:,} tokens")
-            print(f"when all tasks are done: python prepare.py --merge --dataset={config.dataset}")
+            print(f"when all tasks are done: python prepare.py --merge {keys_of(folder)}")
         else:
             finish(plan, records, config, folder, failed, time.monotonic() - started)
     return 1 if failed or damaged else 0
@@ -265,7 +276,7 @@ def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareCo
         missing = [number for number in numbers if number not in records]
         remedy = "run their tasks, or leave out --merge"
         raise PrepareError(f"{folder}: units {missing[:9]} of {len(numbers)} are not done; {remedy}")
-    there = read_manifest(folder)
+    there = read_finished(folder)
     if there and 0 < config.max_tokens < min(there["tokens"], there["settings"].get("max_tokens") or math.inf):
         remedy = "leave it out, or use another --dataset"
         raise PrepareError(f"max_tokens: {folder} holds {there['tokens']:,} tokens already; {remedy}")
@@ -276,21 +287,16 @@ def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareCo
     size = sum(plan["units"][number]["bytes"] for number in numbers if number not in records)  # of text to read, about
     if config.max_tokens:
         done = sum(record["tokens"] for record in records.values())
-        size = min(size, int(max(0, config.max_tokens - done) * bytes_per_token(plan["settings"])))
+        size = min(size, int(max(0, config.max_tokens - done) * ratio))
     encoder = choose_encoder(config, plan["settings"], texts, size, folder)
     need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
-    units, files = counted(len(numbers), "unit"), counted(len(plan["sources"]), "file")
-    print(f"{folder}: {units} of {files}, {len(records):,} done already")
+    print(f"{folder}: files: {len(plan['sources']):,}, units: {len(numbers):,}, done already: {len(records):,}")
     print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens ({tokenizer.name}, by {encoder})")
     print(f"  disk:  {amount(need)}B needed, {amount(free)}B free")
     if need > free:
         remedy = "make room, use another --data_dir, or take fewer tokens with --max_tokens"
         raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
     return run_units(plan, records, numbers, config, folder, encoder, size)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def amount(number: float) -> str:
@@ -300,15 +306,13 @@ def amount(number: float) -> str:
 
 def choose_encoder(config: PrepareConfig, settings: dict, texts: list[str], size: float, folder: Path) -> str:
     """fastokens for much text, if it is installed and gives the same ids for hard strings and these texts."""
-    tokenizer = job_tokenizer(settings, folder)
-    usual, fast = tokenizer.encoder, tokenizer.kind in ("gpt2", "bpe")
-    if config.encoder == "tiktoken" or (config.encoder == "auto" and (size < FAST_BYTES or not fast)):
+    usual = job_tokenizer(settings, folder).encoder
+    if config.encoder == "tiktoken" or (config.encoder == "auto" and size < FAST_BYTES):
         return usual
     try:
-        if not fast:
-            raise TokenizerError(f"encoder: fastokens does not know {tokenizer.name}; leave out --encoder")
-        check_parity(job_tokenizer(settings, folder, "fastokens"), texts)
-        return "fastokens"
+        fast = job_tokenizer(settings, folder, "fastokens")
+        check_parity(fast, texts)
+        return fast.encoder
     except TokenizerError as error:
         if config.encoder == "fastokens":
             raise
@@ -326,7 +330,7 @@ def finish(plan: dict, records: dict, config: PrepareConfig, folder: Path, faile
         else:
             kept.append(record)
             tokens += record["tokens"]
-    manifest, known = make_manifest(plan, kept, config, failed), read_manifest(folder)
+    manifest, known = make_manifest(plan, kept, config, failed), read_finished(folder)
     if not manifest["shards"]:
         raise PrepareError(f"{folder}: no document was found; {'; '.join(failed.values()) or 'all rows are empty'}")
     hashes, known_hashes = ([(s["name"], s["sha256"]) for s in m["shards"]] for m in (manifest, known or manifest))
@@ -343,18 +347,14 @@ def finish(plan: dict, records: dict, config: PrepareConfig, folder: Path, faile
 
 def next_config(manifest: dict, folder: Path) -> str:
     """The config file and the keys of train.py that suit the size of a dataset."""
-    name, place = (
-        shlex.quote(folder.name),
-        "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}",
-    )
     if folder.name == "quickstart":
-        return f"config/quickstart.py{place}"
-    if sum(shard["text_bytes"] for shard in manifest["shards"]) < SMALL_RUN_BYTES:
-        tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
-        steps = max(50, 8 * tokens // 2048 // 10 * 10)  # 8 epochs; a shorter run than the config's for less text
-        keys = f" --max_iters={steps} --eval_interval={steps // 10}" if steps < 1000 else ""
-        return f"config/own_text.py --dataset={name} --out_dir=out/{name}{place}{keys}"
-    return f"config/fineweb_4070.py --dataset={name}{place}"
+        return f"config/quickstart.py {keys_of(folder)}"
+    if sum(shard["text_bytes"] for shard in manifest["shards"]) >= SMALL_RUN_BYTES:
+        return f"config/fineweb_4070.py {keys_of(folder)}"
+    tokens = sum(shard["tokens"] for shard in manifest["shards"] if shard["split"] == "train")
+    steps = max(50, 8 * tokens // 2048 // 10 * 10)  # 8 epochs; a shorter run than the config's for less text
+    fewer = f" --max_iters={steps} --eval_interval={steps // 10}" if steps < 1000 else ""
+    return f"config/own_text.py {keys_of(folder)} --out_dir=out/{shlex.quote(folder.name)}{fewer}"
 
 
 def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed: dict) -> dict:
@@ -362,8 +362,8 @@ def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed
     tokenizer = settings.pop("tokenizer", None) or {
         name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
     }
-    encoders = ("tokenizers", "fastokens") if tokenizer.get("kind") == "bpe" else ("tiktoken", "fastokens")
-    libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", *encoders))
+    encoder = "tokenizers" if tokenizer.get("kind") == "bpe" else "tiktoken"
+    libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", encoder, "fastokens"))
     for name in libraries:
         with contextlib.suppress(PackageNotFoundError):  # some are optional
             libraries[name] = version(name)
@@ -377,12 +377,21 @@ def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed
         "encoder": " and ".join(sorted({record["encoder"] for record in records})),
         "libraries": libraries | {"python": sys.version.split()[0]},
         "settings": settings | {"max_tokens": config.max_tokens},
-        **{name: sum(record[name] for record in records) for name in ("documents", "tokens", "replaced")},
+        **{name: sum(record[name] for record in records) for name in COUNTS},
         "skipped": {reason: sum(record["skipped"][reason] for record in records) for reason in ("null", "empty")},
         "failed": [failed[number] for number in sorted(failed)],
         "sources": plan["sources"],
         "shards": shards,
     }
+
+
+def read_finished(folder: Path) -> dict | None:
+    """The manifest of a finished dataset, or None. Raises ShardError if it is damaged, or not made by prepare.py."""
+    manifest = read_manifest(folder)
+    if missing := MANIFEST_KEYS - (manifest or dict.fromkeys(MANIFEST_KEYS)).keys():
+        what = f"has no {', '.join(sorted(missing))}"
+        raise ShardError(f"{folder / MANIFEST}: {what}; delete it and run prepare.py again")
+    return manifest
 
 
 def summary(manifest: dict) -> str:
@@ -406,11 +415,8 @@ def summary(manifest: dict) -> str:
 
 
 def verify(folder: Path, manifest: dict) -> int:
-    """Checks every byte of every shard, and the number of tokens against the sources. Returns the exit code."""
-    problems, unchecked = [], set()
-    tokens_of: dict[tuple, int] = {}  # {(source, rows): tokens without separators}
-    is_gpt2 = manifest["tokenizer"]["sha256"] == GPT2Tokenizer.sha256
-    has_counts = is_gpt2 and "paragraph_chars" not in manifest["settings"]
+    """Checks every byte of every shard. Returns the exit code."""
+    problems = []
     dataset_tokenizer(folder)  # its file is the one of the manifest
     with Progress(sum(2 * shard["tokens"] for shard in manifest["shards"]), "checked") as progress:
         for shard in manifest["shards"]:
@@ -418,19 +424,9 @@ def verify(folder: Path, manifest: dict) -> int:
                 check_shard(folder / shard["name"], shard, manifest["tokenizer"])
             except ShardError as error:
                 problems.append(str(error))
-            place = (shard["source"], *shard.get("row_groups", ()), *shard.get("rows", ()))
-            tokens_of[place] = tokens_of.get(place, 0) + shard["tokens"] - shard["documents"]
             progress.update(2 * shard["tokens"])
-    for (path, *rows), tokens in tokens_of.items() if has_counts else ():
-        expected = token_count(path, *rows) if rows else tokens  # of text files nothing is known
-        if expected is None:
-            unchecked.add(path)
-        elif expected != tokens:
-            problems.append(f"{path}: token_count of rows {rows[2]:,} to {rows[3]:,} is {expected:,}, not {tokens:,}")
     print(f"{folder}: {len(manifest['shards'])} shards, {manifest['tokens']:,} tokens")
     print("\n".join(problems) or "  sizes, hashes, ids and separators are right")
-    if unchecked:
-        print(f"  {len(unchecked)} sources have no token_count to compare with")
     return 1 if problems else 0
 
 
@@ -438,56 +434,44 @@ def inspect(folder: Path, manifest: dict) -> int:
     """Prints a dataset: counts, lengths of documents, sources, and the first and last documents as text."""
     print(f"{folder}: {manifest['encoder']}, settings {manifest['settings']}")
     print(summary(manifest))
-    tokenizer, counted, lengths = dataset_tokenizer(folder) or load_tokenizer(), 0, []
+    tokenizer, count, lengths = dataset_tokenizer(folder) or load_tokenizer(), 0, []
     for shard in manifest["shards"]:
         tokens = open_tokens(folder / shard["name"])[:INSPECT_TOKENS]
         lengths.append(np.diff(np.flatnonzero(tokens == tokenizer.eot), append=len(tokens)) - 1)
-        counted += len(tokens)
-        if counted >= INSPECT_TOKENS:
+        count += len(tokens)
+        if count >= INSPECT_TOKENS:
             break
     percentiles = np.percentile(np.concatenate(lengths), (0, 5, 25, 50, 75, 95, 100)).astype(int)
-    print(f"  tokens per document, of the first {counted:,} tokens: " + ", ".join(f"{p:,}" for p in percentiles))
+    print(f"  tokens per document, of the first {count:,} tokens: " + ", ".join(f"{p:,}" for p in percentiles))
     print("    (minimum, 5%, 25%, median, 75%, 95%, maximum)")
     for source in manifest["sources"][:20]:
         print(f"  {source['bytes']:>15,} bytes  {source['path']}")
-    if len(manifest["sources"]) > 20:
-        print(f"  and {len(manifest['sources']) - 20} more sources")
-    train = [shard for shard in manifest["shards"] if shard["split"] == "train"]
+    print(f"  {len(manifest['sources']):,} sources")
+    train = [shard for shard in manifest["shards"] if shard["split"] == "train"] or manifest["shards"]
     first, last = (open_tokens(folder / shard["name"]) for shard in (train[0], train[-1]))
-    for name, tokens in (("first", first[:10_000]), ("last", last[-10_000:])):
+    for which, tokens, shown in (("first", first[:10_000], slice(3)), ("last", last[-10_000:], slice(-3, None))):
         documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:] or [tokens]
-        for document in documents[:3] if name == "first" else documents[-3:]:
+        for document in documents[shown]:
             text = tokenizer.decode(document[document != tokenizer.eot])
-            print(f"--- {name}: {textwrap.shorten(text, 400)}")
+            print(f"--- {which}: {textwrap.shorten(text, 400)}")
     return 0
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
 
 
-def with_quickstart(config: PrepareConfig) -> PrepareConfig:
-    """The config of a run without inputs: it prepares the quickstart's file, which is made if it is missing."""
-    path = Path(config.data_dir) / "quickstart" / "quickstart.parquet"
-    if not path.exists():
-        write_quickstart(path)
-    return dataclasses.replace(config, inputs=(str(path),), dataset="quickstart")
-
-
 def main(argv: list[str] | None = None) -> None:
     config = load_config(PrepareConfig, argv)
     folder = Path(config.data_dir) / (config.dataset or "quickstart")
     if config.verify or config.inspect:
-        manifest = read_manifest(folder)
+        manifest = read_finished(folder)
         if manifest is None:
             unfinished = "run prepare.py again to finish it" if read_plan(folder) else other_datasets(folder)
             raise PrepareError(f"{folder}: no finished dataset; {unfinished}")
         code = inspect(folder, manifest) if config.inspect else verify(folder, manifest)
     else:
         try:
-            asked = asked_settings(config, folder)
-            if not config.inputs and folder.name == "quickstart":
-                config = with_quickstart(config)
-            code = prepare(config, asked, folder)
+            code = prepare(config, folder)
         except BrokenPipeError:  # of this program's own output, `| head`
             raise
         except OSError as error:

@@ -10,7 +10,6 @@ mistake is reported before any work, and several processes that plan the same fi
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -19,11 +18,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from onecard import UserError, durable
-from onecard.shards import other_datasets, write_json
-from onecard.sources import DamagedError, SourceError, cut_text, examine, find_files, kind_of
+from onecard.shards import other_datasets, read_json, write_json
+from onecard.sources import STATE, DamagedError, SourceError, cut_text, examine, find_files, kind_of
 from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
 from onecard.tokenizer import train_tokenizer as train_bpe
-from onecard.units import STATE, as_documents, decode, in_val, make_job, new_record, read_unit
+from onecard.units import as_documents, decode, in_val, make_job, new_record, read_unit
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
 OWN_TOKENIZER, OWN_TEXT_BYTES = "gpt2-1024", 10_000_000  # the default for less text of files of text
@@ -32,7 +31,8 @@ SMALL_BYTES, SMALL_ROWS = 100_000_000, 2000  # a dataset below both is read befo
 LEAST_BYTES = 10_000  # of text in a dataset
 USUAL_VAL_BYTES, LEAST_VAL_BYTES = 500_000, 2500  # in val, of a small dataset, unless val_fraction is given
 ENOUGH_VAL_BYTES = 20_000  # in val, if that is less than half of its share because a few documents are long
-FEW_DOCUMENTS = 5  # expected in val; with fewer the documents of a small dataset are split by paragraphs
+FEW_DOCUMENTS = 5  # expected in val; with fewer the documents are split by paragraphs (of more text: twice as many)
+PARAGRAPH_CHARS = 4000  # in a group of paragraphs, at most
 SPLIT_SEEDS = 64  # tried, until val gets about its share
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 
@@ -68,8 +68,8 @@ def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict
     found, damaged = examine_all(inputs, settings)
     plan = add_sources({"sources": [], "units": [], "settings": settings}, found, folder)
     jobs = [make_job(plan, number, 0, folder) for number in range(len(plan["units"]))]
-    if settings["val_fraction"] and is_small(plan):
-        settings |= choose_split(jobs, asked.get("val_fraction"))
+    if settings["val_fraction"]:
+        settings |= choose_split(plan, jobs, asked.get("val_fraction"))
     if not tokenizer and not n_vocab and is_own_text(plan):
         settings["tokenizer"], content = split_state(load_tokenizer(OWN_TOKENIZER))
         print(f"  little text: tokenizer {OWN_TOKENIZER}, for a small network (to finetune GPT-2 use --tokenizer=gpt2)")
@@ -88,8 +88,19 @@ def split_state(tokenizer: Tokenizer) -> tuple[dict, str]:
 
 
 def read_plan(folder: Path) -> dict | None:
-    path = folder / STATE / "plan.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The plan of a dataset, or None if it has none. Raises ShardError if the file is damaged."""
+    return read_json(folder / STATE / "plan.json", plan_fits, f"delete {folder} and prepare all its files again")
+
+
+def plan_fits(plan):
+    settings, sources = plan["settings"], plan["sources"]
+    numbers = [len(plan["units"]) - 1, settings["val_fraction"], settings["shard_tokens"] - 1]  # at least 0
+    for unit in plan["units"]:
+        numbers += [unit["source"], unit["bytes"], len(sources) - unit["source"] - unit.get("files", 1)]
+        numbers += [len(unit[name]) - 2 for name in ("rows", "row_groups", "range") if name in unit]
+    tokenizer = settings.get("tokenizer", {}).get("sha256", "GPT-2's")
+    texts = [tokenizer, settings["text_column"], *(source[name] for source in sources for name in ("path", "id"))]
+    return min(numbers) >= 0 and min(texts) > ""
 
 
 def write_plan(plan: dict, content: str, before: dict | None, folder: Path) -> None:
@@ -193,18 +204,38 @@ def is_own_text(plan: dict) -> bool:
 # ---- train and val -----------------------------------------------------------------------------------------
 
 
-def is_small(plan: dict) -> bool:
-    """Whether the text is so little that it is read before it is split into train and val."""
-    rows = sum(source.get("rows", 0) for source in plan["sources"])  # known of parquet files
-    return sum(unit["bytes"] for unit in plan["units"]) < SMALL_BYTES and rows < SMALL_ROWS
+def choose_split(plan: dict, jobs: list[dict], asked: float | None) -> dict:
+    """The settings of the split: val_fraction, and with few documents how they are split by paragraphs.
+
+    asked: the val_fraction that was asked for. A small dataset is read, of a large one the documents are estimated.
+    """
+    size, rows = sum(unit["bytes"] for unit in plan["units"]), sum(source.get("rows", 0) for source in plan["sources"])
+    if size < SMALL_BYTES and rows < SMALL_ROWS:
+        return split_small(jobs, asked)
+    fraction, documents = SETTINGS["val_fraction"] if asked is None else asked, sum(map(count_documents, jobs))
+    if fraction * documents >= 2 * FEW_DOCUMENTS:
+        return {"val_fraction": fraction}
+    return by_paragraphs(documents, max(fraction, 2 * FEW_DOCUMENTS * PARAGRAPH_CHARS / size), PARAGRAPH_CHARS, 0)
 
 
-def choose_split(jobs: list[dict], val_fraction: float | None) -> dict:
-    """The settings of a small dataset's split: val_fraction, and if it has few documents how to split by paragraphs.
+def count_documents(job: dict) -> int:
+    """How many documents a unit has: the rows of a parquet file; of a text file about, by the size of the first."""
+    if "rows" in job["unit"]:
+        return job["unit"]["rows"][1] - job["unit"]["rows"][0]
+    texts = first_texts(job)
+    return round(len(texts) * job["unit"]["bytes"] / max(1, sum(map(len, texts))))
 
-    val_fraction: what was asked for; None: a tenth, less of more than 5 MB, more of less than 25 KB. Of the seeds of
-    the hash the first is taken with which val gets about its share, so neither split is empty. Raises PrepareError if
-    there is too little text.
+
+def by_paragraphs(documents: int, fraction: float, chars: int, seed: int) -> dict:
+    print(f"  few documents ({documents}): split by paragraphs, about {fraction:.1%} of the text is val")
+    return {"val_fraction": fraction, "paragraph_chars": chars, "split_seed": seed}
+
+
+def split_small(jobs: list[dict], val_fraction: float | None) -> dict:
+    """The split of a small dataset. Of the seeds of the hash the first is taken with which val gets about its share.
+
+    val_fraction: what was asked for; None: a tenth, less of more than 5 MB, more of less than 25 KB. Raises
+    PrepareError if there is too little text.
     """
     problems: list[str] = []  # of files that cannot be read to their end
     contents = [content for job in jobs for content in readable(job, problems)]
@@ -219,14 +250,12 @@ def choose_split(jobs: list[dict], val_fraction: float | None) -> dict:
     enough = min(asked / 2, ENOUGH_VAL_BYTES / total)
     if len(contents) * asked >= FEW_DOCUMENTS and enough <= val_share(contents, asked, 0) <= 0.9:
         return {"val_fraction": asked}
-    chars = min(4000, max(1000, total // 200))
+    chars = min(PARAGRAPH_CHARS, max(1000, total // 200))
     groups = [group.encode() for content in contents for group in cut_text(content.decode(), chars)]
     for fraction in (asked, usual):  # what was asked for may be less than one group
         for seed in range(SPLIT_SEEDS):
             if fraction / 2 <= val_share(groups, fraction, seed) <= min(2 * fraction, 0.9):
-                few = f"few documents ({len(contents)})"
-                print(f"  {few}: split by paragraphs, about {fraction:.1%} of the text is val")
-                return {"val_fraction": fraction, "paragraph_chars": chars, "split_seed": seed}
+                return by_paragraphs(len(contents), fraction, chars, seed)
     raise PrepareError(
         f"{jobs[0]['paths'][0]}: too few different paragraphs to split {total:,} bytes of text into train and val "
         f"({len(set(groups)):,} of about {chars:,} characters); add other text"

@@ -20,9 +20,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -172,20 +173,30 @@ def check_shard(path: str | Path, entry: dict, tokenizer: dict) -> None:
             raise ShardError(f"{path}: damaged: {what} {found}, expected {expected}; delete it, run prepare.py again")
 
 
-def read_manifest(folder: str | Path) -> dict | None:
-    """folder/manifest.json, or None if there is none. Raises ShardError if it is damaged."""
-    path = Path(folder) / MANIFEST
+def read_json(path: Path, fits: Callable[[Any], bool], remedy: str) -> Any:
+    """The content of a JSON file, None if there is none. Raises ShardError if it is damaged, or `fits` says no."""
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        entries = [(s["split"], s["sha256"], int(s["tokens"]), int(s["text_bytes"])) for s in manifest["shards"]]
-        names = {shard["name"] for shard in manifest["shards"]}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not fits(content):
+            raise ValueError("its numbers do not fit together")
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path}: is not a manifest ({error!r}); delete it and run prepare.py again") from error
-    if len(names) < len(entries):
-        raise ShardError(f"{path}: names a shard twice; delete it and run prepare.py again")
-    return manifest
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ShardError(f"{path}: damaged ({type(error).__name__}: {error}); {remedy}") from error
+    return content
+
+
+def read_manifest(folder: str | Path) -> dict | None:
+    """folder/manifest.json, or None if there is none. Raises ShardError if it is damaged."""
+    return read_json(Path(folder) / MANIFEST, manifest_fits, "delete it and run prepare.py again")
+
+
+def manifest_fits(manifest):
+    shards = manifest["shards"]
+    names = {shard["name"] for shard in shards if shard["split"] in ("train", "val") and shard["sha256"]}
+    sums = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "text_bytes")}
+    n_vocab = manifest.get("tokenizer", {}).get("n_vocab", 1)
+    return len(names) == len(shards) and n_vocab > 0 and all(manifest.get(key, sums[key]) == sums[key] for key in sums)
 
 
 class Shard(NamedTuple):
@@ -227,7 +238,13 @@ def other_datasets(folder: Path) -> str:
     near = difflib.get_close_matches(folder.name, names, n=1)
     known = f"did you mean {near[0]}?" if near else f"{folder.parent} has {', '.join(names) or 'no dataset'}."
     files = "" if folder.name == "quickstart" else " FILES"
-    return f"{known} To make it: python prepare.py{files} --dataset={folder.name}"
+    return f"{known} To make it: python prepare.py{files} {keys_of(folder)}"
+
+
+def keys_of(folder: Path) -> str:
+    """The keys that name a dataset on the command line."""
+    place = "" if folder.parent == Path("data") else f" --data_dir={shlex.quote(str(folder.parent))}"
+    return f"--dataset={shlex.quote(folder.name)}{place}"
 
 
 def hash_of_ends(path):
@@ -326,7 +343,7 @@ class Windows:
                 raise ShardError(
                     f"{shard.path}: token {row[column]} at position {start + column:,} is outside the model's "
                     f"vocabulary of {self.vocab_size:,}: a damaged file, or another tokenizer's; "
-                    f"check with: python prepare.py --verify --dataset={self.folder.name}"
+                    f"check with: python prepare.py --verify {keys_of(self.folder)}"
                 )
         return rows
 

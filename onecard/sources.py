@@ -33,9 +33,11 @@ TXT_BYTES = 8192  # a document of a .txt file ends at the first blank line after
 SMALL_FILE = 1_000_000  # bytes; smaller text files share a shard, because a window never crosses the end of a shard
 CHECKED_BYTES = 100_000_000  # text files below this are read once more before any work, to find bytes that are not text
 JSON_BYTES = 1 << 30  # a larger .json file is refused, because it is read as a whole
+STATE = ".prepare"  # the folder in a dataset with the plan, the records and the locks
+OUTPUT = ("manifest.json", "tokenizer.json")  # never text
 HUB_TRIES = 5  # in addition to those of huggingface_hub
 TEXT_KEYS = ("text", "content", "body", "value")  # of a message in a chat export
-AUTHOR_KEYS = ("from", "sender", "sender_name", "role", "user", "author")
+AUTHOR_KEYS = ("from", "sender", "sender_name", "role", "user")
 
 
 class SourceError(UserError):
@@ -69,18 +71,24 @@ def find_files(inputs: Sequence[str]) -> list[str]:
 
 
 def find_local(name):
-    """A file, the matches of a glob, or the files below a folder: only its parquet files if it has any.
-
-    Hidden files and folders, such as .git, are left out of a folder.
-    """
-    path, found = Path(name), sorted(map(Path, glob.glob(name, recursive=True)))
-    if path.is_dir():
-        below = sorted(p for p in path.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
-        below = [p for p in below if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    """A file, the matches of a glob, or the files below a folder: only its parquet files if it has any."""
+    path = Path(name)
+    if not path.is_dir():
+        found = [path] if path.is_file() else sorted(map(Path, glob.glob(name, recursive=True)))
+    else:
+        below = [p for p in sorted(path.rglob("*")) if p.name.lower().endswith(SUFFIXES) and is_input(p, path)]
         found = [p for p in below if kind_of(p.name) == "parquet"] or below
         if len(found) < len(below):
             print(f"  {name}: has parquet files, so its {len(below) - len(found)} other files are left out")
-    return [p.as_posix() for p in ([path] if path.is_file() else found)]
+    return [p.as_posix() for p in found]
+
+
+def is_input(path, folder):
+    """Whether a path below a folder is an input: a file that is not hidden, not in a dataset, and not made by us."""
+    below = path.relative_to(folder)
+    hidden = any(part.startswith(".") for part in below.parts)
+    datasets = (parent for parent in below.parents if parent.name and (folder / parent / STATE).is_dir())
+    return not hidden and path.name not in OUTPUT and path.is_file() and not any(datasets)
 
 
 def kind_of(path: str) -> str:
@@ -341,16 +349,15 @@ def read_json(path, column):
 def documents_in(value: Any, column: str) -> list[str]:
     """The documents in a JSON value: texts of objects, and chats, whose messages become lines "name: text".
 
-    A chat is a list of objects with one of AUTHOR_KEYS, as in the exports of Telegram, Discord, Slack, ChatGPT or
-    Claude. A long one is cut into several documents. Without any text: [].
+    A chat is a list of objects of which one has an author. A long one is cut into several documents. An object
+    without a text may contain one list or object with texts. Without any text: [].
     """
     if isinstance(value, dict):
-        if (text := text_of(value, column)) is not None:
+        if text := text_of(value, column):
             return [text]
         if isinstance(tree := value.get("mapping"), dict):  # ChatGPT's: the messages are nodes of a tree
             return documents_in([node.get("message") for node in tree.values() if isinstance(node, dict)], column)
-        parts = [part for part in value.values() if isinstance(part, dict | list)]
-        found = [texts for part in parts if (texts := documents_in(part, column))]
+        found = list(filter(None, (documents_in(part, column) for part in value.values())))
         return found[0] if len(found) == 1 else []  # of several lists none is chosen
     objects = [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
     messages = [(author_of(item), text) for item in objects if (text := text_of(item, column))]
@@ -361,30 +368,23 @@ def documents_in(value: Any, column: str) -> list[str]:
 
 
 def text_of(item: dict, column: str) -> str | None:
-    """The text of an object, a string or a list of parts. None if it has none."""
-    texts = []
+    """The text of an object that is not empty: a string or a list of parts."""
     for key in TEXT_KEYS if column == "text" else (column,):
         value = item.get(key)
-        value = value.get("parts") if isinstance(value, dict) else value
-        if isinstance(value, list):
-            parts = [part.get("text") if isinstance(part, dict) else part for part in value]
-            value = "".join(part for part in parts if isinstance(part, str)) or None
-        if isinstance(value, str):
-            texts.append(value)
-    return next(filter(None, texts), texts[0] if texts else None)
+        parts = value.get("parts") if isinstance(value, dict) else value
+        parts = parts if isinstance(parts, list) else [parts]
+        parts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        if text := "".join(part for part in parts if isinstance(part, str)):
+            return text
+    return None
 
 
 def author_of(item: dict) -> str | None:
     """Who wrote a message. An author that is text is no sign of a chat: articles have that too."""
-    for key in AUTHOR_KEYS:
-        value = item.get(key)
-        if isinstance(value, dict):
-            value = value.get("name") or value.get("role")
-        elif key == "author":
-            continue
-        if isinstance(value, str):
-            return value
-    return None
+    author = item.get("author")
+    if isinstance(author, dict):
+        return author.get("name") or author.get("role")
+    return next((item[key] for key in AUTHOR_KEYS if isinstance(item.get(key), str)), None)
 
 
 def describe_json(path):
@@ -419,14 +419,3 @@ def read_txt(path, start, stop):
             lines, size = [], 0
     if lines:
         yield position + len(line) - size, b"".join(lines)
-
-
-def token_count(path: str, first: int, last: int, start: int, stop: int) -> int | None:
-    """The sum of the column token_count over rows start to stop, in row groups first to last; None without one."""
-    with contextlib.suppress(DamagedError), reading(path), open_file(path) as file:
-        parquet = pq.ParquetFile(file)
-        if "token_count" in parquet.schema_arrow.names:
-            skipped = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
-            column = parquet.read_row_groups(range(first, last), columns=["token_count"], use_threads=False).column(0)
-            return sum(filter(None, column.slice(start - skipped, stop - start).to_pylist()))
-    return None

@@ -21,11 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onecard.shards import MANIFEST, ShardError, ShardWriter, write_json
-from onecard.sources import DamagedError, cut_text, read_texts
+from onecard.shards import MANIFEST, ShardError, ShardWriter, layout, read_json, write_json
+from onecard.sources import STATE, DamagedError, cut_text, read_texts
 from onecard.tokenizer import Tokenizer, TokenizerError, check_round_trip, from_state, replace_surrogates
-
-STATE = ".prepare"  # the folder in a dataset with the plan, the records and the locks
 
 
 def make_job(plan: dict, number: int, limit: int, folder: str | Path) -> dict:
@@ -182,6 +180,25 @@ def split_text(text: str, content: bytes, settings: dict) -> Iterator[tuple[str,
 
 def unit_record(folder: Path, number: int) -> Path:
     return folder / STATE / f"unit_{number:06d}.json"
+
+
+def read_record(folder: Path, number: int, unit: dict) -> dict | None:
+    """The record of a unit that is done, or None. Raises ShardError if it or a shard is not as it was written."""
+    record = read_json(unit_record(folder, number), record_fits, "nothing to do")
+    if record and any(record.get(name) != unit.get(name) for name in ("source", "bytes", "files")):
+        raise ShardError("files were added to it")
+    for shard in record["shards"] if record else ():
+        if layout(folder / shard["name"])[1] != shard["tokens"]:
+            raise ShardError(f"{folder / shard['name']}: not the size that was written")
+    return record
+
+
+def record_fits(record):
+    sums = {name: sum(shard[name] for shard in record["shards"]) for name in ("documents", "tokens")}
+    numbers = [record[name] for name in ("source", "bytes", "limit", "complete", "replaced", "documents", "tokens")]
+    numbers += [record["skipped"]["null"], record["skipped"]["empty"]]
+    texts = [record["encoder"], *(shard["name"] for shard in record["shards"])]
+    return sums.items() <= record.items() and min(numbers) >= 0 and min(texts) > ""
 
 
 def work(connection: Connection, encoder: str, threads: int) -> None:

@@ -1,6 +1,7 @@
 """dataset.py: plans of small and large datasets; train and val of a small text; a tokenizer of the inputs."""
 
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from texts import some_texts, write_parquet
 
 from onecard import dataset
 from onecard.dataset import PrepareError, bytes_per_token, plan_dataset, read_plan, write_plan
-from onecard.sources import SourceError, read_texts
+from onecard.sources import STATE, SourceError, examine, read_texts
 from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
-from onecard.units import STATE, as_documents, new_record
+from onecard.units import as_documents, new_record
 
 NOWHERE = Path("none/mine")  # a dataset that is planned only
 
@@ -30,15 +31,16 @@ def settings_of(*paths, **asked):
 
 
 def splits_of(path, settings):
-    """{split: its text} of a text file, from the documents that a unit would write."""
+    """{split: its text} of a file, from the documents that its units would write."""
     texts = {"train": "", "val": ""}
-    for positions, values, _ in read_texts(str(path), {"files": 1}, "text"):
-        for document in as_documents(str(path), positions, values, {"unit": {}} | settings, new_record()):
-            texts[document.split] += document.text
+    for unit in examine(str(path), "text", 1e9)[1]:
+        for positions, values, _ in read_texts(str(path), unit, "text"):
+            for document in as_documents(str(path), positions, values, {"unit": unit} | settings, new_record()):
+                texts[document.split] += document.text
     return texts
 
 
-@pytest.mark.parametrize("size", [10_000, 30_000, 48_000, 200_000, 1_500_000])
+@pytest.mark.parametrize("size", [10_000, 48_000, 1_500_000])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", " "])
 def test_a_text_of_any_size_gets_about_its_share_of_val_by_a_rule_of_its_content(tmp_path, size, line_end):
     """val: at least 1,200 bytes, which are more than a window of 257 tokens."""
@@ -50,6 +52,23 @@ def test_a_text_of_any_size_gets_about_its_share_of_val_by_a_rule_of_its_content
         texts = splits_of(path, settings)
         assert sum(map(len, texts.values())) == length
         assert 1200 < len(texts["val"]) < length / 2 and len(texts["val"]) / length > settings["val_fraction"] / 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
+def test_a_few_giant_documents_above_the_size_that_is_read_get_both_splits_too(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(dataset, "SMALL_BYTES", 1_000_000)
+    texts, path = [prose(700_000, seed) for seed in range(3)], tmp_path / name
+    objects = [{"text": text} for text in texts]
+    if name == "a.parquet":
+        write_parquet(path, texts)
+    else:
+        path.write_text(json.dumps(objects) if name == "a.json" else "\n".join(map(json.dumps, objects)))
+    for asked in ({}, {"val_fraction": 0.001}):
+        settings = settings_of(path, tokenizer="gpt2", **asked)
+        assert settings["val_fraction"] == pytest.approx(40_000 / 2_100_000, rel=0.02)  # ten groups of 4,000 characters
+        sizes = {split: len(text) for split, text in splits_of(path, settings).items()}
+        assert sum(sizes.values()) == 2_100_000 and 10_000 < sizes["val"] < 100_000
+    assert "paragraph_chars" not in settings_of(path, val_fraction=0.0)
 
 
 def test_the_share_of_val_falls_with_the_size_and_documents_stay_whole_where_they_are_many(tmp_path):
@@ -149,18 +168,16 @@ def test_little_text_of_text_files_gets_a_small_vocabulary_unless_one_is_given_a
         assert "tokenizer" not in settings  # GPT-2's, as in the plans of older versions
 
 
-def test_a_trained_tokenizer_depends_on_the_train_text_alone_and_is_kept(tmp_path, monkeypatch, capsys):
+def test_a_trained_tokenizer_depends_on_the_train_text_alone_and_on_a_sample_of_much(tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers")
     texts = some_texts(3000, words=30)
     path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=100)
-    options = ([str(path)], {"train_tokenizer": 300, "shard_tokens": 5000, "val_fraction": 0.2})
-    plan, _, content = plan_dataset(*options, NOWHERE)
-    assert plan_dataset(*options, NOWHERE)[2] == content and len(plan["units"]) > 10
+    options = ([str(path)], {"train_tokenizer": 300, "shard_tokens": 5000, "val_fraction": 0.2}, NOWHERE)
+    plan, _, content = plan_dataset(*options)
+    assert plan_dataset(*options) == (plan, [], content) and len(plan["units"]) > 10
     state = plan["settings"]["tokenizer"]
-    tokenizer = from_state(state | {"content": content})
     assert (state["kind"], state["n_vocab"], state["eot"], state["file"]) == ("bpe", 300, 299, "tokenizer.json")
-    assert tokenizer.lossless
-    check_round_trip(tokenizer, texts[:100])
+    check_round_trip(from_state(state | {"content": content}), texts[:100])
     train = [text for text in texts if dataset.in_val(text.encode(), 0.2) is False]
     assert json.loads(content)["model"] == json.loads(train_tokenizer(train, 300))["model"]
     assert "300 ids, trained in" in capsys.readouterr().out
@@ -168,61 +185,45 @@ def test_a_trained_tokenizer_depends_on_the_train_text_alone_and_is_kept(tmp_pat
     monkeypatch.setattr(dataset, "SAMPLE_UNITS", 4)
     read = []
     monkeypatch.setattr(dataset.Progress, "update", lambda self, size, tokens=0: read.append(size))
-    assert plan_dataset(*options, NOWHERE)[2] != content
-    assert 10_000 <= sum(read) < 25_000 and len(read) >= 4
-    assert plan_dataset(*options, NOWHERE)[0]["units"] == plan["units"]
+    assert plan_dataset(*options)[2] != content and 10_000 <= sum(read) < 25_000 and len(read) >= 4
 
 
 def test_a_tokenizer_file_is_kept_with_its_separator_and_another_is_refused(tmp_path):
     pytest.importorskip("tokenizers")
-    model, folder, text = tmp_path / "model", tmp_path / "mine", tmp_path / "a.txt"
-    model.mkdir()
-    layout = json.loads(train_tokenizer([prose(5000)], 300))
-    layout["added_tokens"][0]["content"] = "<end>"
-    (model / "tokenizer.json").write_text(json.dumps(layout))
-    (model / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')  # stays behind
-    text.write_text(prose(20_000))
+    model, folder, text = tmp_path / "model" / "tokenizer.json", tmp_path / "mine", tmp_path / "a.txt"
     (folder / STATE).mkdir(parents=True)
-    asked = {"tokenizer": str(model / "tokenizer.json")}
-    plan, _, content = plan_dataset([str(text)], asked, folder)
-    write_plan(plan, content, None, folder)
+    model.parent.mkdir()
+    model.write_text(train_tokenizer([prose(5000)], 300).replace("<|endoftext|>", "<end>"))
+    model.with_name("tokenizer_config.json").write_text('{"eos_token": "<end>"}')  # stays behind
+    text.write_text(prose(20_000))
+    asked, before = {"tokenizer": str(model)}, None
+    for _ in range(2):  # the second time its file is missing
+        plan, _, content = plan_dataset([str(text)], asked, folder)
+        write_plan(plan, content, before, folder)
+        assert (folder / "tokenizer.json").read_text() == content
+        (folder / "tokenizer.json").unlink()
+        before = plan
     state = plan["settings"]["tokenizer"]
-    assert (state["name"], state["eot"]) == ("model", load_tokenizer(model / "tokenizer.json").eot) == ("model", 299)
-    assert (folder / "tokenizer.json").read_text() == content
-    assert plan_dataset([str(text)], asked, folder)[0] == plan == plan_dataset([str(text)], {}, folder)[0]
+    assert (state["name"], state["eot"]) == ("model", load_tokenizer(model).eot) == ("model", 299)
+    assert plan_dataset([str(text)], {}, folder)[0] == plan
     for other, message in (
-        (
-            {"tokenizer": "gpt2"},
-            r"tokenizer: .*mine was started with model \(\w{8}\), not gpt2 \(306cd27f\); leave",
-        ),
-        ({"tokenizer": "bytes"}, r"not bytes"),
-        (
-            {"train_tokenizer": 8192},
-            r"train_tokenizer: .* started with model \(\w{8}\), not 8192; leave out --train",
-        ),
+        ({"tokenizer": "gpt2"}, r"tokenizer: .*mine was started with model \(\w{8}\), not gpt2 \(306cd27f\); leave"),
+        ({"train_tokenizer": 8192}, r"train_tokenizer: .* with model \(\w{8}\), not 8192; leave out --train"),
     ):
         with pytest.raises(PrepareError, match=message):
             plan_dataset([str(text)], other, folder)
-    (folder / "tokenizer.json").unlink()
-    write_plan(*plan_dataset([str(text)], asked, folder)[::2], read_plan(folder), folder)
-    assert (folder / "tokenizer.json").read_text() == content
 
 
-def test_a_tokenizer_that_is_none_or_loses_the_first_texts_is_refused(tmp_path):
+def test_a_tokenizer_that_loses_the_first_texts_or_has_no_separator_is_refused(tmp_path):
     pytest.importorskip("tokenizers")
     (tmp_path / "a.txt").write_text("The First words. " + prose(20_000))
     lower = json.loads(train_tokenizer([prose(5000)], 300)) | {"normalizer": {"type": "Lowercase"}}
-    many = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(66_000)}, "unk_token": "w0"}
-    characters = tmp_path / "meta.pkl"
-    characters.write_bytes(__import__("pickle").dumps({"itos": {0: "a"}, "stoi": {"a": 0}}))
-    for name, content, message in (
-        ("lower.json", json.dumps(lower), r"loses text: .*'The First words.* comes back as 'the first"),
-        ("none.json", '{"a": 1}', r"none\.json: not a tokenizer\.json"),
-        ("many.json", json.dumps(lower | {"model": many}), r"many\.json: has 66,0.. ids; at most 65,536"),
-        ("meta.pkl", None, r"meta\.pkl: has no document separator"),
+    (tmp_path / "lower.json").write_text(json.dumps(lower))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a"}, "stoi": {"a": 0}}))
+    for name, message in (
+        ("lower.json", r"loses text: .*'The First words.* comes back as 'the first"),
+        ("meta.pkl", r"meta\.pkl: has no document separator"),
     ):
-        if content:
-            (tmp_path / name).write_text(content)
         with pytest.raises(TokenizerError, match=message):
             plan_dataset([str(tmp_path / "a.txt")], {"tokenizer": str(tmp_path / name)}, tmp_path / "mine")
     assert not (tmp_path / "mine").exists()

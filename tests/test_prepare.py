@@ -1,10 +1,13 @@
 """prepare.py: its datasets against sums by hand and against each other; kills, full disks and damage survived."""
 
+import functools
 import hashlib
 import json
+import operator
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +31,6 @@ from onecard.units import in_val
 from prepare import PrepareError, next_units
 
 ROOT = Path(prepare.__file__).parent
-CORPUS = sorted(ROOT.parent.glob("shared/corpus/*.parquet"))
 NO_SPACE = r"\.bin: could not be written \(No space left on device, after [\d,]+ bytes\); [\d,]+ bytes are free"
 SMALL = ("--shard_tokens=3000", "--val_fraction=0.2")  # 18 units of the files of `inputs`
 
@@ -96,18 +98,6 @@ def assert_nothing_is_half(folder):
             check_shard(folder / shard["name"], shard, {"n_vocab": 50257, "eot": 50256})
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not CORPUS, reason="../shared/corpus is not there")
-def test_the_corpus_has_its_own_token_counts_and_tiktokens_ids(run, docs):
-    run(*CORPUS)
-    rows = [row for path in CORPUS for row in pq.read_table(path, columns=["text", "token_count"]).to_pylist()]
-    assert read_manifest(docs)["tokens"] == sum(row["token_count"] for row in rows) + len(rows)
-    for split, step in (("train", 50), ("val", 1)):
-        texts = [row["text"] for row in rows if in_val(row["text"].encode(), 0.005) == (split == "val")]
-        documents = documents_of(docs, split)
-        assert len(documents) == len(texts) and documents[::step] == expected_documents(texts[::step], split)
-
-
 def test_the_manifest_names_the_rows_of_every_shard_and_counts_what_was_skipped_or_replaced(run, docs, tmp_path):
     texts = [*some_texts(199), None, "", None, " "]
     path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=30)
@@ -169,16 +159,6 @@ def test_a_finished_dataset_is_not_touched_and_files_are_known_by_their_content(
         run(two)
 
 
-def test_settings_of_a_dataset_cannot_change(run, tmp_path):
-    path = write_parquet(tmp_path / "a.parquet", some_texts(50))
-    run(path, "--val_fraction=0.1")
-    with pytest.raises(PrepareError, match=r"0\.1, not 0\.2.*\n.*100000000, not 5000"):
-        run(path, "--val_fraction=0.2", "--shard_tokens=5000")
-    with pytest.raises(PrepareError, match=r"0\.1, not 0\.3; leave out --val_fraction, or use another --dataset"):
-        run("--val_fraction=0.3")
-    assert "nothing to do" in run() and "nothing to do" in run(path)  # what is not given stays as it was
-
-
 def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.doc").write_text("x")
@@ -189,26 +169,12 @@ def test_wrong_inputs_are_all_named_before_any_work(run, tmp_path):
         run(good, *(tmp_path / name for name in names))
     for name, line in zip(names, str(error.value).splitlines(), strict=True):
         assert line.startswith(f"{tmp_path}/{name}: ")
-    for arguments, message in (
-        ((good, other), r"other\.parquet: no column 'text' in content, score; .*--text_column="),
-        ((other, "--text_column=score"), "column 'score' holds int64, not text"),
-        ((), "nothing is prepared here yet"),
-        *(((good, f"--task={task}"), "1/16 to 16/16") for task in ("0/4", "5/4", "x", "1/0", "3")),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(*arguments)
+    with pytest.raises(UserError, match=r"other\.parquet: no column 'text' in content, score; .*--text_column="):
+        run(good, other)
+    with pytest.raises(UserError, match="column 'score' holds int64, not text"):
+        run(other, "--text_column=score")
     assert not list(tmp_path.glob("data/**/*.bin"))
     run(other, "--text_column=content", "--val_fraction=0")
-
-
-def decoded(folder):
-    """{split: [text of each document]} of a dataset of any tokenizer."""
-    tokenizer, texts = dataset_tokenizer(folder), {"train": [], "val": []}
-    for shard in read_manifest(folder)["shards"]:
-        ids = np.array(open_tokens(folder / shard["name"]))
-        documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))[1:]
-        texts[shard["split"]] += [tokenizer.decode(document[1:]) for document in documents]
-    return texts
 
 
 @pytest.mark.parametrize("keys", [("--tokenizer=gpt2",), ("--tokenizer=bytes",), ("--train_tokenizer=512",)], ids=str)
@@ -222,60 +188,27 @@ def test_a_folder_of_notes_becomes_a_dataset_of_any_tokenizer_and_one_more_note_
     for number, text in enumerate(texts[:30]):
         (notes / f"{number:02d}.md").write_text(text)
     printed = run(notes, *keys)
-    assert "few documents (30): split by paragraphs" in printed
-    command = f"train.py config/own_text.py --dataset=docs --out_dir=out/docs --data_dir={docs.parent}"
-    assert f"next: python {command}" in printed and len(list(docs.glob("*.bin"))) == 2
-    assert "nothing to do" in run(notes, *keys) and "nothing to do" in run(notes)
-    before = files_of(docs)
+    assert "few documents (30): split by paragraphs" in printed and len(list(docs.glob("*.bin"))) == 2
+    command = f"train.py config/own_text.py --dataset=docs --data_dir={docs.parent} --out_dir=out/docs"
+    assert f"next: python {command}" in printed and "nothing to do" in run(notes, *keys)
     (notes / "30.md").write_text(texts[30])
     assert "unit 0 is prepared again: files were added to it" in run(notes, *keys)
-    found = decoded(docs)
+    tokenizer, found = dataset_tokenizer(docs), {}
+    for split in ("train", "val"):
+        ids = np.array(open_tokens(docs / f"{split}_000000.bin"))
+        documents = np.split(ids, np.flatnonzero(ids == tokenizer.eot))[1:]
+        found[split] = [tokenizer.decode(document[1:]) for document in documents]
     assert sorted("".join(found["train"] + found["val"])) == sorted("".join(texts))
     assert all(any(part in text for text in texts) for part in found["train"] + found["val"])
     assert sum(map(len, found["val"])) > 1200
     assert "are right" in run("--verify") and "first: # Note 0 " in run("--inspect")
-    if "--tokenizer=bytes" in keys:
-        size = sum(len(text.encode()) + 1 for text in found["train"])
-        assert (docs / "train_000000.bin").stat().st_size == 1024 + 2 * size
     if "--train_tokenizer=512" in keys:
-        content = (docs / "tokenizer.json").read_bytes()
-        assert content == before["tokenizer.json"] and read_manifest(docs)["tokenizer"]["n_vocab"] == 512
-        (docs / "tokenizer.json").write_bytes(content + b" ")
+        assert read_manifest(docs)["tokenizer"]["n_vocab"] == 512
+        (docs / "tokenizer.json").write_bytes((docs / "tokenizer.json").read_bytes() + b" ")
         (notes / "31.md").write_text("one more")
         for command in (("--verify",), ("--inspect",), (notes,)):
             with pytest.raises(TokenizerError, match=r"tokenizer\.json: "):
                 run(*command)
-
-
-def test_a_book_of_one_line_and_one_of_48_kb_get_both_splits(run, tmp_path):
-    words = " ".join(some_texts(400, words=100)).replace("\n", " ")
-    for name, text in (("line", words[:1_000_000]), ("small", words[:48_000].replace("1234", "\n\n"))):
-        path = tmp_path / f"{name}.txt"
-        path.write_text(text)
-        assert "config/own_text.py" in run(path, dataset=name)
-        found = decoded(tmp_path / "data" / name)
-        assert min(sum(map(len, found[split])) for split in found) > 1200
-        assert sorted("".join(found["train"] + found["val"])) == sorted(text)
-
-
-def test_a_trained_tokenizer_and_its_bytes_do_not_depend_on_workers_and_the_keys_exclude_each_other(
-    run, docs, inputs, whole
-):
-    pytest.importorskip("tokenizers")
-    assert "tokenizer: 400 ids, trained in" in run(inputs, "--train_tokenizer=400", *SMALL)
-    found, other = files_of(docs), whole(inputs, "--train_tokenizer=400", *SMALL, "--workers=3")
-    del found["manifest.json"], other["manifest.json"]  # the tokenizer has the name of its dataset
-    assert found == other and "tokenizer.json" in found
-    texts = [text for number in range(3) for text in some_texts(250, number)]
-    assert sorted(text for found in decoded(docs).values() for text in found) == sorted(texts)
-    for keys, message in (
-        (("--tokenizer=bytes", "--train_tokenizer=400"), "train_tokenizer: excludes --tokenizer"),
-        (("--train_tokenizer=100",), "train_tokenizer: 100 is less than 256 bytes and a separator"),
-        (("--train_tokenizer=500",), r"train_tokenizer: .* was started with 400, not 500"),
-        (("--tokenizer=bytes",), r"tokenizer: .* was started with docs \(\w{8}\), not bytes"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run(inputs, *keys)
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(run, inputs, monkeypatch):
@@ -286,14 +219,23 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(run, inputs, monkeyp
 
 
 def test_mistakes_are_lines_without_settings_and_names_are_suggested(run, tmp_path, capsys):
-    (tmp_path / "my book.txt").write_text(" ".join(some_texts(300)))
-    run(tmp_path / "my book.txt", dataset="books")
+    book = tmp_path / "my book.txt"
+    book.write_text(" ".join(some_texts(300)))
+    run(book, "--val_fraction=0.1", "--tokenizer=bytes", dataset="books")
+    assert "nothing to do" in run(dataset="books")  # what is not given stays as it was
+    capsys.readouterr()
     for arguments, name, message in (
         (("--verify",), "book", r"book: no finished dataset; did you mean books\?"),
-        (("--inspect",), "xyz", r"xyz: no finished dataset; .*data has books\."),
+        (("--inspect",), "xyz", r"xyz: no finished dataset; .*data has books\. .* --dataset=xyz --data_dir=.*data$"),
         ((), "bookss", r"nothing is prepared here yet; did you mean books\?"),
-        ((tmp_path / "my book.txt",), "", r"dataset: no name for .*; add --dataset=my_book, say"),
+        ((book,), "", r"dataset: no name for .*; add --dataset=my_book, say"),
         ((tmp_path / "my book.tx",), "x", r"my book\.tx: no such file or folder; check the name"),
+        ((book, "--val_fraction=0.2", "--shard_tokens=5000"), "books", r"0\.1, not 0\.2; leave.*\n.*000, not 5000"),
+        ((book, "--tokenizer=gpt2"), "books", r"tokenizer: .* was started with bytes \(\w{8}\), not gpt2"),
+        ((book, "--train_tokenizer=500"), "books", r"train_tokenizer: .* was started with bytes .*, not 500"),
+        ((book, "--tokenizer=bytes", "--train_tokenizer=400"), "x", "train_tokenizer: excludes --tokenizer"),
+        ((book, "--train_tokenizer=100"), "x", "train_tokenizer: 256 bytes and a separator are ids; give 257 or more"),
+        *(((book, f"--task={task}"), "x", "1/16 to 16/16") for task in ("0/4", "5/4", "x", "1/0", "3")),
     ):
         with pytest.raises(UserError, match=message):
             run(*arguments, dataset=name)
@@ -346,27 +288,17 @@ def test_tasks_started_at_the_same_moment_and_a_merge_make_what_one_run_makes(ru
     assert files_of(docs) == whole(inputs, *SMALL)
 
 
-def test_inspect_shows_a_dataset_and_verify_compares_it_with_token_count(run, tmp_path):
-    texts = ["FIRST document", *some_texts(98), "LAST document"]
-    counts = [len(ids) - 1 for ids in expected_documents(texts, "train", 0.0)]
-    right = write_parquet(tmp_path / "right.parquet", texts, token_count=counts)
-    run(right, "--max_tokens=4000", *SMALL, dataset="part")
-    printed = run("--verify", dataset="part")
-    assert "are right" in printed and "token_count" not in printed
-    counts[3] += 1
-    run(right, write_parquet(tmp_path / "wrong.parquet", texts, token_count=counts), "--val_fraction=0.0")
-    printed = run("--verify", code=1)
-    assert f"wrong.parquet: token_count of rows 0 to 100 is {sum(counts):,}, not {sum(counts) - 1:,}" in printed
-    assert printed.count("token_count") == 1
+def test_inspect_shows_counts_lengths_sources_and_the_first_and_last_documents(run, tmp_path):
+    texts = ["FIRST document", *some_texts(198), "LAST document"]
+    path = write_parquet(tmp_path / "a.parquet", texts)
+    run(path, "--val_fraction=0.0")
     printed = run("--inspect")
-    for part in (" 200 ", right.as_posix(), "first: FIRST document", "last: LAST document"):
+    for part in (" 200 ", path.as_posix(), "first: FIRST document", "last: LAST document"):
         assert part in printed, part
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "long " * 30_000}))  # more tokens than are shown as text
     run(tmp_path / "a.jsonl", "--val_fraction=0", dataset="long")
     printed = run("--inspect", dataset="long")
     assert "30,001, 30,001" in printed and "last: long long" in printed
-    with pytest.raises(PrepareError, match="no finished dataset"):
-        run("--verify", dataset="none")
 
 
 def test_without_inputs_it_prepares_the_quickstart_with_its_own_vocabulary(run, docs, monkeypatch):
@@ -484,10 +416,8 @@ def test_damaged_files_are_named_the_others_are_prepared_and_repaired_ones_are_a
     harmed = bytearray(content)
     harmed[group.data_page_offset + group.total_compressed_size // 2] ^= 16
     page.write_bytes(harmed)
-    harms = {"cut": content[: len(content) // 2], "cut in the footer": content[:-100], "empty": b""}
-    harms |= {"not parquet": b"not parquet at all, but long enough"}
-    broken = [tmp_path / f"{name}.parquet" for name in harms]
-    for path, harm in zip(broken, harms.values(), strict=True):
+    broken = [tmp_path / f"{number}.parquet" for number in range(4)]
+    for path, harm in zip(broken, (content[:9000], content[:-100], b"", b"not parquet, but long enough"), strict=True):
         path.write_bytes(harm)
     for _ in range(2):  # the second run tries the failed unit again
         printed, manifest = run(good, page, *broken, *SMALL, code=1), read_manifest(docs)
@@ -513,19 +443,44 @@ def test_whatever_of_a_dataset_is_damaged_lost_cut_or_unfinished_is_made_again(r
         printed = run("--verify", code=1)
         assert f"{path}: " in printed and printed.count(".bin: ") == 1
     path.unlink()
-    (docs / "val_000003.bin").unlink()
     (docs / "train_000002.bin").write_bytes(before["train_000002.bin"][:-2])
-    record = docs / ".prepare/unit_000006.json"
-    record.write_text(record.read_text()[:50])
-    record.with_name("unit_000007.json").unlink()  # as if killed after its shards, before its record
+    (docs / ".prepare/unit_000007.json").unlink()  # as if killed after its shards, before its record
     leftover = docs / "val_000007.bin.0123abcd.tmp"
     leftover.write_bytes(b"half")
     printed = run(inputs, *SMALL)
-    assert not leftover.exists()
-    assert all(f"unit {number} is prepared again" in printed for number in (2, 3, 4, 6)) and files_of(docs) == before
-    (docs / "manifest.json").write_text("{")
-    with pytest.raises(ShardError, match=r"manifest\.json: "):
-        run(inputs, *SMALL)
-    (docs / "manifest.json").unlink()
+    assert all(f"unit {number} is prepared again" in printed for number in (2, 4))
+    assert files_of(docs) == before and not leftover.exists()
+
+
+EDITS = {  # values that are replaced by a list
+    "unit_000006.json": (("replaced",), ("encoder",), ("tokens",), ("shards", 0, "name"), ("skipped", "null")),
+    "plan.json": (
+        *(("settings", name) for name in ("val_fraction", "shard_tokens", "text_column", "tokenizer")),
+        *(("units", 0, name) for name in ("source", "bytes", "rows")),
+        *(("sources", 0, name) for name in ("path", "id")),
+    ),
+    "../manifest.json": (("tokenizer",), ("documents",), ("shards", 0, "split"), ("shards", 0, "tokens")),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_plan_a_record_or_a_manifest_that_is_empty_cut_or_edited_is_a_line_with_what_to_do(run, docs, inputs, name):
     run(inputs, *SMALL)
-    assert files_of(docs) == before and "are right" in run("--verify")
+    before, path = files_of(docs), (docs / ".prepare" / name).resolve()
+    content = path.read_text()
+    for keys in (0, 50, *EDITS[name]):
+        edited = json.loads(content)
+        if isinstance(keys, tuple):
+            functools.reduce(operator.getitem, keys[:-1], edited)[keys[-1]] = []
+        path.write_text(json.dumps(edited) if isinstance(keys, tuple) else content[:keys])
+        if name == "unit_000006.json":
+            assert prepare.read_records(dataset.read_plan(docs), range(5, 7), docs).keys() == {5}
+        for command in {"plan.json": [()], "../manifest.json": [(), ("--verify",), ("--inspect",)]}.get(name, []):
+            with pytest.raises(ShardError, match=rf"{path.name}: damaged .*; delete (it|{docs}) and "):
+                run(*command)
+    if name == "plan.json":
+        shutil.rmtree(docs)
+    elif name == "../manifest.json":
+        path.unlink()
+    assert ("unit 6 is prepared again" in run(inputs, *SMALL)) == (name == "unit_000006.json")
+    assert files_of(docs) == before
