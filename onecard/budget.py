@@ -26,8 +26,8 @@ MAX_MICRO_BATCH = 32
 SHOWN = 4  # networks in the table: the one with the lowest loss to expect and its rivals
 EPOCHS = 4  # beyond so many passes over the data repeats help little (Muennighoff et al. 2023, arXiv 2305.16264)
 WRITTEN = (  # keys of a written config
-    "dataset arch n_layer n_head n_embd block_size tokens_per_step batch_size max_iters optimizer learning_rate "
-    "lr_schedule min_lr warmup_iters weight_decay beta2 dropout eval_interval eval_tokens dtype"
+    "dataset arch n_layer n_head n_embd bias block_size activation_checkpointing tokens_per_step batch_size max_iters "
+    "optimizer learning_rate lr_schedule min_lr warmup_iters weight_decay beta2 dropout eval_interval eval_tokens dtype"
 )
 
 
@@ -56,8 +56,14 @@ def problems(config) -> list[str]:
         found.append(f"gpu={config.gpu!r} is not a card that onecard knows; {remedy} (all: onecard/cards.py)")
     if config.budget_hours and not config.plan_only:
         found.append("budget_hours needs plan_only=True")
-    if config.write_config and not config.budget_hours:
-        found.append("write_config needs budget_hours, such as --budget_hours=24")
+    if config.write_config:
+        file = Path(config.write_config)
+        if not config.budget_hours:
+            found.append("write_config needs budget_hours, such as --budget_hours=24")
+        if file.exists():
+            found.append(f"write_config={file}: exists already; give another name, or delete it")
+        elif file.suffix != ".py" or not file.parent.is_dir():
+            found.append(f"write_config={file}: give a name that ends in .py, in a folder that exists")
     return found
 
 
@@ -175,10 +181,8 @@ def table(rows: list[Row], chosen: int) -> list[str]:
 
 
 def write_config(path: str, row: Row, card_name: str) -> None:
-    """Writes the row as a config file. Raises BudgetError if the file exists already or cannot be written."""
+    """Writes the row as a config file. Raises BudgetError if it cannot be written."""
     c, file = row.config, Path(path)
-    if file.exists():
-        raise BudgetError(f"write_config={path}: exists already; give another name, or delete it")
     loss = f"Expect a val loss of {row.loss:.2f} +- {BAND} on FineWeb." if row.loss else "No loss is expected."
     text = f'''"""{row.parameters / 1e6:.1f}M parameters on {row.tokens / 1e9:.2f}B tokens.
 

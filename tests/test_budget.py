@@ -57,13 +57,16 @@ def test_a_small_dataset_is_read_four_times_at_most(rows, monkeypatch):
     assert [row.tokens for row in rows(train_tokens=10**8)] == pytest.approx([4 * 10**8] * 3, rel=0.01)
 
 
-def test_the_written_config_is_the_row_and_is_never_overwritten(rows, tmp_path):
-    row, path = rows()[0], tmp_path / "mine.py"
+def test_the_written_config_is_the_row_and_is_never_overwritten(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "trace_memory", lambda *_: {"weights": 1})
+    row, path = rows(activation_checkpointing=True, bias=True)[0], tmp_path / "mine.py"
     budget.write_config(str(path), row, CARD.name)
     loaded = load_config(TrainConfig, [str(path)])
     assert replace(loaded, out_dir="") == replace(row.config, vocab_size=0, out_dir="", gradient_accumulation_steps=40)
-    with pytest.raises(budget.BudgetError, match="exists already"):
-        budget.write_config(str(path), row, CARD.name)
+    keys = dict(plan_only=True, budget_hours=1.0)
+    for file, reason in ((path, "exists already"), (tmp_path / "mine", "ends in .py"), (path / "x.py", "ends in .py")):
+        (problem,) = TrainConfig(**keys, write_config=str(file)).problems()
+        assert f"write_config={file}: " in problem and reason in problem
 
 
 def test_a_budget_that_cannot_be_planned_is_refused_with_the_reason(rows, tmp_path, capsys):
