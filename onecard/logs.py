@@ -107,10 +107,10 @@ def checked(record: dict) -> dict:
     if NEEDED.get(record["kind"], "step") not in record:
         raise ValueError("incomplete")
     for name, value in record.items():
-        if not isinstance(value, TYPES.get(name, object)):
-            raise ValueError(f"{name} has another type")
         if isinstance(value, int) or (name in LOSSES and value is not None):
             float(value)
+        if name in TYPES and not isinstance(value, TYPES[name]):
+            raise ValueError(f"{name} has another type")
     if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in record.get("val_groups", [])):
         raise ValueError("losses of groups are not finite")
     return record | dict(step=int(step))
