@@ -163,7 +163,9 @@ def show(config, rates, facts: dict, windows, tokenizer, origin: dict | None) ->
     began_from = (origin or {}).get("began_from") or config.init_from  # also where the run is resumed
     planned = replace(config, init_from=began_from)
     facts = facts | {f"{split.split}_tokens": split.tokens for split in windows}
-    trace = True if config.plan_only else False if config.eval_only else None
+    trace = None  # the memory only where it may be short
+    if config.plan_only or config.eval_only:
+        trace = config.plan_only
     eval_tokens = config.tokens_to_evaluate(config.batch_size)
     found = plan(planned, rates, eval_tokens=eval_tokens, trace=trace, **facts)
     ids = f"{tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}" if tokenizer else "of an unknown tokenizer"
