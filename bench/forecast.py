@@ -22,30 +22,28 @@ from onecard import UserError
 from onecard.forecast import CONSTANTS, Constants, band, follow, forecast
 from report import read_run
 
-TENTHS, FINE = np.arange(0.5, 0.95, 0.1), np.arange(0.5, 0.985, 0.025)
+TENTHS, FINE = np.arange(0.5, 0.95, 0.1), np.arange(0.5, 0.985, 0.025)  # shares of the schedule
 CURVES = {(curve.run, curve.split): curve for curve in curves()}
 LAWS = [Constants((0.06, 0.1), (0.5, 1.0), power, slow) for power in (1.0, 1.1, 1.2) for slow in (0.35, 0.7)]
 
 
-def first_share(curve: Curve) -> float:
-    """The share of the schedule from which on a forecast is demanded: half, or a tenth into the decay of wsd."""
-    n = len(curve.rates)
-    start = n - np.argmax(np.flip(curve.rates) >= max(curve.rates))  # of the decay
-    return max(0.5, (start + 0.1 * (n - start)) / n) if curve.schedule == "wsd" else 0.5
-
-
 def score(curve: Curve, constants: Constants, shares: np.ndarray) -> list[dict]:
-    """For each cut the errors of the forecast, of the last value, of a straight line in the logarithm of the step."""
-    found, truth, end = [], curve.losses[-1], curve.steps[-1]
-    for share in shares[shares >= first_share(curve) - 1e-9]:
-        seen = (curve.steps <= share * len(curve.rates) + 1e-6) & (curve.steps < end)
+    """For each cut the errors of the forecast, of the last value, of a straight line in the logarithm of the step.
+
+    Cuts begin at half of the schedule, of wsd a tenth into its decay.
+    """
+    found, truth, end, n = [], curve.losses[-1], curve.steps[-1], len(curve.rates)
+    decay = n - np.argmax(np.flip(curve.rates) >= max(curve.rates))  # its first step
+    first = (decay + 0.1 * (n - decay)) / n if curve.schedule == "wsd" else 0.0
+    for share in shares[shares >= first - 1e-9]:
+        seen = (curve.steps <= share * n + 1e-6) & (curve.steps < end)
         steps, losses = curve.steps[seen], curve.losses[seen]
         late = steps >= steps[-1] / 2
         line = np.polyval(np.polyfit(np.log(steps[late]), losses[late], 1), np.log(end))
         fit, _ = forecast(steps, losses, curve.rates, constants)
         loss = follow(fit, curve.rates)[end] if fit else math.nan  # withheld: neither inside nor without error
         errors = dict(law=loss - truth, last=losses[-1] - truth, line=line - truth)
-        found.append(errors | dict(share=f"{share:.3f}", fit=fit, loss=loss, band=band(fit, loss) if fit else math.nan))
+        found.append(errors | dict(share=f"{share:.3f}", fit=fit, band=band(fit, loss) if fit else math.nan))
     return found
 
 
@@ -84,10 +82,10 @@ def fit_constants(left_out: str = "") -> Constants:
     return law
 
 
-def table(constants_of) -> dict[str, list[dict]]:
-    """Prints a row for each curve: error +- band at tenths, rms over finer cuts -> all scores, by schedule."""
+def table(constants_of) -> None:
+    """Prints a row for each curve: error +- band at tenths, rms over finer cuts; then how many ends were inside."""
     header("run", *(f"{share:.0%}" for share in TENTHS), "rms", "last value", "straight line", "inside")
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[dict]] = {}  # by schedule
     for (run, split), curve in CURVES.items():
         scores = score(curve, constants_of(run), FINE)
         at = {s["share"]: f"{s['law']:+.3f} +- {s['band']:.3f}" for s in scores}
@@ -95,13 +93,10 @@ def table(constants_of) -> dict[str, list[dict]]:
         cells = (at.get(f"{share:.3f}", "") for share in TENTHS)
         row(f"{run}, {split}", *cells, *errors, f"{inside(scores)} of {len(scores)}")
         found.setdefault(curve.schedule, []).extend(scores)
-
-    def width(share):
-        return np.mean([s["band"] for part in found.values() for s in part if s["share"] == share])
-
+    widths = [(s["share"], s["band"]) for part in found.values() for s in part]
+    half, late = (np.mean([band for at, band in widths if at == share]) for share in ("0.500", "0.900"))
     print("\nInside the band:", *(f"{kind} {inside(part)} of {len(part)}," for kind, part in found.items()), end=" ")
-    print(f"mean half-width {width('0.500'):.3f} at 50%, {width('0.900'):.3f} at 90%.")
-    return found
+    print(f"mean half-width {half:.3f} at 50%, {late:.3f} at 90%.")
 
 
 def main() -> None:

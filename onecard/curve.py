@@ -18,18 +18,21 @@ class Curve(NamedTuple):
     steps: np.ndarray
     values: np.ndarray
 
+    def take(self, part: np.ndarray | slice) -> "Curve":
+        return Curve(self.steps[part], self.values[part])
+
     def since(self, step: float) -> "Curve":
-        return Curve(self.steps[self.steps >= step], self.values[self.steps >= step])
+        return self.take(self.steps >= step)
 
     def late(self) -> "Curve":
         """The last third of the steps, at least six points."""
         count = max(6, int(np.sum(self.steps >= self.steps[-1] * 2 / 3))) if len(self.steps) else 0
-        return Curve(self.steps[-count:], self.values[-count:])
+        return self.take(slice(-count, None))
 
     def later_half(self) -> "Curve":
         """The later half of the points, at least ten."""
         count = max(10, (len(self.steps) + 1) // 2)
-        return Curve(self.steps[-count:], self.values[-count:])
+        return self.take(slice(-count, None))
 
 
 def finite(steps: np.ndarray, values: np.ndarray) -> Curve:
@@ -86,7 +89,7 @@ def without_outliers(curve: Curve) -> Curve:
     before, after = np.append(0, away[:-1]), np.append(away[1:], 0)  # beside a single outlier d: -d / 2 each
     single = (away * (before + after) < -0.4 * away**2) & (np.abs(away) > np.maximum(np.abs(before), np.abs(after)))
     outliers = 1 + np.flatnonzero(single & (np.abs(away) > 6 * calm_noise(curve)))
-    return Curve(np.delete(curve.steps, outliers), np.delete(curve.values, outliers))
+    return curve.take(np.delete(np.arange(len(away) + 2), outliers))
 
 
 def calm_noise(curve: Curve) -> float:
@@ -138,7 +141,7 @@ def risen(curve: Curve, least: float) -> tuple[int, float] | None:
         return None
     smooth = np.array([np.median(y[max(0, i - 1) : i + 2]) for i in range(n)])
     best, tail = int(smooth[:-1].argmin()), y[-max(3, n // 10) :]
-    scatter = noise(Curve(curve.steps[: best + 1], y[: best + 1]) if best >= 12 else curve)
+    scatter = noise(curve.take(slice(best + 1)) if best >= 12 else curve)
     limit = max(5 * scatter, least * smooth[best])
     lowest = max(0, best - 1) + int(y[max(0, best - 1) : best + 2].argmin())
     return (lowest, float(np.median(tail) - smooth[best])) if tail.min() > smooth[best] + limit else None

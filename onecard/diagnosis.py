@@ -59,7 +59,7 @@ def rate_jumped(run):
     old, new = np.interp(run.jump, *run.rates_so_far)
     text = f"The learning rate rose from {old:.2g} to {new:.2g} at step {last:,}"
     split, curve = ("val", run.val) if run.val.steps[-1:] > last else ("train", run.train)
-    before, after = Curve(*(values[curve.steps <= first] for values in curve)), curve.since(last + 1)
+    before, after = curve.take(curve.steps <= first), curve.since(last + 1)
     if len(before.steps) < 3 or not len(after.steps):
         return Finding("rate rose", f"{text}; the loss rises with it at first.")
     was, now = np.median(before.values[-2:]), after.values[-1]
@@ -77,7 +77,7 @@ def overfitting(run):
     train, val = run.train.since(run.start), run.val.since(run.start)
     if len(val.steps) < 6:
         return None
-    train = Curve(*(values[train.steps <= val.steps[-1]] for values in train))
+    train = train.take(train.steps <= val.steps[-1])
     if len(train.steps) < 6:
         return None
     gap = without_outliers(coarse(Curve(train.steps, np.interp(train.steps, *val) - train.values)))
@@ -89,17 +89,15 @@ def overfitting(run):
         best, rise = up
         learned = float(np.interp(val.steps[best], *train) - np.median(train.values[-3:]))
         if learned > max(3 * noise(train), 0.3 * rise):
-            text = (
-                f"Val loss was lowest at step {val.steps[best]:,.0f} ({val.values[best]:.3f}) and is {rise:.3f} above "
-            )
-            text += f"that now, while train loss fell by {learned:.3f}{read}."
+            text = f"Val loss was lowest at step {val.steps[best]:,.0f} ({val.values[best]:.3f}) and is {rise:.3f} "
+            text += f"above that now, while train loss fell by {learned:.3f}{read}."
             if run.epochs and run.epochs <= 1:
                 return Finding("val rises", f"{text} No text was read twice: is val of other text than train?")
             return Finding("overfitting", f"{text} To lower it, {SPOILED['overfitting'][1]}.")
-    side = "above" if part.values[-1] > 0 else "below"
-    text += f". Val is {abs(np.median(part.values)):.3f} {side} train"
+    now = np.median(part.values)
+    text += f". Val is {abs(now):.3f} {'above' if now > 0 else 'below'} train"
     if widened > critical(gap, 3.5) * error:
-        still = "val still improves" if surely_falls(val) else "val no longer improves clearly"
+        still = "val still improves" if surely_falls(coarse(val)) else "val no longer improves clearly"
         return Finding("gap widens", f"{text}, and {still}. Overfitting begins where val rises.")
     if widened > 2 * error:
         return Finding("gap", f"{text}: it may be widening.")
@@ -116,49 +114,45 @@ def trend(run):
     name, curve = (falls or curves)[0]
     part = curve.late()
     moved, error = change(part, lasting_noise(curve))
+    change_seen = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})"
     if run.finished:
-        text = f"In the last part {name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})."
-        return Finding("finished", text)
+        return Finding("finished", f"In the last part {change_seen}.")
     if falls:
         length = part.steps[-1] - part.steps[0]
         unit = min(1000, 10 ** int(math.log10(length)))  # steps
-        rate = f"{-moved * unit / length:.4f} +- {error * unit / length:.4f}"
-        if -moved < 3 * error:  # few evaluations, each lower than the one before
-            rate = f"{-moved * unit / length:.4f}"
-        text = f"{rate} per {unit:,} steps ({span(part)})"
-        return Finding("falling", f"No plateau: {name} loss still falls by {text}.")
+        known = -moved >= 3 * error  # else there are few evaluations, each lower than the one before
+        rate = f"{-moved * unit / length:.4f}" + (f" +- {error * unit / length:.4f}" if known else "")
+        text = f"No plateau: {name} loss still falls by {rate} per {unit:,} steps ({span(part)})."
+        return Finding("falling", text)
     if moved > critical(curve, 3.5) * error:
-        text = f"{name} loss rose by {moved:.4f} +- {error:.4f} ({span(part)}). Keep the checkpoint with the best val loss."
-        return Finding(f"{name} rises", text)
+        return Finding(f"{name} rises", f"{change_seen}. Keep the checkpoint with the best val loss.")
     most = max(-moved, 0) + 1.65 * error  # at 95%
     if most < FLAT * part.values[-1] and moved < 2 * error:
         text = f"{name} loss falls by at most {most:.4f} in {span(part)}."
-        share = run.rates[run.step] / max(run.rates) if run.rates else 0.0
+        share = run.rate_shares[run.step] if run.rates else 0.0
         if share < 0.1:
             return Finding("settled", text)
-        return Finding(
-            "flat", f"{text} The learning rate is {share:.2f} of its peak: let it decay, or train a larger network."
-        )
-    text = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)}): no trend to be seen yet. "
-    return Finding("too noisy to tell", f"{text}Evaluate on more tokens, or wait for more evaluations.")
+        advice = f"The learning rate is {share:.2f} of its peak: let it decay, or train a larger network."
+        return Finding("flat", f"{text} {advice}")
+    text = f"{change_seen}: no clear trend. Evaluate on more tokens, or wait for more evaluations."
+    return Finding("too noisy to tell", text)
 
 
 def few_evaluations(run):
     """In place of a trend."""
-    count, seen = len(run.val.since(run.start).steps), run.val
+    count, losses = len(run.val.since(run.start).steps), run.val.values
     if not run.finished:
         return Finding("too early", f"{count} evaluations since step {run.start:,.0f}; a trend needs at least 6.")
-    if len(seen.steps) < 2:
+    if len(losses) < 2:
         return None
-    text = f"val loss went from {seen.values[0]:.3f} to {seen.values[-1]:.3f} in {len(seen.steps)} evaluations."
-    return Finding("finished", text)
+    return Finding("finished", f"val loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} evaluations.")
 
 
 def surely_falls(curve):
     """The line through the last third falls beyond its error, or each point is below the one before."""
     part = curve.late()
     moved, error = change(part, lasting_noise(curve))
-    half = Curve(*(values[len(part.steps) // 2 :] for values in part))
+    half = part.take(slice(len(part.steps) // 2, None))
     clear = -moved > critical(curve, 2.8) * error and change(half, 0)[0] < 0
     return clear or (np.diff(part.values) < 0).all()
 
@@ -188,21 +182,20 @@ def rate_too_low(run):
     c = run.config
     if not c or not c.decay_lr or c.optimizer != "adamw" or c.from_pretrained or run.jump or not run.rates:
         return None
-    usual, share = usual_rate(run.plan["parameters"]["blocks"]), np.array(run.rates) / max(run.rates)
+    usual, share = usual_rate(run.plan["parameters"]["blocks"]), run.rate_shares
     val, summed = coarse(run.val.since(run.start)), np.append(0.0, np.cumsum(share))
-    val = Curve(*(values[val.steps <= len(share)] for values in val))
+    val = val.take(val.steps <= len(share))
     share = share[np.minimum(val.steps.astype(int), len(share) - 1)]
     high, low = (Curve(summed[val.steps[part].astype(int)], val.values[part]) for part in (share > 0.5, share <= 0.5))
     if c.learning_rate > usual / 5 or min(len(high.steps), len(low.steps)) < 6:
         return None
-    before = Curve(*(values[len(values) // 2 :] for values in high))
+    before = high.take(slice(len(high.steps) // 2, None))
     (early, _), (late, error) = (np.divide(change(part, noise(val)), np.ptp(part.steps)) for part in (before, low))
     if late < early - 2 * error:
         return None
-    text = (
-        f"The peak of the learning rate is {c.learning_rate / usual:.2g} of the usual {usual:.1e} (Kaplan et al. 2020)"
-    )
-    return Finding("rate too low", f"{text}, and its decay brought nothing. Try three times the rate.")
+    peak = f"{c.learning_rate / usual:.2g} of the usual {usual:.1e} (Kaplan et al. 2020)"
+    text = f"The peak of the learning rate is {peak}, and its decay brought nothing. Try three times the rate."
+    return Finding("rate too low", text)
 
 
 def val_set(run):

@@ -79,6 +79,12 @@ class Run:
         return evals if len(evals.steps) > 2 * same and 2 * len(evals.steps) >= len(self.val.steps) else medians(lines)
 
     @cached_property
+    def rate_shares(self) -> np.ndarray:
+        """The learning rate of every step of the schedule, as a share of its peak."""
+        rates = np.array(self.rates)
+        return rates / (rates.max(initial=0.0) or 1.0)
+
+    @cached_property
     def rates_so_far(self) -> Curve:
         """The learning rate by step, from the schedule or else from the log lines."""
         if not self.rates:

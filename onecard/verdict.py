@@ -95,7 +95,8 @@ def best_change(run, findings):
     if run.config and not run.finished:
         return "Let it run." if "falling" in findings else ""
     curve = (run.val if len(run.val.steps) >= 4 else run.train).since(run.warm / 2)
-    if len(curve.steps) < 4 or {"flat", "settled", "gap", "gap widens", "too noisy to tell"} & {*findings}:
+    unclear = {"flat", "settled", "gap", "gap widens", "val rises", "train rises", "too noisy to tell"}
+    if len(curve.steps) < 4 or unclear & {*findings}:
         return ""
     gain = float(np.interp(curve.steps[-1] / 2, *curve) - np.median(curve.values[-2:]))
     scatter = noise(curve)
@@ -115,10 +116,8 @@ def by_the_law(run):
     size, tokens = best_size(n, d)
     same, larger, longer = (law(n, d) - law(*other) for other in ((size, tokens), (2 * n, d), (n, 2 * d)))
     if same > 0.05:
-        text = (
-            f"{size / 1e6:.0f}M parameters on {tokens / 1e9:.2f}B tokens would bring most: {same:.2f} nats for the same"
-        )
-        return f"{text} {hours(run, run.end)}, by the scaling law."
+        text = f"{size / 1e6:.0f}M parameters on {tokens / 1e9:.2f}B tokens would bring most: {same:.2f} nats"
+        return f"{text} for the same {hours(run, run.end)}, by the scaling law."
     what, gain = ("parameters", larger) if larger > longer else ("tokens", longer)
     return f"Twice the {what} would bring most: {gain:.2f} nats for {hours(run, run.end)} more, by the scaling law."
 
@@ -166,7 +165,7 @@ def outlook(run: Run) -> Words:
 
 
 def to_come(run):
-    share, (val, reason) = np.array(run.rates) / max(run.rates), run.forecast("val")
+    share, (val, reason) = run.rate_shares, run.forecast("val")
     text = f"The learning rate is {share[run.step]:.2f} of its peak and will be {share[-1]:.2f}. "
     if not val:
         return f"{text}There is {reason}."
@@ -188,7 +187,5 @@ def limits(run) -> Words:
         yield "expected", f"Val loss at the end should be {wanted}{ended}."
         size, data = law(n, d) - law(2 * n, d), law(n, d) - law(n, 2 * d)
         name = "size" if size > 1.5 * data else "tokens" if data > 1.5 * size else ""
-        text = (
-            f"Loss would fall by {size:.2f} with twice the {n / 1e6:.0f}M parameters, {data:.2f} with twice the tokens."
-        )
-        yield f"limited by {name}" if name else "balanced", text
+        text = f"Loss would fall by {size:.2f} with twice the {n / 1e6:.0f}M parameters"
+        yield f"limited by {name}" if name else "balanced", f"{text}, {data:.2f} with twice the tokens."

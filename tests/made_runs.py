@@ -131,7 +131,7 @@ def made(name: str, seed: int, until: float = 1.0) -> tuple[Run, Truth]:
 def assembled(name, rng, c, rates, steps, val, noise, sd):
     train, share, n = val - rng.uniform(0, 0.03), steps / steps[-1], len(steps)
     val, train = with_fault(name, rng, share, val.copy(), train.copy())
-    truth = Truth(HEALTHY_NONE if name in HEALTHY else FAULTS[name], val.copy(), val - train)
+    truth = Truth(FAULTS.get(name, set()), val.copy(), val - train)
     sds = {"noisy val set": (0.06, 0.006), "both noisy": (0.03, 0.03), "noise only": (0.3, 0.3)}.get(name, (sd, sd))
     noisy_val, noisy_train = (y + noise(rng, n, s) for y, s in zip((val, train), sds, strict=True))
     if name == "outliers of val alone":
@@ -170,9 +170,6 @@ def assembled(name, rng, c, rates, steps, val, noise, sd):
     return Run(name, evals, groups, lines, printed, c, list(rates), about, events), truth
 
 
-HEALTHY_NONE: set[str] = set()
-
-
 def with_fault(name, rng, share, val, train):
     """What is wrong, put on top of the curves; share: of the steps of the log, 0 to 1."""
     after = np.maximum(0, share - rng.uniform(0.3, 0.6))
@@ -202,7 +199,8 @@ def with_fault(name, rng, share, val, train):
         gone = 0.1 * (share < 0.5) * share / 0.5 + (0.2 + 0.2 * share) * (share > 0.6)
         val, train = val - gone, train - gone
     if name == "spikes reach val":
-        for i in rng.choice(np.arange(len(share) // 4, len(share) - 2, 3), 5, replace=False):
+        places = np.arange(len(share) // 4, len(share) - 2, 3)
+        for i in rng.choice(places, min(5, len(places)), replace=False):
             height = rng.uniform(0.2, 1.0)
             val[i] += height
             train[i] += height
