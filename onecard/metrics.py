@@ -5,6 +5,7 @@ first drops the lines after its own step, so the file equals that of a run that 
 more start line. No torch here.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -74,21 +75,22 @@ class MetricsWriter:
 
 
 def drop_lines_after(path, step, last_eval_step):
-    """Cuts the file after the last complete line up to `step`, as the run will write the rest again.
+    """Cuts the file before the first line after `step`, as the run will write the rest again, or before a half line.
 
-    Evaluations stay up to `last_eval_step`: a run that a signal stopped was saved before the evaluation of its step.
+    A damaged line stays, and the good ones after it. Evaluations stay up to `last_eval_step`: a run that a signal
+    stopped was saved before the evaluation of its step.
     """
     if not path.exists():
         return
     keep = 0
     with open(path, "rb+") as file:
         for line in file:
-            try:
+            if not line.endswith(b"\n"):  # it was being written when the process was killed
+                break
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 found = json.loads(line)
-                if found["step"] > (last_eval_step if found["kind"] == "eval" else step) or not line.endswith(b"\n"):
+                if found["step"] > (last_eval_step if found["kind"] == "eval" else step):
                     break
-            except (ValueError, KeyError, TypeError):
-                break  # a line that was being written when the process was killed
             keep += len(line)
         file.truncate(keep)
 

@@ -32,6 +32,14 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_the_half_line_of
         assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:left]), (step, last_eval_step)
 
 
+def test_a_damaged_line_does_not_take_the_good_ones_after_it_away_at_a_resume(tmp_path):
+    path = tmp_path / metrics.NAME
+    lines = [f'{{"kind": "train", "step": {step}}}\n' for step in range(5)]
+    path.write_text("".join([lines[0], "{\x00\n", "[1]\n", *lines[1:]]))
+    MetricsWriter(tmp_path, step=3).close()
+    assert path.read_text() == "".join([lines[0], "{\x00\n", "[1]\n", *lines[1:4]])
+
+
 def test_metrics_that_are_gone_at_a_resume_begin_again(flags, tmp_path):
     train.main(flags(max_iters=4))
     (tmp_path / "run/metrics.jsonl").unlink()
