@@ -72,13 +72,13 @@ function draw() {
       modebar: {bgcolor: "transparent", color: ink("soft"), activecolor: ink("ink")},
       xaxis: {
         ...lines, title: {text: axis, standoff: 4}, type: form.across.value, nticks: 8,
-        hoverformat: {steps: ",d", tokens: ".4s", hours: ".2f"}[axis],
+        hoverformat: axis === "hours" ? ".2f" : ",d",
       },
       yaxis: {
         ...lines, title: {text: chart.unit, standoff: 8}, type: scale, nticks: 9, hoverformat: chart.format,
         dtick: chart.scale === "log" && decades(chart) > 1 ? "D2" : undefined,
         range: "first" in chart ? lossRange(chart, scale) : undefined,
-        rangemode: chart.zero ? "tozero" : "normal",
+        rangemode: chart.zero ? "tozero" : "normal", exponentformat: "none", separatethousands: true,
       },
     }, {responsive: true, displaylogo: false, displayModeBar: touch, modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]]});
   }
