@@ -5,6 +5,7 @@
     python sample.py out/fineweb_4070 --start=FILE:prompt.txt          # --start=- reads standard input
     python sample.py out/fineweb_4070 --prompts=prompts.txt --json     # one prompt per line, in batches
     python sample.py out/fineweb_4070 --score=text.txt
+    python sample.py FOLDER                                            # GPT-2 or Qwen3 in Hugging Face format
 
 Every text begins with the document separator, as every training document does, and ends where the model generates it.
 nanoGPT's characters have no separator: a text without a prompt begins after a line end. Results go to standard output,

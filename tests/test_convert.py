@@ -19,6 +19,7 @@ import torch
 from networks import NETWORKS, TINY, assert_same, save, text_ids, tiny
 
 import convert
+import sample
 from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS, GPTConfig
@@ -94,6 +95,14 @@ def test_transformers_has_our_logits_and_our_greedy_text(exported):
     torch.testing.assert_close(theirs(idx).logits, ours(idx)[..., :GPT2_IDS], atol=1e-4, rtol=0)
     text = theirs.generate(idx[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None)
     assert text[0, 8:].tolist() == greedy(ours, idx[0, :8].tolist(), 20)
+
+
+def test_sample_py_writes_the_same_text_with_the_run_and_with_its_export(exported, capsys):
+    texts = []
+    for source in (exported[1], exported[1] / "hf"):
+        sample.main([str(source), "--device=cpu", "--dtype=float32", "--num_samples=2", "--max_new_tokens=20"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
 
 
 def test_a_folder_has_the_files_that_other_programs_ask_for_and_comes_back_bit_for_bit(exported, tmp_path):
