@@ -114,9 +114,9 @@ def trend(run):
     name, curve = (falls or curves)[0]
     part = curve.late()
     moved, error = change(part, lasting_noise(curve))
-    change_seen = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})"
+    changed = f"{name} loss changed by {moved:+.4f} +- {error:.4f} ({span(part)})"
     if run.finished:
-        return Finding("finished", f"In the last part {change_seen}.")
+        return Finding("finished", f"In the last part {changed}.")
     if falls:
         length = part.steps[-1] - part.steps[0]
         unit = min(1000, 10 ** int(math.log10(length)))  # steps
@@ -125,7 +125,7 @@ def trend(run):
         text = f"No plateau: {name} loss still falls by {rate} per {unit:,} steps ({span(part)})."
         return Finding("falling", text)
     if moved > critical(curve, 3.5) * error:
-        return Finding(f"{name} rises", f"{change_seen}. Keep the checkpoint with the best val loss.")
+        return Finding(f"{name} rises", f"{changed}. Keep the checkpoint with the best val loss.")
     most = max(-moved, 0) + 1.65 * error  # at 95%
     if most < FLAT * part.values[-1] and moved < 2 * error:
         text = f"{name} loss falls by at most {most:.4f} in {span(part)}."
@@ -134,7 +134,8 @@ def trend(run):
             return Finding("settled", text)
         advice = f"The learning rate is {share:.2f} of its peak: let it decay, or train a larger network."
         return Finding("flat", f"{text} {advice}")
-    text = f"{change_seen}: no clear trend. Evaluate on more tokens, or wait for more evaluations."
+    seen = "it may be falling" if moved < -2 * error else "no clear trend"
+    text = f"{changed}: {seen}. Evaluate on more tokens, or wait for more evaluations."
     return Finding("too noisy to tell", text)
 
 
