@@ -32,13 +32,9 @@ def compare(runs: Sequence[Run]) -> Iterator[Finding]:
     for letter, run, found in zip(letters[1:], runs[1:], lines, strict=True):
         yield from (Finding(f"{letter} and a", line) for line in found)
         if runs[0].config and run.config:
-            changes = [f"{name} {old!r} -> {new!r}" for name, old, new in different_keys(runs[0], run)]
+            pairs = zip(asdict(runs[0].config).items(), asdict(run.config).values(), strict=True)
+            changes = [f"{n} {old!r} -> {new!r}" for (n, old), new in pairs if old != new and n not in PLACE]
             yield Finding(f"keys of {letter}", f"{', '.join(changes) or 'The same as of a'}.")
-
-
-def different_keys(a: Run, b: Run) -> list[tuple]:
-    before, after = asdict(a.config), asdict(b.config)
-    return [(n, before[n], after[n]) for n in before if before[n] != after[n] and n not in PLACE]
 
 
 def last_losses(run: Run) -> str:
@@ -60,9 +56,8 @@ def ranking(runs, letters):
     if not all(len(steps) for steps, _ in curves):
         return f"These runs cannot be ranked: not all have {missing(unit)}."
     at = min(steps[-1] for steps, _ in curves)
-    (loss, best), *others = sorted(
-        (np.interp(at, *curve), letter) for letter, curve in zip(letters, curves, strict=True)
-    )
+    losses = [np.interp(at, *curve) for curve in curves]
+    (loss, best), *others = sorted(zip(losses, letters, strict=True))
     text = f"At step {at:,.0f}, the last that all have reached, {best} is lowest with {loss:.4f}{unit}"
     text += f" ({', '.join(f'{letter} {loss:.4f}' for loss, letter in others)})."
     if len({run.config.step_tokens for run in runs if run.config}) > 1:

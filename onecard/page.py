@@ -16,7 +16,7 @@ import numpy as np
 
 from onecard.diagnosis import PROBLEMS, Finding
 from onecard.durable import replacing
-from onecard.plots import all_charts, axes_of, earlier_forecasts
+from onecard.plots import all_charts, axes_of
 from onecard.run import Run
 
 HERE = Path(__file__).parent
@@ -40,13 +40,12 @@ def write_page(
     """
     from plotly.offline import get_plotlyjs
 
-    earlier = [earlier_forecasts(run) for run in runs]
-    charts = [chart for chart in all_charts(runs, earlier) if chart["curves"]]
+    charts = [chart for chart in all_charts(runs) if chart["curves"]]
     axes = [axes_of(run) for run in runs]
     sections = [
         f"<h1>{escape(heading)}</h1><p class=verdict>{escape(findings[0].text)}</p><dl>{items(findings[1:])}</dl>",
         f"<h2>Curves</h2>{controls(axes)}<div class=plots>{''.join(map(figure, charts))}</div>",
-        *map(run_tables, runs, earlier, planned, [run.name for run in runs] if len(runs) > 1 else ["This run"]),
+        *map(run_tables, runs, planned, [run.name for run in runs] if len(runs) > 1 else ["This run"]),
         keys_section(runs, defaults),
         *(samples_section(run, CHARACTERS // len(runs)) for run in runs),
     ]
@@ -99,13 +98,13 @@ def table(head: Sequence[str], rows: Rows) -> str:
     return f"<div class=wide><table><thead><tr>{''.join(f'<th>{escape(h)}' for h in head)}<tbody>{cells}</table></div>"
 
 
-def run_tables(run: Run, earlier: Sequence[dict], planned: Rows, title: str) -> str:
+def run_tables(run: Run, planned: Rows, title: str) -> str:
     """Tables on one run: earlier forecasts, planned and actual, what it ran on."""
     names = dict(device="hardware", dtype="precision", torch="torch", date="started", commit="commit")
     facts = [(label, run.about[name]) for name, label in names.items() if run.about.get(name)]
-    ended = run.val.values[-1] if earlier and run.finished else None
+    earlier = [forecast_row(run, found) for found in run.earlier_forecasts]
     tables = {
-        "Earlier forecasts": (("at", "it said", "it ended"), [forecast_row(row, run.end, ended) for row in earlier]),
+        "Earlier forecasts": (("at", "it said", "it ended"), earlier),
         "Planned vs actual": (("", "planned", "actual"), planned),
         "Machine and version": (("", ""), facts),
     }
@@ -113,11 +112,10 @@ def run_tables(run: Run, earlier: Sequence[dict], planned: Rows, title: str) -> 
     return f"<h2>{escape(title)}</h2><div class=tables>{''.join(found)}</div>" if found else ""
 
 
-def forecast_row(row, end, ended):
-    came = "not yet" if ended is None else f"{ended:.3f}"
-    if ended is not None:
-        came += ", inside" if abs(ended - row["loss"]) <= row["band"] else ", outside"
-    return f"{row['step'] / end:.0%} (step {row['step']:,})", f"{row['loss']:.3f} +- {row['band']:.3f}", came
+def forecast_row(run, found):
+    step, loss, band, last = found["step"], found["loss"], found["band"], run.val.values[-1]
+    ended = f"{last:.3f}, {'inside' if abs(last - loss) <= band else 'outside'}" if run.finished else "not yet"
+    return f"{step / run.end:.0%} (step {step:,})", f"{loss:.3f} +- {band:.3f}", ended
 
 
 def keys_section(runs: Sequence[Run], defaults: dict) -> str:

@@ -1,6 +1,6 @@
 """The plots of a report: the curves of its runs over steps, in plotly's terms, ready to be written as JSON.
 
-    charts = [chart for chart in all_charts(runs, earlier) if chart["curves"]]
+    charts = [chart for chart in all_charts(runs) if chart["curves"]]
 
 page.js draws them. A single run has a colour for each curve; of several runs, each has its own colour, dashes and
 markers. What is not finite is a gap. A long curve is thinned to the means of equal parts.
@@ -41,7 +41,6 @@ class Drawn:
     run: Run
     index: int
     count: int
-    earlier: list[dict]  # forecasts, see earlier_forecasts
 
     @property
     def label(self) -> str:
@@ -89,13 +88,13 @@ class Drawn:
         yield self.curve(name, x, y, 2, line=dict(dash="dash", width=2), **look)
 
 
-def all_charts(runs: Sequence[Run], earlier: Sequence[list[dict]]) -> Iterator[dict]:
+def all_charts(runs: Sequence[Run]) -> Iterator[dict]:
     """Each plot with its title, unit, caption, text for those who cannot see it, and curves, of which it may have none.
 
     scale: of its vertical axis, if the reader does not choose it; zero: the axis starts at 0; first: the step from
     which on its values have to be seen.
     """
-    drawn = [Drawn(run, i, len(runs), rows) for i, (run, rows) in enumerate(zip(runs, earlier, strict=True))]
+    drawn = [Drawn(run, i, len(runs)) for i, run in enumerate(runs)]
     first = min(max(run.warm, 0.1 * run.step) for run in runs)
     if measure(runs)[0] == "bits_per_byte":
         bits = [evaluations(d, "bits_per_byte") for d in drawn if len(d.run.evals["step"])]
@@ -171,18 +170,14 @@ def end_curves(d: Drawn) -> Iterator[dict]:
 
 def forecast_curves(d: Drawn) -> Iterator[dict]:
     """The forecasts that were possible at earlier evaluations, and what came."""
-    if len(d.earlier) < 2:
+    earlier = d.run.earlier_forecasts
+    if len(earlier) < 2:
         return
-    steps, losses, bands = (np.array([row[name] for row in d.earlier]) for name in ("step", "loss", "band"))
+    steps, losses, bands = (np.array([row[name] for row in earlier]) for name in ("step", "loss", "band"))
     look: dict = dict(mode="lines+markers", marker=dict(symbol=d.symbol, size=6))
     yield from d.band("forecast", steps, losses, bands, **look)
     if d.run.finished:
         yield d.curve("what came", steps, np.full(len(steps), d.run.val.values[-1]), 0, main=False, line=dict(width=2))
-
-
-def earlier_forecasts(run: Run) -> list[dict]:
-    """step, loss and band of each; none where the report withholds the forecast."""
-    return [] if not run.config or run.broken else forecast.earlier_forecasts(*run.val, run.rates)
 
 
 def rate_curves(d: Drawn) -> Iterator[dict]:

@@ -121,6 +121,11 @@ class Run:
             return None, "no forecast: the loss has risen, or is not finite"
         return forecast.forecast(*finite(self.evals["step"], self.evals[split]), self.rates)
 
+    @cached_property
+    def earlier_forecasts(self) -> list[dict]:
+        """Forecasts of val that were possible earlier (forecast.earlier_forecasts); none of a run that is lost."""
+        return [] if not self.config or self.broken else forecast.earlier_forecasts(*self.val, self.rates)
+
 
 def not_finite(run: Run) -> tuple[str, str] | None:
     """A loss that is not finite in a val evaluation or in the last values, or gradients that were not at the end."""

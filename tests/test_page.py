@@ -64,7 +64,7 @@ def test_earlier_forecasts_stand_beside_what_came(finished):
     page, numbers, run = finished
     came = curves_of(numbers, "forecasts-of-the-last-val-loss")[-1]
     assert came["name"] == "what came" and came["y"][0] == pytest.approx(run.evals["val"][-1], abs=1e-4)
-    first = plots.earlier_forecasts(run)[0]
+    first = run.earlier_forecasts[0]
     assert f"<td>50% (step 2,000)<td>{first['loss']:.3f} +- {first['band']:.3f}<td>" in page
 
 
