@@ -55,7 +55,7 @@ def test_every_config_file_is_understood(path, tmp_path, capsys):
         (["train.py", "--learning_rat=1"], "learning_rate"),
         (["train.py", "config/none.py"], "config/none.py"),
         (["train.py", "config/quickstart.py", "--dataset=none"], "prepare.py"),
-        (["sample.py", "--out_dir=none"], "none/ckpt.pt"),
+        (["sample.py", "--out_dir=none"], "none: there is no such file"),
         (["report.py", "none"], "none"),
         (["convert.py", "none", "--to=hf"], "none"),
         (["prepare.py", "none.parquet"], "none.parquet"),
