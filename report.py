@@ -79,7 +79,8 @@ def read_runs(path: str | Path, run_config: str | Path = "", until: int = 0) -> 
         if len(run.evals["step"]) or len(run.lines["step"]):
             runs.append(run)
     if not runs:
-        raise ReportError(f"{path}: no evaluation and no step up to --until={until}; give a later one")
+        where = f"up to --until={until}; give a later one" if until else "in it; wait for the first, or give another"
+        raise ReportError(f"{path}: no val loss and no log line {where}")
     return runs
 
 

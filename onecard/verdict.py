@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from onecard import forecast
 from onecard.curve import noise
 from onecard.law import BAND, best_size, law
 from onecard.metrics import duration
@@ -64,7 +63,7 @@ def loss_now(run):
 def against(run):
     """The forecast, and how the loss or its forecast compares with what was expected before the run."""
     end, error = run.val.values[-1] if len(run.val.steps) and run.finished else None, 0.0
-    if end is not None and (earlier := forecast.earlier_forecasts(*run.val, run.rates)):
+    if end is not None and (earlier := run.earlier_forecasts):
         yield f"the forecast at step {earlier[0]['step']:,} was {earlier[0]['loss']:.3f} +- {earlier[0]['band']:.3f}"
     elif not run.finished and (fit := run.forecast("val")[0]):
         end, error = fit["loss"], fit["band"]
@@ -155,7 +154,7 @@ def outlook(run: Run) -> Words:
         return
     val = run.val.values[-1] if len(run.val.steps) else None
     if run.finished and val is not None and not run.broken:
-        earlier = forecast.earlier_forecasts(*run.val, run.rates)
+        earlier = run.earlier_forecasts
         said = ", ".join(f"{f['loss']:.3f} +- {f['band']:.3f} at step {f['step']:,}" for f in earlier)
         if said:
             yield "forecasts", f"The end was forecast as {said}; val ended at {val:.3f}."
