@@ -72,7 +72,8 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
         return read_nanogpt(path)
     except FileNotFoundError:
         reason = "there is no such file, and no config.json in its folder"
-        raise ConvertError(f"{path}: {reason}; train first, or give the folder of another run") from None
+        remedy = "leave out --checkpoint=best" if which == "best" else "train first, or give the folder of another run"
+        raise ConvertError(f"{path}: {reason}; {remedy}") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
     model, about = checkpoint.load_model(path)

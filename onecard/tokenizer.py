@@ -330,7 +330,7 @@ class JsonTokenizer(Tokenizer):
         self.content, self.name, self.eot = content, name, eot
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         self.library = read_json(content.encode(), name)
-        self.n_vocab = id_count(self.library)
+        self.n_vocab = max(self.library.get_vocab(with_added_tokens=True).values()) + 1
         separator = self.library.id_to_token(eot)
         if separator is None:
             raise TokenizerError(f"{name}: its separator {eot} is not one of its ids; copy it again")
@@ -403,9 +403,10 @@ def open_json(content: bytes, path: Path, name: str, encoder: str = "tokenizers"
     size = library.get_vocab_size()
     eot = choose_separator(library, path)
     text = content.decode() if library.get_vocab_size() == size else library.to_str()
-    if (n_vocab := id_count(library)) > MAX_IDS:
-        raise TokenizerError(f"{path}: has {n_vocab:,} ids; at most {MAX_IDS:,} fit into 16 bits; use a smaller one")
-    return JsonTokenizer(text, name, eot, encoder)
+    tokenizer = JsonTokenizer(text, name, eot, encoder)
+    if (n := tokenizer.n_vocab) > MAX_IDS:
+        raise TokenizerError(f"{path}: has {n:,} ids; at most {MAX_IDS:,} fit into 16 bits; use a smaller one")
+    return tokenizer
 
 
 def read_json(content: bytes, where: str | Path):
@@ -423,10 +424,6 @@ def read_json(content: bytes, where: str | Path):
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
     return tokenizer
-
-
-def id_count(library) -> int:
-    return max(library.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def choose_separator(library, path: Path) -> int:

@@ -165,7 +165,7 @@ MISTAKES = [
     (dict(score="none.txt"), "score: none.txt cannot be read"),
     (dict(start="a", prompts="b"), "start='a' and prompts='b' exclude each other"),
     (dict(top_p=1.5), "top_p"),
-    (dict(checkpoint="best"), "ckpt_best.pt: there is no such file"),
+    (dict(checkpoint="best"), "its folder; leave out --checkpoint=best"),
 ]
 
 
