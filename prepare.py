@@ -133,28 +133,20 @@ def next_units(plan: dict, records: dict, numbers, running, failed, max_tokens: 
     """
     ready, before, exact = [], 0.0, True  # before: tokens of the units before this one; exact: no estimate among them
     for number in numbers:
-        limit = (max_tokens or math.inf) - before
-        record, most = records.get(number), 1.5 * expected_tokens(plan, number)
+        limit, record = (max_tokens or math.inf) - before, records.get(number)
+        most = 1.5 * plan["units"][number]["bytes"] / bytes_per_token(plan["settings"])
         if limit <= 0:
             break
         if number in failed:
             continue
-        if record and (not exact or fits(record, limit)):
+        fits = record and (record["limit"] == limit or (record["complete"] and record["tokens"] < limit))
+        if record and (fits or not exact):
             before += record["tokens"]
             continue
         if number not in running and (exact or most < limit):
             ready.append((number, int(limit) if exact and max_tokens else 0))
         exact, before = False, before + most
     return ready
-
-
-def expected_tokens(plan: dict, number: int) -> float:
-    return plan["units"][number]["bytes"] / bytes_per_token(plan["settings"])
-
-
-def fits(record: dict, limit: float) -> bool:
-    """Whether a unit's record is the one that this limit gives."""
-    return record["limit"] == limit or (record["complete"] and record["tokens"] < limit)
 
 
 # ---- the workers -------------------------------------------------------------------------------------------
@@ -403,9 +395,8 @@ def summary(manifest: dict) -> str:
         ratio = size / max(1, tokens - documents)
         lines.append(f"  {split:5} {documents:>11,} {tokens:>17,} {ratio:>12.2f} {len(shards):>7,}")
     if all(shard["split"] == "train" for shard in manifest["shards"]):
-        lines.append(
-            "  no document is in val, which train.py needs: make another --dataset with --val_fraction=0.1, say"
-        )
+        remedy = "make another --dataset with --val_fraction=0.1, say, or from more text"
+        lines.append(f"  no document is in val, which train.py needs: {remedy}")
     if any(manifest["skipped"].values()) or manifest["replaced"]:
         skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items())
         lines.append(f"  skipped: {skipped}; lone surrogates replaced: {manifest['replaced']:,}")

@@ -336,7 +336,9 @@ class Windows:
         """The windows with these numbers: (n,) -> uint16 (n, block_size + 1)."""
         rows = np.empty((len(indices), self.block_size + 1), dtype=np.uint16)
         for row, index in zip(rows, indices, strict=True):
-            shard, start = self.place(int(index))
+            number = bisect.bisect_right(self.ends, index)
+            before = self.ends[number - 1] if number else 0
+            shard, start = self.shards[number], (int(index) - before) * self.block_size
             row[:] = read_tokens(shard.path, shard.header + 2 * start, len(row))
             if self.vocab_size is not None and row.max() >= self.vocab_size:
                 column = int(np.argmax(row >= self.vocab_size))
@@ -346,10 +348,3 @@ class Windows:
                     f"check with: python prepare.py --verify {keys_of(self.folder)}"
                 )
         return rows
-
-    def place(self, index):
-        """(shard, first token in it) of a window."""
-        assert 0 <= index < len(self), f"window {index} of {len(self)}"
-        number = bisect.bisect_right(self.ends, index)
-        before = self.ends[number - 1] if number else 0
-        return self.shards[number], (index - before) * self.block_size

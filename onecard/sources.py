@@ -58,7 +58,7 @@ def find_files(inputs: Sequence[str]) -> list[str]:
             problems.append(str(error))
             continue
         if not found and os.path.isdir(name):
-            problems.append(f"{name}: no file in this folder ends in {FORMATS}; name another folder")
+            problems.append(f"{name}: no file in this folder ends in {FORMATS}, besides datasets and hidden files")
         elif not found:
             problems.append(f"{name}: no such file or folder; check the name")
         for path in found:
@@ -167,18 +167,17 @@ def examine(path: str, column: str, shard_bytes: float) -> tuple[dict, list[dict
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if str(kind) not in ("string", "large_string", "string_view"):
         raise SourceError(f"{path}: column {column!r} holds {kind}, not text; choose another with --text_column=")
-    return source | {"rows": parquet.metadata.num_rows}, cut_groups(text_sizes(parquet.metadata, column), shard_bytes)
-
-
-def text_sizes(metadata, column):
-    """[(rows, bytes of the text column before compression)] of the row groups, from the footer."""
-    names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    return [(g.num_rows, g.column(names.index(column)).total_uncompressed_size) for g in groups]
+    columns = [parquet.metadata.schema.column(i).path for i in range(parquet.metadata.num_columns)]
+    groups = [parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups)]
+    sizes = [(g.num_rows, g.column(columns.index(column)).total_uncompressed_size) for g in groups]
+    return source | {"rows": parquet.metadata.num_rows}, cut_groups(sizes, shard_bytes)
 
 
 def cut_groups(groups: list[tuple[int, int]], shard_bytes: float) -> list[dict]:
-    """Units of about equal size, near shard_bytes. A larger row group is cut by its rows. groups: as text_sizes()."""
+    """Units of about equal size, near shard_bytes. A larger row group is cut by its rows.
+
+    groups: [(rows, bytes of the text column before compression)] of the row groups, from the footer.
+    """
     total = sum(size for _, size in groups)
     target = total / max(1, round(total / shard_bytes))
     units: list[dict] = []
@@ -245,11 +244,12 @@ def read_texts(path: str, unit: dict, column: str) -> Iterator[tuple[Sequence[in
         return
     positions, values, size = [], [], 0
     start, stop = unit.get("range", (0, None))
-    kind = kind_of(path)
-    if kind == "json":
+    if kind_of(path) == "json":
         rows = read_json(path, column)
+    elif kind_of(path) == "jsonl":
+        rows = read_jsonl(path, start, stop, column)
     else:
-        rows = read_jsonl(path, start, stop, column) if kind == "jsonl" else read_txt(path, start, stop)
+        rows = read_txt(path, start, stop)
     with reading(path):
         for position, value in rows:
             positions.append(position)

@@ -10,7 +10,7 @@ from texts import some_texts, write_parquet
 
 from onecard import dataset
 from onecard.dataset import PrepareError, bytes_per_token, plan_dataset, read_plan, write_plan
-from onecard.sources import STATE, SourceError, examine, read_texts
+from onecard.sources import STATE, examine, read_texts
 from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
 from onecard.units import as_documents, new_record
 
@@ -72,16 +72,13 @@ def test_a_few_giant_documents_above_the_size_that_is_read_get_both_splits_too(t
 
 
 def test_the_share_of_val_falls_with_the_size_and_documents_stay_whole_where_they_are_many(tmp_path):
-    shares = []
-    for count in (400, 4000, 40_000):
+    for count, share in ((400, 0.1), (4000, 0.0499)):
         path = tmp_path / f"{count}.jsonl"
         path.write_text("\n".join(json.dumps({"text": f"{i} " + "word " * 500}) for i in range(count)))
         settings = settings_of(path)
-        assert "paragraph_chars" not in settings
-        shares.append(settings["val_fraction"])
-    assert shares == [0.1, 0.0499, 0.005]
-    assert settings_of(tmp_path / "400.jsonl", val_fraction=0.3)["val_fraction"] == 0.3
-    assert settings_of(tmp_path / "400.jsonl", val_fraction=0.0)["val_fraction"] == 0.0
+        assert settings["val_fraction"] == share and "paragraph_chars" not in settings
+    for asked in (0.3, 0.0):
+        assert settings_of(tmp_path / "400.jsonl", val_fraction=asked)["val_fraction"] == asked
     rows = write_parquet(tmp_path / "a.parquet", ["x " * 20] * 2000)
     assert settings_of(rows) == dataset.SETTINGS  # as for FineWeb's files
 
@@ -153,18 +150,13 @@ def test_bytes_per_token_lie_between_bytes_and_gpt2():
 
 
 def test_little_text_of_text_files_gets_a_small_vocabulary_unless_one_is_given_and_other_inputs_get_gpt2(tmp_path):
-    (tmp_path / "a.txt").write_text(prose(20_000))
-    (tmp_path / "large.md").write_text(prose(500_000) * 20)
-    lines = tmp_path / "a.jsonl"
+    little, large, lines = tmp_path / "a.txt", tmp_path / "large.md", tmp_path / "a.jsonl"
+    little.write_text(prose(20_000))
+    large.write_text(prose(500_000) * 20)
     lines.write_text("\n".join(json.dumps({"text": text}) for text in some_texts(300)))
-    assert settings_of(tmp_path / "a.txt")["tokenizer"]["name"] == "gpt2-1024"
-    assert settings_of(tmp_path / "a.txt", tokenizer="bytes")["tokenizer"]["name"] == "bytes"
-    for settings in (
-        settings_of(tmp_path / "a.txt", tokenizer="gpt2"),
-        settings_of(tmp_path / "large.md"),
-        settings_of(lines),
-        settings_of(tmp_path / "a.txt", lines),
-    ):
+    assert settings_of(little)["tokenizer"]["name"] == "gpt2-1024"
+    assert settings_of(little, tokenizer="bytes")["tokenizer"]["name"] == "bytes"
+    for settings in (settings_of(little, tokenizer="gpt2"), settings_of(large), settings_of(lines, little)):
         assert "tokenizer" not in settings  # GPT-2's, as in the plans of older versions
 
 
@@ -227,12 +219,3 @@ def test_a_tokenizer_that_loses_the_first_texts_or_has_no_separator_is_refused(t
         with pytest.raises(TokenizerError, match=message):
             plan_dataset([str(tmp_path / "a.txt")], {"tokenizer": str(tmp_path / name)}, tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
-
-
-def test_a_damaged_file_is_left_out_and_a_wrong_one_stops_everything(tmp_path):
-    (tmp_path / "a.md").write_text(prose(20_000))
-    (tmp_path / "b.md").write_bytes(b"\xff\xfe")
-    plan, damaged, _ = plan_dataset([str(tmp_path)], {}, NOWHERE)
-    assert [source["path"] for source in plan["sources"]] == [str(tmp_path / "a.md")] and "b.md: byte 0" in damaged[0]
-    with pytest.raises(SourceError, match=r"none\.md: no such file"):
-        plan_dataset([str(tmp_path), str(tmp_path / "none.md")], {}, NOWHERE)

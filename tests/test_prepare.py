@@ -104,13 +104,11 @@ def test_the_manifest_names_the_rows_of_every_shard_and_counts_what_was_skipped_
     lines = [{"text": "a\ud800b"}, {"text": "\ud83d\ude00"}, {"text": "plain"}, {"text": None}, {"other": 1}]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
     surrogates = strings_of_bytes([b"c \xed\xa0\x80 d", b"\xed\xa0\xbd\xed\xb8\x80!"])
-    more = tmp_path / "b.jsonl", write_parquet(tmp_path / "c.parquet", surrogates)
-    assert "4 null, 1 empty" in run(path, *more, *SMALL)
+    run(path, tmp_path / "b.jsonl", write_parquet(tmp_path / "c.parquet", surrogates), *SMALL)
     manifest = read_manifest(docs)
     assert manifest["skipped"] == {"null": 4, "empty": 1} and manifest["replaced"] == 2
     assert manifest["documents"] == 200 + 3 + 2 and manifest["settings"]["val_fraction"] == 0.2
-    assert manifest["tokenizer"]["n_vocab"] == 50257 and manifest["libraries"]["tiktoken"]
-    assert manifest["encoder"] == "tiktoken"
+    assert manifest["libraries"]["tiktoken"] and manifest["encoder"] == "tiktoken"
     for shard in manifest["shards"]:
         content = (docs / shard["name"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == 1024 + 2 * shard["tokens"]
