@@ -30,7 +30,8 @@ LEAST_LETTERS = 0.93  # share of letters, spaces, commas and full stops; formula
 
 def write_quickstart(path: Path) -> None:
     """Writes the text with FineWeb's columns. token_count is right for GPT-2's tokenizer."""
-    tokenizer, seen, rows = load_tokenizer(), set(), []
+    seen: set[str] = set()
+    tokenizer, rows = load_tokenizer(), []
     for name, text in (*manual(), *docstrings(Path(sysconfig.get_paths()["stdlib"]))):
         new = []
         for line in paragraphs(text):
