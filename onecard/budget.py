@@ -149,15 +149,18 @@ def longest_run(config, hours, found, dtype, train_tokens) -> Row | None:
 
 def with_micro_batch(row: Row, free_bytes: float, dtype: torch.dtype) -> Row | None:
     """The row with the largest micro batch that fits the memory, and the memory of its step; None if none fits."""
-    size = min(MAX_MICRO_BATCH, row.config.step_sequences)  # a power of two, as the step is
+    size, limit = min(MAX_MICRO_BATCH, row.config.step_sequences), BUDGET * free_bytes  # size: a power of two
     if 12 * row.parameters > free_bytes:  # weights, gradients and one moment: Muon's state, AdamW needs more
         return None
     while size:
         config = replace(row.config, batch_size=size)
-        memory = sum(trace_memory(config, "cuda", dtype).values())
-        if memory <= BUDGET * free_bytes:
+        parts = trace_memory(config, "cuda", dtype)
+        memory, activations = sum(parts.values()), parts["activations and gradients"]
+        if memory <= limit:
             return row._replace(config=config, memory=memory)
         size //= 2
+        while size and memory - activations * (1 - size / config.batch_size) > limit:  # not less: gradients stay
+            size //= 2
     return None
 
 

@@ -12,6 +12,7 @@ from onecard.memory import BUDGET, GiB, trace_memory
 from train import TrainConfig, main
 
 CARD, FREE = card("RTX 4070"), 1.0 * GiB
+FITS = {"weights": 1, "activations and gradients": 1}  # bytes
 SMALL = ((2, 256), (2, 512), (4, 1024))
 
 
@@ -45,7 +46,7 @@ def test_every_row_fits_the_time_and_the_memory_and_the_marked_one_has_the_lowes
 
 def test_of_many_networks_only_those_with_the_lowest_losses_are_traced_and_shown(rows, monkeypatch):
     monkeypatch.setattr(budget, "SHOWN", 2)
-    monkeypatch.setattr(budget, "trace_memory", lambda config, *_: traced.append(config.n_embd) or {"weights": 1})
+    monkeypatch.setattr(budget, "trace_memory", lambda config, *_: traced.append(config.n_embd) or FITS)
     traced = []
     found = rows(block_size=96)  # no power of two: a step is whole sequences
     assert [row.config.n_embd for row in found] == [512, 1024] and sorted(set(traced)) == [512, 1024]
@@ -53,12 +54,12 @@ def test_of_many_networks_only_those_with_the_lowest_losses_are_traced_and_shown
 
 
 def test_a_small_dataset_is_read_four_times_at_most(rows, monkeypatch):
-    monkeypatch.setattr(budget, "trace_memory", lambda *_: {"weights": 1})
+    monkeypatch.setattr(budget, "trace_memory", lambda *_: FITS)
     assert [row.tokens for row in rows(train_tokens=10**8)] == pytest.approx([4 * 10**8] * 3, rel=0.01)
 
 
 def test_the_written_config_is_the_row_and_is_never_overwritten(rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "trace_memory", lambda *_: {"weights": 1})
+    monkeypatch.setattr(budget, "trace_memory", lambda *_: FITS)
     row, path = rows(activation_checkpointing=True, bias=True)[0], tmp_path / "mine.py"
     budget.write_config(str(path), row, CARD.name)
     loaded = load_config(TrainConfig, [str(path)])
