@@ -15,7 +15,8 @@ def compared(*folders):
 
 
 def test_two_runs_are_compared_by_pairs_of_windows_and_a_difference_within_its_error_may_be_chance(tmp_path):
-    a, b = write_run(tmp_path / "a", 0, 0.01), write_run(tmp_path / "bb", -0.012, 0.01, n_head=6, beta2=0.5, out_dir="x")
+    a = write_run(tmp_path / "a", 0, 0.01)
+    b = write_run(tmp_path / "bb", -0.012, 0.01, n_head=6, beta2=0.5, out_dir="x")
     found, (first, second) = compared(a, b), (read_run(run).groups[-1] for run in (a, b))
     each = np.subtract(second, first)
     (_, verdict), keys = found[0], dict(found)["keys of b"]
