@@ -150,6 +150,21 @@ def test_train_loss_alone_gives_a_trend():
     assert "train loss 3" in found["verdict"]
 
 
+def test_a_loss_that_rises_a_little_is_not_flat():
+    steps = np.arange(0, 12001, 250)
+    val = 3.2 + np.random.default_rng(0).normal(0, 0.001, len(steps)) + 0.02 * np.maximum(0, steps / 12000 - 0.6)
+    found = dict(diagnose(a_run(steps, val + 5 * np.exp(-steps / 300))))
+    assert "flat" not in found and "settled" not in found and "val loss changed by +0.0" in found["val rises"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_learning_rate_of_0_is_a_share_of_0():
+    steps = np.arange(0, 12001, 500)
+    keys = dict(learning_rate=0.0, min_lr=0.0, max_iters=20000, lr_decay_iters=20000)
+    found = dict(diagnose(with_config(a_run(steps, 3 + 5 * np.exp(-((steps / 500) ** 0.5))), **keys)))
+    assert "is 0.00 of its peak" in found["forecast"] and "learning_rate=0" in found["choice"]
+
+
 def test_an_empty_run_is_too_early():
     assert [name for name, _ in diagnose(a_run([], []))] == ["verdict", "too early", "not logged"]
 
