@@ -253,7 +253,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     writer = None
     if writes:
         if is_new:
-            checkpoint.remove_all(config.out_dir)  # there are some only with overwrite=True
+            checkpoint.remove_all(config.out_dir, runtime.print0)  # there are some only with overwrite=True
         about: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
         about |= dict(parameters=model.num_params(positions=False))
         about |= dict(planned_memory=planned["memory"], planned_hours=planned["hours"])
@@ -485,9 +485,10 @@ def train(config: TrainConfig, stop: Stop) -> int:
                 runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
     if stop_reason:
         save(run, [])
-        runtime.print0(f"stopped at step {progress.step}; continue with --init_from=resume --out_dir={config.out_dir}")
+        runtime.print0(f"stopped at step {progress.step}; to continue, add --init_from=resume to the same command")
     else:
         runtime.print0(f"done: step {progress.step} of {config.max_iters}; {config.out_dir} has {checkpoint.LATEST}")
+        runtime.print0(f"next: python sample.py {config.out_dir}, python report.py {config.out_dir}")
     if run.writer:
         run.writer.close(artifact=Path(config.out_dir) / checkpoint.LATEST if config.wandb_artifact else None)
     return stop_reason

@@ -5,8 +5,8 @@
 
 The network and batch are those of a nanoGPT run on an RTX 4070 (tests/data/fineweb_40m_rtx4070.csv), which took 3.91 s
 a step, 22 hours in total, and ended at a train loss of 3.61. Settings that cost that run loss or speed are changed and
-marked below. Expect a val loss of 3.60 +- 0.08. The plan warns that 124M parameters end 0.10 lower for the same compute.
-That is right (config/gpt2_124m_4070.py has them); this config keeps the network of the nanoGPT run.
+marked below. Expect a val loss of 3.60 +- 0.08. The plan warns that 124M parameters end 0.10 lower for the same
+compute. That is right (config/gpt2_124m_4070.py has them); this config keeps the network of the nanoGPT run.
 """
 
 out_dir = "out/fineweb_4070"

@@ -241,9 +241,12 @@ def load_newest(out_dir: str | Path) -> tuple[dict, Path, list[str]]:
     raise CheckpointError("; ".join(problems) or f"{Path(out_dir) / LATEST}: no checkpoint; start a run first")
 
 
-def remove_all(out_dir: str | Path) -> None:
+def remove_all(out_dir: str | Path, print0) -> None:
     """Removes every checkpoint of a run, for the new run that replaces it."""
-    for path in candidates(out_dir):
+    found = candidates(out_dir)
+    if found:
+        print0(f"overwrite=True: the run in {out_dir} is replaced; {len(found)} checkpoints are deleted")
+    for path in found:
         path.unlink(missing_ok=True)
 
 

@@ -205,7 +205,8 @@ def val_set(run):
     if run.groups and len(run.groups[-1]) >= 8:
         fair = float(np.std(run.groups[-1], ddof=1) / math.sqrt(len(run.groups[-1])))
         if fair > 0.02:
-            text = f"The last val loss has a standard error of {fair:.3f}: evaluate on more tokens to compare runs."
+            text = f"The last val loss has a standard error of {fair:.3f}. To compare runs, evaluate on more tokens "
+            text += "(--eval_tokens), or with a larger val split."
             yield Finding("val error", text)
     elif run.micro and run.config and run.config.eval_iters:
         fair = run.plan["eval_error"]

@@ -50,12 +50,16 @@ def warmup_steps(rates: Numbers) -> int:
     return int(np.argmin(np.append(np.diff(rates) > 0, False)))  # until the rate stops rising for the first time
 
 
-def forecast(steps: Numbers, losses: Numbers, rates: Numbers, constants: Constants = CONSTANTS) -> Forecast:
+def forecast(
+    steps: Numbers, losses: Numbers, rates: Numbers, constants: Constants = CONSTANTS, train: Numbers | None = None
+) -> Forecast:
     """Predicts the loss at the end of the schedule -> (fit, None), or (None, the reason why there is no forecast).
 
     steps, losses (m,): the evaluations so far. rates (n,): the learning rate of every step of the schedule; after a
     resume, of the steps before it as they were. Outliers have little weight; values that are not finite have none.
     fit: the loss after step "end" = n, its error ("band"), the law's value at the last evaluation ("now", at "step").
+    train (m,): train losses beside val losses. The law is for new text; on text that is read again and again val falls
+    behind train, and what it has fallen behind so far widens the band.
     """
     steps, losses, rates = (np.asarray(values, dtype=float) for values in (steps, losses, rates))
     n = len(rates)
@@ -77,6 +81,10 @@ def forecast(steps: Numbers, losses: Numbers, rates: Numbers, constants: Constan
     fit |= dict(scale=s1[-1], constants=constants, seen=seen, step=int(x[-1]), end=n)
     fit["now"], fit["loss"] = follow(fit, rates)[[x[-1], -1]].tolist()
     fit["band"] = band(fit, fit["loss"])
+    if train is not None:
+        gaps = y - np.asarray(train, dtype=float)[use]
+        behind = float(np.median(gaps[-3:]) - np.median(gaps[:3]))
+        fit["band"] = math.hypot(fit["band"], max(0.0, behind)) if math.isfinite(behind) else fit["band"]
     if decay[x[-1]] < 0.03 * decay[-1]:
         others = f"the loss ends at {fit['loss']:.2f} +- {abs(fit['loss']) * constants.decay[1]:.2f}"
         return None, f"no forecast before the learning rate has begun to fall; with a decay as in other runs, {others}"
@@ -134,17 +142,19 @@ def band(fit: dict, loss: float) -> float:
     return max(fit["constants"].floor, 2 * math.hypot(fit["fit_error"], fit["scatter"], to_come))
 
 
-def earlier_forecasts(steps: Numbers, losses: Numbers, rates: Numbers) -> list[dict]:
+def earlier_forecasts(steps: Numbers, losses: Numbers, rates: Numbers, train: Numbers | None = None) -> list[dict]:
     """The forecasts from what was known at 50, 60, ... 90% of the schedule: step, loss and band of each."""
-    steps, losses = np.asarray(steps), np.asarray(losses)
+    steps, losses, train = np.asarray(steps), np.asarray(losses), None if train is None else np.asarray(train)
     known = {int(np.searchsorted(steps, tenth * len(rates) / 10, side="right")) for tenth in range(5, 10)}
-    fits = [forecast(steps[:m], losses[:m], rates)[0] for m in sorted(known - {len(steps)})]
+    cuts = sorted(known - {len(steps)})
+    fits = [forecast(steps[:m], losses[:m], rates, train=None if train is None else train[:m])[0] for m in cuts]
     return [{name: fit[name] for name in ("step", "loss", "band")} for fit in fits if fit]
 
 
 def forecast_line(evals: Sequence[tuple[int, float, float]], rates: Numbers) -> str:
     """A log line from the evaluations (step, train loss, val loss); "" where there is no forecast and at the end."""
-    fit, _ = forecast([step for step, _, _ in evals], [val for _, _, val in evals], rates)
+    steps, train, val = zip(*evals, strict=True)
+    fit, _ = forecast(steps, val, rates, train=train)
     if not fit or fit["step"] >= fit["end"]:
         return ""
     return f"forecast: val loss {fit['loss']:.4f} +- {fit['band']:.4f} at step {fit['end']:,}"

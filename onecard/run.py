@@ -119,12 +119,20 @@ class Run:
         """The forecast (forecast.forecast) of the end from the evaluations so far, or None and the reason."""
         if self.broken:
             return None, "no forecast: the loss has risen, or is not finite"
-        return forecast.forecast(*finite(self.evals["step"], self.evals[split]), self.rates)
+        return forecast.forecast(
+            *finite(self.evals["step"], self.evals[split]), self.rates, train=self.train_beside(split)
+        )
 
     @cached_property
     def earlier_forecasts(self) -> list[dict]:
         """Forecasts of val that were possible earlier (forecast.earlier_forecasts); none of a run that is lost."""
-        return [] if not self.config or self.broken else forecast.earlier_forecasts(*self.val, self.rates)
+        if not self.config or self.broken:
+            return []
+        return forecast.earlier_forecasts(*self.val, self.rates, train=self.train_beside("val"))
+
+    def train_beside(self, split: str) -> np.ndarray | None:
+        """The train losses of the evaluations that have a val loss, NaN where they have none; None for train itself."""
+        return self.evals["train"][np.isfinite(self.evals["val"])] if split == "val" else None
 
 
 def not_finite(run: Run) -> tuple[str, str] | None:

@@ -147,3 +147,14 @@ def test_the_law_goes_on_to_other_schedules():
     higher = follow(found, [*run.rates[:14000], *[run.rates[13999]] * 5560])[-1]  # without the rest of the decay
     assert 0.02 < found["loss"] - longer < 0.15 and 0.01 < higher - found["loss"] < 0.1
     assert band(found, longer) >= found["band"]
+
+
+def test_the_band_holds_where_val_falls_behind_train_on_text_that_is_read_again():
+    """config/quickstart.py reads its text 3.3 times: evaluations of a real run, every 50 of 600 steps."""
+    quick = config(max_iters=600, lr_schedule="linear", learning_rate=8e-3, min_lr=0.0, warmup_iters=20)
+    rates, steps = learning_rates(quick), range(50, 650, 50)
+    train = [4.0083, 3.6094, 3.4388, 3.2541, 3.0192, 2.9223, 2.8129, 2.7130, 2.5831, 2.5095, 2.4562, 2.4081]
+    val = [4.0736, 3.7464, 3.5874, 3.4211, 3.3020, 3.1811, 3.0941, 3.0187, 2.9697, 2.9077, 2.8730, 2.8553]
+    for m in range(6, 12):
+        fit, _ = forecast(steps[:m], val[:m], rates, train=train[:m])
+        assert abs(fit["loss"] - val[-1]) < fit["band"]

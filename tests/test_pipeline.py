@@ -75,6 +75,8 @@ def test_commands_in_the_documents_name_only_scripts_configs_and_keys_that_exist
     for page in (README, *ROOT.glob("docs/*.md")):
         for script, rest in re.findall(r"python (\w+\.py)([^\n`#&]*)", page.read_text(encoding="utf-8")):
             source = (ROOT / script).read_text(encoding="utf-8")
-            missing = [path for path in re.findall(r"(?<!write_config=)config/\w+\.py", rest) if not (ROOT / path).exists()]
+            missing = [
+                path for path in re.findall(r"(?<!write_config=)config/\w+\.py", rest) if not (ROOT / path).exists()
+            ]
             keys = set(re.findall(r"--(\w+)", rest)) - set(re.findall(r"^    (\w+): ", source, re.M))
             assert not missing and keys <= {"help"}, f"{page.name}: {script} {missing} {keys}"
