@@ -43,7 +43,7 @@ def finish(options, ids, name, seed):
     steps = options.tokens // (BATCH["batch_size"] * BATCH["block_size"])
     keys = BATCH | RECIPE | dict(n_embd=width(ids, options.parameters), max_iters=steps, seed=seed)
     keys |= dict(
-        warmup_iters=steps // 20, eval_interval=steps, dataset=f"vocabulary_{ids}", eval_tokens=2**18, compile=False
+        warmup_iters=steps // 20, eval_interval=steps, dataset=f"vocabulary_{ids}", eval_tokens=2**17, compile=False
     )
     results = Path(options.results)
     for line in results.read_text().splitlines() if results.exists() else []:
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("inputs", nargs="+", help="text files or folders for prepare.py")
     parser.add_argument("--data_dir", default="data")
     parser.add_argument("--parameters", type=int, default=600_000)
-    parser.add_argument("--tokens", type=int, default=4_000_000)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--seeds", type=int, default=3, help="for up to 4,096 ids; one for the others")
     parser.add_argument("--results", default="out/vocabulary.jsonl", help="file for finished runs")
     options = parser.parse_args()
