@@ -170,7 +170,8 @@ def show(config, rates, facts: dict, windows, tokenizer, origin: dict | None) ->
     found = plan(planned, rates, eval_tokens=eval_tokens, trace=trace, **facts)
     ids = f"{tokenizer.n_vocab:,} of the tokenizer {tokenizer.name}" if tokenizer else "of an unknown tokenizer"
     print(describe(config))
-    print(f"ids     {ids}; vocab_size={config.vocab_size}")
+    if windows:
+        print(f"ids     {ids}; vocab_size={config.vocab_size}")
     print(*lines(found, planned), sep="\n", flush=True)
     return found
 
