@@ -28,7 +28,7 @@ from model import GPT, GPT2_IDS, GPTConfig
 from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
 from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
-from onecard.shards import ShardError, Windows
+from onecard.shards import ShardError, Windows, open_windows
 from onecard.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 
 EVAL_TOKENS = 10_485_760  # default tokens per split in an evaluation, as in llm.c and modded-nanogpt
@@ -279,8 +279,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
 def open_data(config):
     """(train windows, val windows, tokenizer). The tokenizer is None if it is not known."""
     folder, rows = Path(config.data_dir) / config.dataset, config.vocab_size or None
-    train_windows = Windows(folder, "train", config.block_size, config.seed, rows)
-    val_windows = Windows(folder, "val", config.block_size, config.seed, rows)
+    train_windows, val_windows = open_windows(folder, config.block_size, config.seed, rows)
     tokenizer = dataset_tokenizer(folder)
     if tokenizer is None and not 0 < config.vocab_size < GPT2_IDS:
         tokenizer = load_tokenizer()  # GPT-2's, as in nanoGPT

@@ -87,10 +87,17 @@ def refusals(path, reached=None):
         raise ShardError(write_refused(path, error, reached)) from error
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Writes a JSON file whole or not at all. Raises ShardError if the system refuses the write."""
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes a JSON file whole or not at all: one line a key, and one line an item of its lists (shards, sources).
+
+    Raises ShardError if the system refuses the write.
+    """
+    lines = []
+    for key, value in content.items():
+        items = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        lines.append(f" {json.dumps(key)}: " + (f"[\n  {items}\n ]" if items else json.dumps(value)))
     with refusals(path), replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
 def write_manifest(folder: str | Path, manifest: dict) -> None:
@@ -206,20 +213,24 @@ class Shard(NamedTuple):
     identity: str  # its SHA-256 in the manifest; without a manifest, that of its first and last 64 KiB
 
 
-def find_shards(folder: str | Path, split: str) -> tuple[list[Shard], dict | None]:
-    """(the shards of one split, the manifest or None). Checks the sizes of all files of the dataset.
+def find_shards(folder: str | Path) -> tuple[dict[str, list[Shard]], dict | None]:
+    """({split: its shards}, the manifest or None). Looks at each file of the dataset once and checks its size.
 
     Without a manifest: nanoGPT's train.bin, or llm.c's and modded-nanogpt's names (fineweb_train_000001.bin).
     """
-    folder, shards = Path(folder), []
+    folder = Path(folder)
+    shards: dict[str, list[Shard]] = {"train": [], "val": []}
     if not folder.is_dir():
         raise ShardError(f"{folder}: no such folder; {other_datasets(folder)}")
     manifest = read_manifest(folder)
     if manifest is None and (folder / ".prepare" / "plan.json").exists():
         raise ShardError(f"{folder}: prepare.py has not finished here; run it again to complete the dataset")
     if manifest is None:
-        paths = sorted(path for path in folder.glob("*.bin") if re.search(rf"(^|[_-]){split}([_-]|$)", path.stem))
-        return [Shard(path, *layout(path), hash_of_ends(path)) for path in paths], None
+        for path in sorted(folder.glob("*.bin")):
+            for split in shards:
+                if re.search(rf"(^|[_-]){split}([_-]|$)", path.stem):
+                    shards[split].append(Shard(path, *layout(path), hash_of_ends(path)))
+        return shards, None
     for entry in manifest["shards"]:
         shard = Shard(folder / entry["name"], *layout(folder / entry["name"]), entry["sha256"])
         if shard.tokens != entry["tokens"]:
@@ -227,8 +238,7 @@ def find_shards(folder: str | Path, split: str) -> tuple[list[Shard], dict | Non
                 f"{shard.path}: holds {shard.tokens:,} tokens and {folder / MANIFEST} says {entry['tokens']:,}; "
                 "delete the file and run prepare.py again"
             )
-        if entry["split"] == split:
-            shards.append(shard)
+        shards[entry["split"]].append(shard)
     return shards, manifest
 
 
@@ -299,10 +309,11 @@ class Windows:
     such dataset, a shard of the wrong size or cut short, too few tokens for a window, an id outside `vocab_size`.
     """
 
-    def __init__(self, folder: str | Path, split: str, block_size: int, seed: int = 0, vocab_size: int | None = None):
+    def __init__(self, folder: str | Path, split: str, block_size: int, seed=0, vocab_size=None, found=None):
         self.folder, self.split = Path(folder), split
         self.block_size, self.seed, self.vocab_size = block_size, seed, vocab_size
-        self.shards, manifest = find_shards(folder, split)
+        shards, manifest = found or find_shards(folder)
+        self.shards = shards[split]
         self.tokens = sum(shard.tokens for shard in self.shards)
         self.ends = list(itertools.accumulate((shard.tokens - 1) // block_size for shard in self.shards))
         self.tokenizer = self.text_bytes = None
@@ -348,3 +359,12 @@ class Windows:
                     f"check with: python prepare.py --verify {keys_of(self.folder)}"
                 )
         return rows
+
+
+def open_windows(
+    folder: str | Path, block_size: int, seed: int = 0, vocab_size: int | None = None
+) -> tuple[Windows, Windows]:
+    """(train windows, val windows). The manifest is read once, and each shard is looked at once."""
+    found = find_shards(folder)
+    train, val = (Windows(folder, split, block_size, seed, vocab_size, found) for split in ("train", "val"))
+    return train, val

@@ -131,6 +131,17 @@ def test_the_second_owner_is_told_the_firsts_process_id_and_a_kill_frees_the_fol
             os.killpg(owner.pid, signal.SIGKILL)
 
 
+def test_shared_owners_hold_a_lock_together_and_one_that_holds_it_alone_excludes_them(tmp_path):
+    lock = tmp_path / ".lock"
+    with durable.owned(lock, "it", shared=True), durable.owned(lock, "it", shared=True):
+        with pytest.raises(durable.OwnedError, match="in use by another process"), durable.owned(lock, "it"):
+            pass
+    with durable.owned(lock, "it"):
+        refused = pytest.raises(durable.OwnedError, match=f"in use by process {os.getpid()} on ")
+        with refused, durable.owned(lock, "it", shared=True):
+            pass
+
+
 def test_a_read_only_folder_is_an_error_of_the_system_not_an_owner(small_disk):
     folder = small_disk(64 * 1024, ",ro")
     with pytest.raises(OSError, match="Read-only"), durable.owned(folder / ".lock", "it"):
