@@ -18,8 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from onecard import UserError, durable
+from onecard.rows import cut_text, kind_of
 from onecard.shards import other_datasets, read_json, write_json
-from onecard.sources import STATE, DamagedError, SourceError, cut_text, examine, find_files, kind_of
+from onecard.sources import STATE, DamagedError, SourceError, examine, find_files
 from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
 from onecard.tokenizer import train_tokenizer as train_bpe
 from onecard.units import as_documents, decode, in_val, make_job, new_record, read_unit
@@ -150,7 +151,7 @@ def examine_all(inputs: Sequence[str], settings: dict) -> tuple[list[tuple[dict,
     shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
     for path in find_files(inputs):
         try:
-            source, units = examine(path, settings["text_column"], shard_bytes)
+            source, units = examine(path, settings, shard_bytes)
             if source["id"] in found:
                 print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
             found.setdefault(source["id"], (source, units))
@@ -265,7 +266,7 @@ def split_small(jobs: list[dict], val_fraction: float | None) -> dict:
 def readable(job: dict, problems: list[str]) -> Iterator[bytes]:
     """The UTF-8 bytes of each row of a unit, up to one that cannot be read: the unit itself reports that."""
     try:
-        for _, _, values, _ in read_unit(job):
+        for _, _, values in read_unit(job, {}):
             for value in filter(None, values):
                 yield decode(value)[1]
     except DamagedError as error:
@@ -286,7 +287,7 @@ def val_share(contents: list[bytes], val_fraction: float, seed: int) -> float:
 def first_texts(job: dict) -> list[str]:
     """Up to 100 documents of a unit. None if they cannot be read: the unit itself reports why."""
     with contextlib.suppress(DamagedError, UnicodeDecodeError):
-        for _, _, values, _ in read_unit(job):
+        for _, _, values in read_unit(job, {}):
             if texts := [decode(value)[0] for value in values[:100] if value]:
                 return texts
     return []
@@ -315,7 +316,7 @@ def sample(job: dict, share: float, progress: Progress) -> Iterator[str]:
     """The train split's texts at the beginning of a unit, until this share of its bytes is read."""
     taken = 0
     with contextlib.suppress(DamagedError):  # the unit itself reports it
-        for path, positions, values, _ in read_unit(job):
+        for path, positions, values in read_unit(job, {}):
             documents = as_documents(path, positions, values, job, new_record())
             yield from (document.text for document in documents if document.split == "train")
             size = sum(document.size for document in documents)

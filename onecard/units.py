@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from onecard.rows import cut_text, read_texts
 from onecard.shards import MANIFEST, ShardError, ShardWriter, layout, read_json, write_json
-from onecard.sources import STATE, DamagedError, cut_text, read_texts
+from onecard.sources import STATE, DamagedError
 from onecard.tokenizer import Tokenizer, TokenizerError, check_round_trip, from_state, replace_surrogates
 
 
@@ -55,7 +56,7 @@ def prepare_unit(job: dict, tokenizer: Tokenizer, report: Callable[[int, int], o
     writers: dict[str, ShardWriter] = {}  # by split; a split without documents gets no shard
     entries: dict[str, dict] = {}  # by split: what the record says of its shard
     with contextlib.ExitStack() as stack:
-        for path, positions, values, group_end in read_unit(job):
+        for path, positions, values in read_unit(job, record["skipped"]):
             documents = as_documents(path, positions, values, job, record)
             encoded = encode_documents(documents, tokenizer)
             for document, ids in zip(documents, encoded, strict=True):
@@ -71,9 +72,9 @@ def prepare_unit(job: dict, tokenizer: Tokenizer, report: Callable[[int, int], o
             record["documents"] += len(documents)
             record["tokens"] += tokens
             report(sum(document.size for document in documents), tokens)
-            if limit and group_end and record["tokens"] >= limit:
+            if limit and record["tokens"] >= limit:
                 stop, record["complete"] = positions[-1] + 1, False
-                for place, end in (("row_groups", group_end), ("rows", stop), ("range", stop)):
+                for place, end in (("rows", stop), ("range", stop)):
                     if place in record:
                         record[place] = [record[place][0], end]
                 break
@@ -89,10 +90,10 @@ def new_record() -> dict:
     return {"documents": 0, "tokens": 0, "replaced": 0, "skipped": {"null": 0, "empty": 0}, "shards": []}
 
 
-def read_unit(job: dict) -> Iterator[tuple[str, Sequence[int], list, int | None]]:
-    """The rows of the files of a unit in batches: (path, positions, values, end of a row group or None)."""
+def read_unit(job: dict, skipped: dict) -> Iterator[tuple[str, Sequence[int], list]]:
+    """The rows of the files of a unit in batches: (path, positions, values)."""
     for path in job["paths"]:
-        for batch in read_texts(path, job["unit"], job["text_column"]):
+        for batch in read_texts(path, job["unit"], job, skipped):
             yield path, *batch
 
 

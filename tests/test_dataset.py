@@ -10,7 +10,8 @@ from texts import some_texts, write_parquet
 
 from onecard import dataset
 from onecard.dataset import PrepareError, bytes_per_token, plan_dataset, read_plan, write_plan
-from onecard.sources import STATE, examine, read_texts
+from onecard.rows import read_texts
+from onecard.sources import STATE, examine
 from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
 from onecard.units import as_documents, new_record
 
@@ -33,8 +34,8 @@ def settings_of(*paths, **asked):
 def splits_of(path, settings):
     """{split: its text} of a file, from the documents that its units would write."""
     texts = {"train": "", "val": ""}
-    for unit in examine(str(path), "text", 1e9)[1]:
-        for positions, values, _ in read_texts(str(path), unit, "text"):
+    for unit in examine(str(path), {"text_column": "text"}, 1e9)[1]:
+        for positions, values in read_texts(str(path), unit, {"text_column": "text"}, {}):
             for document in as_documents(str(path), positions, values, {"unit": unit} | settings, new_record()):
                 texts[document.split] += document.text
     return texts

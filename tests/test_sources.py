@@ -19,10 +19,12 @@ import pytest
 from texts import files_of, some_texts, write_parquet
 
 import prepare
-from onecard import sources
+from onecard import rows as rows_room
+from onecard.rows import cut_text, read_texts
 from onecard.shards import read_manifest
-from onecard.sources import DamagedError, SourceError, cut_groups, cut_text, examine, find_files, read_texts
+from onecard.sources import DamagedError, SourceError, cut_groups, examine, find_files
 
+TEXT = {"text_column": "text"}
 ROOT = Path(__file__).resolve().parents[1]
 CHAT = "Anna: hi\nBob: hello there"
 ARTICLES = [{"title": "t", "author": "me", "text": "one"}, {"title": "u", "author": "you", "text": "two"}]
@@ -45,9 +47,9 @@ REFUSALS = {"401": "401 Unauthorized", "403": "403 Forbidden", "429": "429 Too M
 
 def rows_of(path, shard_bytes=1e9):
     """[(position, value)] of all units of a file, and the number of units."""
-    _, units = examine(path.as_posix(), "text", shard_bytes)
-    batches = [batch for unit in units for batch in read_texts(path.as_posix(), unit, "text")]
-    return [row for positions, values, _ in batches for row in zip(positions, values, strict=True)], len(units)
+    _, units = examine(path.as_posix(), TEXT, shard_bytes)
+    batches = [batch for unit in units for batch in read_texts(path.as_posix(), unit, TEXT, {})]
+    return [row for positions, values in batches for row in zip(positions, values, strict=True)], len(units)
 
 
 def write(path, content):
@@ -100,7 +102,9 @@ def test_units_cover_every_row_once_and_are_about_a_shard_each():
             (first, last), (start, stop) = unit["row_groups"], unit["rows"]
             assert starts[first] <= start <= stop <= starts[last]
             assert unit["bytes"] <= 2 * shard or groups[first][0] < 50  # a row group is cut into its rows at most
-    assert [unit["bytes"] for unit in cut_groups([(1000, 3_300_000)] * 700, 467_000_000)] == [140 * 3_300_000] * 5
+    for count, shard_bytes, units in ((700, 467e6, 16), (9000, 467e6, 64), (14, 467e6, 14), (14, 9e6, 14), (1, 2e6, 2)):
+        sizes = [unit["bytes"] for unit in cut_groups([(1000, 3_300_000)] * count, shard_bytes)]
+        assert len(sizes) == units and max(sizes) <= 3_300_000 * count / units * 1.05  # a sixteenth, 4 MB or a shard
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
@@ -120,7 +124,7 @@ def test_jsonl_gives_its_texts_in_order_in_any_units_and_a_cut_compressed_file_i
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 40])
 def test_text_files_are_cut_into_whole_lines_and_lose_nothing_but_the_byte_order_mark(tmp_path, monkeypatch, parts):
-    monkeypatch.setattr(sources, "TXT_BYTES", 100)
+    monkeypatch.setattr(rows_room, "TXT_BYTES", 100)
     draw, path = random.Random(parts), tmp_path / "a.txt"
     lines = ["".join(draw.choices("ab é\r", k=draw.randint(0, 30))) + "\n" for _ in range(500)]
     content = ("".join(lines) + "no end of line").encode()
@@ -306,8 +310,8 @@ def test_reading_continues_after_its_last_row_when_the_connection_breaks(tmp_pat
     """The hub's file breaks off in the middle of the second row group, twice."""
     texts = some_texts(100)
     path = write_parquet(tmp_path / "a.parquet", texts, row_group_size=25)
-    _, units = examine(path.as_posix(), "text", 10**9)
-    opened, real, waits = [], sources.parquet_batches, []
+    _, units = examine(path.as_posix(), TEXT, 10**9)
+    opened, real, waits = [], rows_room.parquet_batches, []
 
     def breaking(*arguments):
         opened.append(arguments)
@@ -316,8 +320,8 @@ def test_reading_continues_after_its_last_row_when_the_connection_breaks(tmp_pat
                 raise ConnectionResetError("gone")
             yield batch
 
-    monkeypatch.setattr(sources, "parquet_batches", breaking)
-    monkeypatch.setattr(sources, "open_file", lambda name: path.open("rb"))
-    monkeypatch.setattr(sources.time, "sleep", waits.append)
-    found = [value.decode() for _, values, _ in read_texts("hf://a.parquet", units[0], "text") for value in values]
+    monkeypatch.setattr(rows_room, "parquet_batches", breaking)
+    monkeypatch.setattr(rows_room, "open_file", lambda name: path.open("rb"))
+    monkeypatch.setattr(rows_room.time, "sleep", waits.append)
+    found = [value.decode() for _, values in read_texts("hf://a.parquet", units[0], TEXT, {}) for value in values]
     assert found == texts and waits == [2, 2]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def jobs_of(path, folder, shard_bytes=1e9, val_fraction=0.0):
     """The jobs of all units of one file."""
     (folder / STATE).mkdir(parents=True, exist_ok=True)
-    source, units = examine(path.as_posix(), "text", shard_bytes)
+    source, units = examine(path.as_posix(), {"text_column": "text"}, shard_bytes)
     settings = {"text_column": "text", "val_fraction": val_fraction}
     plan = {"settings": settings, "sources": [source], "units": [{"source": 0, **unit} for unit in units]}
     return [make_job(plan, number, 0, folder) for number in range(len(units))]
