@@ -5,8 +5,6 @@ with reading(path), open_file(path) as file: ...
 
 import contextlib
 
-import pyarrow as pa
-
 from onecard import UserError
 
 
@@ -39,6 +37,8 @@ def reading(path):
     except SourceError:
         raise
     except Exception as error:
+        import pyarrow as pa  # here, so that prepare.py --verify starts none of its threads
+
         remote = path.startswith("hf://")
         if not remote and not isinstance(error, OSError | pa.ArrowException):  # the hub client's differ by version
             raise

@@ -12,9 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from onecard.remote import DamagedError, open_file, reading
 
 BATCH_BYTES = 1 << 20  # of text in a batch of rows, about
@@ -32,6 +29,8 @@ def kind_of(path: str) -> str:
 @contextlib.contextmanager
 def open_text(path):
     """A text file as its uncompressed bytes."""
+    import pyarrow as pa
+
     compression = {".gz": "gzip", ".zst": "zstd"}.get(Path(path).suffix.lower())
     with open_file(path) as plain:
         yield io.BufferedReader(pa.input_stream(plain, compression)) if compression else plain
@@ -84,6 +83,9 @@ def read_parquet(path, unit, column):
 
 def parquet_batches(file, path, unit, column, start):
     """(range of rows, values) of a unit's rows, from row `start` on."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     remote = path.startswith("hf://")
     buffer_size = 0 if remote else 1 << 20
     parquet = pq.ParquetFile(file, pre_buffer=remote, buffer_size=buffer_size, page_checksum_verification=True)

@@ -13,9 +13,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from onecard.durable import sha256_of
 from onecard.remote import DamagedError, SourceError, hub, open_file, reading
 from onecard.rows import describe_json, kind_of, read_texts
@@ -88,6 +85,9 @@ def examine(path: str, settings: dict, shard_bytes: float) -> tuple[dict, list[d
 
     The id is a hash of a parquet file's footer, or of a text file's content. Raises SourceError or DamagedError.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     kind, column = kind_of(path), settings["text_column"]
     with reading(path), open_file(path) as file:
         size, start = file.seek(0, os.SEEK_END), 0
