@@ -28,8 +28,9 @@ from model import GPT, GPT2_IDS, GPTConfig
 from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
 from onecard.checkpoint import Progress
 from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
-from onecard.shards import ShardError, Windows, open_windows
+from onecard.shards import ShardError
 from onecard.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
+from onecard.windows import Windows, open_windows
 
 EVAL_TOKENS = 10_485_760  # default tokens per split in an evaluation, as in llm.c and modded-nanogpt
 BAD_STEPS = 5  # this many bad steps in a row (see watch) end the run

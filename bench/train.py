@@ -30,7 +30,8 @@ from model import GPTConfig
 from onecard import plan, pretrained
 from onecard.memory import trace_memory
 from onecard.runtime import Batches, start_runtime
-from onecard.shards import ShardWriter, Windows
+from onecard.shards import ShardWriter
+from onecard.windows import Windows
 
 GiB = 2**30
 WARM_UP = 3  # steps at the start that are not counted

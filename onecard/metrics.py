@@ -19,8 +19,9 @@ import numpy as np
 
 from onecard import UserError
 from onecard.durable import write_refused
-from onecard.shards import Windows, open_tokens
+from onecard.shards import open_tokens
 from onecard.tokenizer import Tokenizer
+from onecard.windows import Windows
 
 NAME = "metrics.jsonl"
 EVAL_GROUPS = 64

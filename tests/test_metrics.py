@@ -13,8 +13,8 @@ from runs import read_metrics, write_characters, write_dataset
 import train
 from onecard import checkpoint, metrics
 from onecard.metrics import MetricsError, MetricsWriter
-from onecard.shards import Windows
 from onecard.tokenizer import dataset_tokenizer, load_tokenizer
+from onecard.windows import Windows
 
 # ---- metrics.jsonl
 

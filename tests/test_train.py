@@ -37,7 +37,7 @@ import train
 from configurator import ConfigError
 from model import GPT, GPTConfig
 from onecard import UserError, checkpoint
-from onecard.shards import Windows, shuffled
+from onecard.windows import Windows, shuffled
 
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and signals as POSIX has them")
 
