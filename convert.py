@@ -26,29 +26,13 @@ import torch
 
 from configurator import key, load_config, run_script
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
-from onecard import checkpoint, durable, logs, metrics, pretrained
+from onecard import checkpoint, durable, metrics, modelcard, pretrained
 from onecard.pretrained import ConvertError
 from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, from_state, need
 
 TOLERANCE = 1e-4  # largest permitted difference between our logits and transformers'
+GGUF_TYPES = dict(float32=("F32", "ALL_F32"), float16=("F16", "MOSTLY_F16"), bfloat16=("BF16", "MOSTLY_BF16"))
 TEXT = Path(__file__).resolve().parent / "README.md"  # real text to compare ids and logits on
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-{table}
-
-{use} Settings of the training run:
-
-```json
-{config}
-```
-"""
-CHARACTERS = "The tokens are characters. Others are an error, and there is no token that separates documents."
-PROMPT = """Every training document began with `{eot}`, so begin each prompt with it, as in
-`tokenizer("{eot}The", add_special_tokens=False, return_tensors="pt")`."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +43,25 @@ class ConvertConfig:
     to: str = key("hf", "format to write", choices=("hf", "gguf", "nanogpt", "onecard"))
     out: str = key("", "folder (gguf: file) to write; empty: in the source's folder, for onecard out/NAME")
     checkpoint: str = key("latest", "which checkpoint of a run's folder", choices=("latest", "best"))
+    dtype: str = key("float32", "of the weights in hf and gguf", choices=("float32", "bfloat16", "float16"))
 
     def problems(self) -> list[str]:
-        return [] if len(self.inputs) == 1 else ["give one source: python convert.py out/run --to=hf"]
+        found = [] if len(self.inputs) == 1 else ["give one source: python convert.py out/run --to=hf"]
+        if self.dtype != "float32" and self.to not in ("hf", "gguf"):
+            found.append(f"dtype={self.dtype!r}: a checkpoint keeps float32; leave out --dtype, or use --to=hf or gguf")
+        return found
+
+
+@dataclass
+class Export:
+    """What is written: a network, and what is known of it."""
+
+    model: GPT  # its weights are rounded to dtype
+    tokenizer: Tokenizer
+    about: dict  # the rest of its checkpoint
+    rows: list[dict]  # of its metrics.jsonl
+    name: str
+    dtype: str
 
 
 # ---- what Hugging Face and GGUF share
@@ -99,26 +99,29 @@ def merges(ids: dict[str, int]) -> list[str]:
 # ---- Hugging Face: a folder with weights, config, tokenizer, model card
 
 
-def write_hf(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
+def write_hf(folder: Path, export: Export) -> None:
     """Writes a folder for transformers, lm-evaluation-harness and vLLM. Raises ConvertError if it differs when read."""
     save = need("safetensors.torch", "hf").save
-    c, weights = model.config, common_weights(model, tokenizer.n_vocab)
-    theirs = {}
+    model, tokenizer, c = export.model, export.tokenizer, export.model.config
+    weights, theirs = common_weights(model, tokenizer.n_vocab), {}
     for ours, weight in weights.items():
-        theirs[pretrained.hf_name(ours, c.arch)] = pretrained.transposed(ours, weight, c.arch).contiguous()
+        weight = pretrained.transposed(ours, weight, c.arch).to(getattr(torch, export.dtype)).contiguous()
+        theirs[pretrained.hf_name(ours, c.arch)] = weight
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(save(theirs, metadata={"format": "pt"}))  # save_file hides a full disk
-    special = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+    special = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
     words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size)
     words |= dict(clean_up_tokenization_spaces=False)
     if tokenizer.eot is not None:
-        words |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.decode([tokenizer.eot]))
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        words |= dict.fromkeys(names, tokenizer.decode([tokenizer.eot]))
+    parameters = sum(weight.numel() for weight in weights.values())
     contents = {
-        "config.json": hf_config(c, tokenizer, about) | special,
-        "generation_config.json": special,
+        "config.json": hf_config(c, tokenizer, export.about) | special | dict(dtype=export.dtype),
+        "generation_config.json": special | modelcard.SAMPLING,
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": words,
-        "README.md": model_card(c, tokenizer, about, name, sum(weight.numel() for weight in weights.values())),
+        "README.md": modelcard.model_card(export, parameters),
     }
     for file, content in contents.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
@@ -132,7 +135,7 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, about: dict) -> dict:
     state = None if tokenizer.kind == "bpe" else tokenizer.state()  # a bpe tokenizer is its tokenizer.json
     own = dict(bias=c.bias, vocab_size=c.vocab_size, dropout=c.dropout, about=known, tokenizer=state)
     name = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM"}[c.arch]
-    config = dict(architectures=[name], vocab_size=tokenizer.n_vocab, torch_dtype="float32", onecard=own)
+    config = dict(architectures=[name], vocab_size=tokenizer.n_vocab, onecard=own)
     if c.arch == "gpt2":
         config |= dict(n_ctx=c.block_size, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout)
     return pretrained.hf_network(c) | config
@@ -157,39 +160,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> str:
     return json.dumps(dict(version="1.0", **steps, model=model), indent=1, ensure_ascii=False)
 
 
-def model_card(c: GPTConfig, tokenizer: Tokenizer, about: dict, name: str, parameters: int) -> str:
-    """The folder's README.md: network, data, loss, use, and the settings without paths of this machine."""
-    config = about.get("config", {})
-    rows = {
-        "network": f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, context {c.block_size}",
-        "parameters": f"{parameters:,}",
-        "tokenizer": f"{tokenizer.name}, {tokenizer.n_vocab:,} ids",
-    }
-    if about.get("data"):
-        rows["data"] = f"{config.get('dataset')}, {about['data']['train_tokens']:,} training tokens"
-        rows["trained on"] = f"{about['sequences'] * c.block_size:,} tokens in {about['iter_num']:,} steps"
-    if "val_loss" in about:
-        error = f" +- {about['val_error']:.4f} (standard error)" if "val_error" in about else ""
-        bits = f", {about['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in about else ""
-        rows["val loss"] = f"{about['val_loss']:.4f}{error} nats per token{bits}"
-    if about.get("began_from"):
-        rows["finetuned from"] = Path(about["began_from"]).name
-    table = "\n".join(["| | |", "|---|---|", *[f"| {what} | {value} |" for what, value in rows.items()]])
-    settings = {k: v for k, v in config.items() if k not in ("out_dir", "data_dir", "init_from", "resume_from")}
-    use = CHARACTERS if tokenizer.eot is None else PROMPT.format(eot=tokenizer.decode([tokenizer.eot]))
-    return CARD.format(name=name, table=table, use=use, config=json.dumps(settings, indent=1))
-
-
-def last_evaluation(path: Path, step: int) -> dict[str, float]:
-    """val_loss, val_error (its standard error) and bits_per_byte of this step, as far as the metrics.jsonl has them."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    rows = [row for row in logs.read_metrics(text, []) if (row["kind"], row["step"]) == ("eval", step)]
-    return {name: rows[-1][name] for name in ("val_loss", "val_error", "bits_per_byte") if rows and name in rows[-1]}
-
-
 @torch.no_grad()
 def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Raises ConvertError unless transformers gets our ids and, within TOLERANCE, our logits from this folder."""
+    """Raises ConvertError unless transformers gets our ids and, within TOLERANCE, our logits from this folder.
+
+    The logits are those of the rounded weights, computed in float32.
+    """
     transformers = need("transformers", "hf")
     transformers.utils.logging.disable_progress_bar()
     program, text = f"transformers {transformers.__version__}", TEXT.read_text(encoding="utf-8")
@@ -202,12 +178,13 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         ids = theirs(string, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
         if ids != tokenizer.encode(string).tolist():
             raise ConvertError(f"{program} gives other ids for {string[:40]!r}: install another version")
-    copy, found = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    copy, found = load(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(found.values()), found  # a weight missing, unexpected, or of another shape
     begin = [] if tokenizer.eot is None else [tokenizer.eot]
     ids = tokenizer.encode(strings[-1]).tolist()
     T = min(model.config.block_size - len(begin), len(ids))
-    starts = range(0, len(ids) - T + 1, T)[:4]  # the first windows of the text, each as a document begins
+    starts = range(0, len(ids) - T + 1, max(1, T))[:4]  # the first windows of the text, each as a document begins
     idx = torch.tensor([begin + ids[i : i + T] for i in starts])  # (B, at most block_size)
     a, b = model(idx)[..., : tokenizer.n_vocab], copy.eval()(idx).logits
     difference, same = (a - b).abs().max().item(), (a.argmax(-1) == b.argmax(-1)).sum().item()
@@ -220,29 +197,33 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
 # ---- GGUF: one file
 
 
-def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
-    """Writes a float32 file for llama.cpp and Ollama. llama.cpp's llama-quantize makes it smaller."""
-    c, gguf = model.config, need("gguf", "gguf")
+def write_gguf(path: Path, export: Export) -> None:
+    """Writes a file for llama.cpp and Ollama, with matrices in this dtype. llama.cpp's llama-quantize shrinks it."""
+    model, tokenizer, c, gguf = export.model, export.tokenizer, export.model.config, need("gguf", "gguf")
     if c.arch == "gpt2" and c.gelu != "tanh":
         reason = "this network has the exact GELU (gelu='none'), but llama.cpp computes GPT-2 with the tanh form alone"
         raise ConvertError(f"--to=gguf: {reason}: its loss would differ; use --to=hf, or train with gelu='tanh'")
-    keys = gguf_network(c, gguf) | gguf_tokenizer(tokenizer, gguf)
+    kind, files = GGUF_TYPES[export.dtype]
+    matrices, vectors = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
+    keys = gguf_network(c, gguf) | gguf_tokenizer(tokenizer, gguf) | dict(file_type=getattr(gguf.LlamaFileType, files))
     writer = gguf.GGUFWriter(path, c.arch)
     for what, value in keys.items():
         getattr(writer, f"add_{what}")(value)
-    writer.add_name(name)
+    writer.add_name(export.name)
     arch = {arch: number for number, arch in gguf.MODEL_ARCH_NAMES.items()}[c.arch]
     table, weights = gguf.get_tensor_name_map(arch, c.n_layer), {}  # transformers' names -> GGUF's
     for ours, weight in common_weights(model, tokenizer.n_vocab).items():
         there = table.get_name(pretrained.hf_name(ours, c.arch), try_suffixes=(".weight", ".bias"))
         weights[there] = weight.contiguous()
-        writer.add_tensor(there, weights[there].numpy())
+        stored = matrices if weight.dim() > 1 and "position" not in there else vectors  # as llama.cpp's own converter
+        writer.add_tensor(there, gguf.quants.quantize(weights[there].numpy(), stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     reader = gguf.GGUFReader(path)
-    check_same(weights, {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}, path)
+    there = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    check_same(weights, {name: torch.tensor(array) for name, array in there.items()}, path)
     for field, what in (("tokens", "token_list"), ("merges", "token_merges")):
         if reader.fields[f"tokenizer.ggml.{field}"].contents() != keys[what]:
             raise ConvertError(f"{path}: gguf reads back other {field} than it wrote; install another version of gguf")
@@ -251,7 +232,7 @@ def write_gguf(path: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: 
 def gguf_network(c, gguf):
     """The network's keys of the file, as arguments of GGUFWriter's add_ methods."""
     network = dict(context_length=c.block_size, block_count=c.n_layer, embedding_length=c.n_embd, head_count=c.n_head)
-    sizes = dict(feed_forward_length=c.n_inner, file_type=gguf.LlamaFileType.ALL_F32)
+    sizes = dict(feed_forward_length=c.n_inner)
     D = c.n_embd // c.n_head
     if c.arch == "gpt2":
         network |= dict(layer_norm_eps=pretrained.LAYER_NORM_EPS)
@@ -283,9 +264,9 @@ def gguf_tokenizer(tokenizer, gguf):
 # ---- checkpoints
 
 
-def write_nanogpt(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
+def write_nanogpt(folder: Path, export: Export) -> None:
     """Writes a folder for nanoGPT's sample.py: ckpt.pt without optimizer, and meta.pkl if the tokens are characters."""
-    c, weights = model.config, model.state_dict()
+    c, weights, tokenizer, about = export.model.config, export.model.state_dict(), export.tokenizer, export.about
     if c.arch != "gpt2":
         raise ConvertError(f"--to=nanogpt: nanoGPT has only GPT-2's network, and this one is {c.arch}: use --to=hf")
     if tokenizer.kind not in ("gpt2", "chars"):
@@ -294,7 +275,7 @@ def write_nanogpt(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, n
     if c.gelu == "tanh":
         print("nanoGPT computes the exact GELU; this network was trained with the tanh form: logits differ slightly")
     args = {k: v for k, v in asdict(c).items() if k not in ("arch", "gelu")}
-    dataset = about.get("config", {}).get("dataset") or name
+    dataset = about.get("config", {}).get("dataset") or export.name
     folder.mkdir()
     if tokenizer.kind == "chars":
         n = args["vocab_size"] = tokenizer.n_vocab  # nanoGPT samples from all rows
@@ -311,9 +292,10 @@ def write_nanogpt(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, n
     check_same(weights, pretrained.read_nanogpt(folder / "ckpt.pt")[0].state_dict(), folder)
 
 
-def write_onecard(folder: Path, model: GPT, tokenizer: Tokenizer, about: dict, name: str) -> None:
+def write_onecard(folder: Path, export: Export) -> None:
     """Writes a folder like a run's: for sample.py, for train.py's init_from, and to resume from."""
-    state = dict(config={}, iter_num=0, best_val_loss=math.inf) | about
+    model = export.model
+    state = dict(config={}, iter_num=0, best_val_loss=math.inf) | export.about
     state |= dict(model=model.state_dict(), model_args=asdict(model.config))
     folder.mkdir()
     checkpoint.write(folder / checkpoint.LATEST, state)
@@ -372,9 +354,18 @@ def main(argv: list[str] | None = None) -> None:
         model, about = pretrained.read(source, config.checkpoint)
         c, step, tokenizer = model.config, about.get("iter_num", 0), from_state(about["tokenizer"])
         print(f"{source}: {c.arch}, {model.num_params():,} parameters, step {step:,}, tokenizer {tokenizer.name}")
-        about |= last_evaluation(folder / metrics.NAME, step)
+        model = model.to(getattr(torch, config.dtype)).float()  # what is written, and compared, are rounded weights
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            remedy = "use --dtype=bfloat16" if config.dtype == "float16" else "use an earlier checkpoint"
+            raise ConvertError(
+                f"{source}: weights that are not finite in {config.dtype}; {remedy}"
+            )
+        rows = modelcard.read_rows(folder / metrics.NAME)
+        export = Export(model=model, tokenizer=tokenizer, about=about, rows=rows, name=name, dtype=config.dtype)
         write = dict(hf=write_hf, gguf=write_gguf, nanogpt=write_nanogpt, onecard=write_onecard)[config.to]
-        write(temporary, model, tokenizer, about, name)
+        write(temporary, export)
+    if config.to == "gguf":
+        path.with_suffix(".Modelfile").write_text(modelcard.modelfile(path.name, c.block_size))
     print(f"{path} is written")
 
 

@@ -22,8 +22,8 @@ import convert
 import sample
 from configurator import ConfigError
 from convert import ConvertError
-from model import GPT2_IDS, GPTConfig
-from onecard import UserError, checkpoint, pretrained
+from model import GPT2_IDS
+from onecard import UserError, checkpoint, modelcard, pretrained
 from onecard.checkpoint import check_tokenizer
 from onecard.tokenizer import PATTERN, CharTokenizer, JsonTokenizer, from_state, load_tokenizer, train_tokenizer
 
@@ -193,16 +193,60 @@ def test_every_tokenizer_goes_to_transformers_and_back_with_its_ids(arch, kind, 
         check_tokenizer(SimpleNamespace(dataset="pages"), ours, again, "run/hf")
 
 
-def test_the_card_reports_the_loss_with_its_error(tmp_path):
-    rows = [dict(kind="eval", step=step, val_loss=loss, val_error=0.1291) for step, loss in ((0, 9.0), (7, 3.3))]
-    path, data = tmp_path / "metrics.jsonl", dict(train_tokens=12345)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"kind": "ev')
-    about = convert.last_evaluation(path, 7) | dict(iter_num=7, sequences=70, data=data)
+def test_the_card_reports_the_run_without_its_paths(tmp_path):
+    evals = [dict(kind="eval", step=step, train_loss=9.0, val_loss=9 - step, val_error=0.1291) for step in range(30)]
+    rows = [dict(kind="start", step=0, expected_loss=3.21), *evals]
+    about = dict(iter_num=29, sequences=70, data=dict(train_tokens=12345))
     about["config"] = dict(dataset="fineweb", data_dir="/home/me/data")
-    card = convert.model_card(GPTConfig(**TINY), load_tokenizer("bytes"), about, "tiny", 1000)
-    assert "3.3000 +- 0.1291" in card and "12,345" in card and "4,480 tokens in 7 steps" in card
-    assert "bytes, 257 ids" in card and '"<|endoftext|>The"' in card
+    model, tokenizer = tiny(), load_tokenizer("bytes")
+    export = convert.Export(model=model, tokenizer=tokenizer, about=about, rows=rows, name="tiny", dtype="float16")
+    card = modelcard.model_card(export, 1000)
+    assert "-20.0000 +- 0.1291" in card and "12,345" in card and "4,480 tokens in 29 steps" in card and "3.21" in card
+    assert "bytes, 257 ids" in card and "'<|endoftext|>The'" in card and "1,000, float16" in card
+    curve = re.findall(r"^\| (\d+) \| 9.0000 \|", card, re.MULTILINE)
+    assert curve[-1] == "29" and 10 <= len(curve) <= 12
     assert "fineweb" in card and "/home/me" not in card
+
+
+@pytest.mark.parametrize("network, dtype", [("gpt2", "bfloat16"), ("qwen3", "float16"), ("qwen3", "bfloat16")])
+def test_a_smaller_dtype_gives_transformers_our_rounded_weights_and_our_logits_in_that_dtype(network, dtype, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run = save(tiny(**NETWORKS[network]), tmp_path / "run")
+    convert.main([str(run), "--to=hf", f"--dtype={dtype}"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "hf")
+    ours, _ = checkpoint.load_model(run / "ckpt.pt")
+    ours.to(getattr(torch, dtype))
+    assert theirs.dtype == ours.lm_head.weight.dtype
+    for name, weight in pretrained.from_hf(theirs.state_dict(), vars(ours.config)).items():
+        assert torch.equal(weight[:GPT2_IDS], ours.state_dict()[name][:GPT2_IDS]), name
+    idx = torch.tensor([[EOT, *load_tokenizer().encode("The card").tolist()]])
+    with torch.no_grad():
+        a, b = ours(idx)[..., :GPT2_IDS].float(), theirs(idx).logits.float()
+    assert (a - b).abs().max() < 4 * torch.finfo(theirs.dtype).eps * a.abs().max()
+
+
+def test_transformers_pipeline_takes_several_prompts_at_once(exported):
+    transformers, (_, run) = pytest.importorskip("transformers"), exported
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "hf", padding_side="left")
+    pipe = transformers.pipeline("text-generation", model=str(run / "hf"), tokenizer=tokenizer, batch_size=2)
+    prompts, options = ["The", "A card with more memory"], dict(max_new_tokens=5, do_sample=False)
+    together = [texts[0]["generated_text"] for texts in pipe(prompts, **options)]
+    assert together == [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
+
+
+def test_a_context_of_one_token_is_exported(tmp_path):
+    pytest.importorskip("transformers")
+    convert.main([str(save(tiny(block_size=1), tmp_path / "run")), "--to=hf"])
+
+
+@pytest.mark.parametrize("value, dtype, remedy", [(math.nan, "float32", "earlier"), (1e6, "float16", "bfloat16")])
+def test_weights_that_give_no_text_are_refused(value, dtype, remedy, tmp_path):
+    model = tiny()
+    model.lm_head.weight.data[3, 3] = value
+    run = save(model, tmp_path / "run")
+    with pytest.raises(ConvertError, match=f"not finite.*{remedy}"):
+        convert.main([str(run), "--to=hf", f"--dtype={dtype}"])
+    assert not (run / "hf").exists()
 
 
 # ---- nanoGPT
