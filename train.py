@@ -241,7 +241,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     if tokenizer:
         model.n_ids = tokenizer.n_vocab
     model.to(runtime.device)
-    optimizers = optim.configure_optimizers(model, config, runtime.device.type)
+    optimizers = optim.configure_optimizers(model, config, runtime.device.type, runtime.rank, runtime.world_size)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if saved:
         model.load_state_dict(saved["model"])

@@ -140,7 +140,7 @@ def trace_step(config, device_type, dtype):
         model = GPT(GPTConfig(**config.model_args()))
         model.plan_for, model.activation_checkpointing = device_type, config.activation_checkpointing
         weights = live.live
-        optimizers = configure_optimizers(model, config, "cpu")
+        optimizers = configure_optimizers(model, config, device_type)
         tokens = torch.zeros(config.batch_size, config.block_size + 1, dtype=torch.int64)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         for first in (True, False):  # the second step has the optimizers' state, which the first one makes

@@ -5,19 +5,27 @@
 With two optimizers a step is both or neither: train.py unscales both, checks the gradients, then steps both.
 """
 
+import math
+
 import torch
+import torch.distributed as dist
 
 from model import GPT, ModelError
 
 SAVED_NAMES = ("muon", "optimizer")  # keys of their states in a checkpoint; "optimizer" is AdamW, as in nanoGPT
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan's quintic iteration
+NEWTON_SCHULZ_STEPS = 5
+STACK_ON_CPU = 192  # with a smaller side above this, matrices are faster one by one on a CPU
 
 
-def configure_optimizers(model: GPT, config, device_type: str) -> list[torch.optim.Optimizer]:
+def configure_optimizers(
+    model: GPT, config, device_type: str, rank: int = 0, world_size: int = 1
+) -> list[torch.optim.Optimizer]:
     """[AdamW] (Loshchilov & Hutter 2019), or [Muon, AdamW] with config.optimizer="muon".
 
     config has optimizer, learning_rate, weight_decay, beta1, beta2. Matrices and embeddings decay, vectors do not. Muon
-    (Jordan et al. 2024) takes the matrices inside the blocks, with AdamW's learning rate (match_rms_adamw: Liu et al.
-    2025, arXiv 2502.16982). Raises ModelError for Muon with a network that it does not fit.
+    takes the matrices inside the blocks, with AdamW's learning rate, and shares its work among world_size processes.
+    Raises ModelError for Muon with a network that it does not fit.
     """
     if config.optimizer == "muon" and model.config.arch == "gpt2":
         raise ModelError(
@@ -37,8 +45,77 @@ def configure_optimizers(model: GPT, config, device_type: str) -> list[torch.opt
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     if not matrices:
         return [adamw]
-    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay, momentum=0.95)
-    return [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings), adamw]
+    stack_up_to = STACK_ON_CPU if device_type == "cpu" else math.inf
+    return [Muon(matrices, config.learning_rate, config.weight_decay, stack_up_to, rank, world_size), adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum (Jordan et al. 2024), scaled to the RMS of AdamW's updates (Liu et al. 2025, arXiv
+    2502.16982).
+
+    The same steps as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which does one matrix after the other. Here
+    matrices of one shape are stacked and done by batched products, if their smaller side is at most `stack_up_to`. Of
+    several processes each does a share of the matrices and sends it to the others.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float, stack_up_to: float, rank: int = 0, world_size: int = 1):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+        self.stack_up_to, self.rank, self.world_size = stack_up_to, rank, world_size
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None, "Muon computes no gradients itself"
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                together = len(params) if min(shape) <= self.stack_up_to else self.world_size
+                for first in range(0, len(params), together):
+                    self.step_together(params[first : first + together], group)
+
+    def step_together(self, params, group):
+        """One step of matrices of one shape."""
+        lr, momentum = group["lr"], group["momentum"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        updates = self.orthogonalize(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's look ahead
+        rms = 0.2 * math.sqrt(max(params[0].shape))  # 0.2 is about the RMS of AdamW's updates (Liu et al., eq. 4)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, list(updates), alpha=-lr * rms)
+
+    def orthogonalize(self, matrices):
+        """Matrices of one shape -> (N, rows, columns) of bfloat16. This process computes a share of them."""
+        if self.world_size == 1:
+            return newton_schulz(matrices)
+        share = math.ceil(len(matrices) / self.world_size)
+        mine = matrices[self.rank * share : (self.rank + 1) * share]
+        sent = matrices[0].new_zeros((share, *matrices[0].shape), dtype=torch.bfloat16)
+        if mine:  # the last processes may have fewer, or none
+            sent[: len(mine)] = newton_schulz(mine)
+        everyones = torch.cat([sent] * self.world_size)
+        dist.all_gather_into_tensor(everyones, sent)
+        return everyones[: len(matrices)]
+
+
+def newton_schulz(matrices: list[torch.Tensor]) -> torch.Tensor:
+    """Matrices of one shape -> (N, rows, columns), with singular values near 1, in bfloat16: Jordan's iteration."""
+    a, b, c = NEWTON_SCHULZ
+    one = len(matrices) == 1  # a CPU multiplies matrices faster than stacks of one
+    x, add_product = (matrices[0], torch.addmm) if one else (torch.stack(matrices), torch.baddbmm)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.bfloat16().mT if tall else x.bfloat16()  # the smaller side first: a smaller Gram matrix
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        gram = add_product(gram, gram, gram, beta=b, alpha=c)
+        x = add_product(x, gram, x, beta=a)
+    x = x.mT if tall else x
+    return x[None] if one else x
 
 
 def state_dicts(optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
@@ -48,12 +125,11 @@ def state_dicts(optimizers: list[torch.optim.Optimizer]) -> dict[str, dict]:
 
 
 def load_state_dicts(optimizers: list[torch.optim.Optimizer], saved: dict) -> None:
-    """Loads the states of a checkpoint. Betas and weight decay stay as they were configured for this run."""
+    """Loads the states of a checkpoint. Betas, weight decay and the like stay as they were configured for this run."""
     states = [saved[name] for name in SAVED_NAMES if name in saved]
     for optimizer, state in zip(optimizers, states, strict=True):
-        configured = [
-            {k: v for k, v in group.items() if k in ("betas", "weight_decay")} for group in optimizer.param_groups
+        configured = optimizer.state_dict()["param_groups"]
+        groups = [
+            ours | {"params": theirs["params"]} for ours, theirs in zip(configured, state["param_groups"], strict=True)
         ]
-        optimizer.load_state_dict(state)
-        for group, values in zip(optimizer.param_groups, configured, strict=True):
-            group.update(values)
+        optimizer.load_state_dict({"state": state["state"], "param_groups": groups})

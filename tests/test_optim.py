@@ -1,13 +1,16 @@
 """optim.py: which tensor is in which optimizer, the size of a step by the papers' formulas, states saved and loaded."""
 
+import copy
 import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from model import GPT, GPTConfig, ModelError
-from onecard.optim import configure_optimizers, load_state_dicts, state_dicts
+from onecard import optim
+from onecard.optim import Muon, configure_optimizers, load_state_dicts, state_dicts
 
 SETTINGS = dict(optimizer="adamw", learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)
 MUON = dict(arch="qwen3", optimizer="muon")
@@ -74,6 +77,69 @@ def test_a_step_of_muon_has_a_fifth_of_the_learning_rate_as_rms():
     for name in names_in(model, optimizers[0].param_groups[0]):
         rms = (model.get_parameter(name).detach() - before[name]).square().mean().sqrt()
         assert rms.item() == pytest.approx(0.2e-3, rel=0.25), name
+
+
+SHAPES = [(48, 24), (24, 48), (24, 24), (48, 24), (24, 24), (48, 24), (8, 40)]
+
+
+def matrices_and_gradients(seed=0):
+    torch.manual_seed(seed)
+    matrices = [torch.randn(shape) for shape in SHAPES]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    return matrices
+
+
+@pytest.mark.parametrize("stack_up_to", [0, 24, 10**9], ids=["one by one", "the small ones stacked", "all stacked"])
+def test_muon_steps_as_torchs_does_and_goes_on_from_its_saved_state(stack_up_to):
+    """Checkpoints of earlier versions have the state of torch.optim.Muon."""
+    settings = dict(lr=0.02, weight_decay=0.1)
+    theirs, ours = matrices_and_gradients(), matrices_and_gradients()
+    torchs = torch.optim.Muon(theirs, **settings, adjust_lr_fn="match_rms_adamw")
+    torchs.step()
+    muon = Muon(ours, **settings, stack_up_to=stack_up_to)
+    load_state_dicts([muon], {"optimizer": copy.deepcopy(torchs.state_dict())})  # which copies nothing itself
+    for a, b in zip(theirs, ours, strict=True):
+        b.copy_(a)
+    for seed in range(1, 4):
+        for a, b, new in zip(theirs, ours, matrices_and_gradients(seed), strict=True):
+            a.grad, b.grad = new.grad, new.grad.clone()
+        if seed == 2:
+            theirs[-1].grad = ours[-1].grad = None
+        torchs.step()
+        muon.step()
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-4)  # the steps are of 0.03 and have 8 bits
+    assert [set(state) for state in muon.state.values()] == [{"momentum_buffer"}] * len(SHAPES)
+
+
+@pytest.mark.parametrize("stack_up_to", [0, 10**9], ids=["one by one", "stacked"])
+def test_three_processes_that_share_the_matrices_get_the_weights_of_one_bit_for_bit(monkeypatch, stack_up_to):
+    """Threads stand for the processes. There are 3, 1, 2 and 1 matrices of a shape."""
+    parts, barrier = {}, threading.Barrier(3, timeout=30)
+
+    def gather(out, part):
+        parts[threading.current_thread().name] = part
+        barrier.wait()
+        out.copy_(torch.cat([parts[f"{rank}"] for rank in range(3)]))
+        barrier.wait()
+
+    def two_steps(rank=0, world_size=1):
+        weights[rank, world_size] = matrices_and_gradients()
+        muon = Muon(weights[rank, world_size], 0.02, 0.1, stack_up_to, rank, world_size)
+        muon.step()
+        muon.step()
+
+    monkeypatch.setattr(optim.dist, "all_gather_into_tensor", gather)
+    (alone, *shared), weights = [(0, 1), (0, 3), (1, 3), (2, 3)], {}
+    two_steps(*alone)
+    threads = [threading.Thread(target=two_steps, args=who, name=f"{who[0]}") for who in shared]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for who in shared:
+        assert all(map(torch.equal, weights[who], weights[alone])), who
 
 
 @RECIPES
