@@ -5,7 +5,6 @@ first drops the lines after its own step, so the file equals that of a run that 
 more start line. No torch here.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from onecard import UserError
 from onecard.durable import write_refused
 from onecard.shards import open_tokens
 from onecard.tokenizer import Tokenizer
+from onecard.tracking import Tracker
 from onecard.windows import Windows
 
 NAME = "metrics.jsonl"
@@ -32,30 +32,42 @@ class MetricsError(UserError):
 
 
 class MetricsWriter:
-    """Appends to out_dir/metrics.jsonl, and to a wandb run if there is one. Raises MetricsError if the disk is full.
+    """Appends to out_dir/metrics.jsonl, and to a wandb run if there is a tracker. MetricsError if the disk refuses.
 
     step, last_eval_step: those of the checkpoint that the run goes on from; -1 for a new run.
     """
 
-    def __init__(self, out_dir: str | Path, step: int = -1, last_eval_step: int = -1, wandb_run=None):
-        self.wandb_run, self.path = wandb_run, Path(out_dir) / NAME
-        drop_lines_after(self.path, step, last_eval_step)
-        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+    def __init__(self, out_dir: str | Path, step: int = -1, last_eval_step: int = -1, print0=print):
+        self.path, self.print0, self.start_line = Path(out_dir) / NAME, print0, b""
+        self.tracker: Tracker | None = None
+        try:
+            drop_lines_after(self.path, step, last_eval_step, print0)
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            raise MetricsError(f"{self.path}: cannot be written ({error.strerror}): move it away") from None
 
     def write(self, kind: str, step: int, **numbers) -> None:
         line = (json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n").encode()
         try:
+            if kind == "start":
+                self.start_line = line
+            elif not self.path.exists() or not os.path.samestat(self.path.stat(), os.fstat(self.file.fileno())):
+                self.begin_again()
             while line:  # a disk that fills up takes the first part and refuses the next
                 line = line[self.file.write(line) :]
         except OSError as error:
             raise self.refused(error) from error
-        if self.wandb_run and kind != "start":
+        if self.tracker and kind != "start":
             plain: dict = {f"{kind}/{k}": v for k, v in numbers.items() if isinstance(v, int | float)}
-            if kind == "samples":
-                import wandb
+            self.tracker.send(dict(step=step, numbers=plain, texts=numbers.get("texts")))
 
-                plain["samples/texts"] = wandb.Table(columns=["text"], data=[[text] for text in numbers["texts"]])
-            self.wandb_run.log(plain, step=step)
+    def begin_again(self):
+        """Somebody has deleted or replaced the file, or all of out_dir: a new one, with the start line."""
+        self.print0(f"{self.path} was deleted or replaced: the numbers so far are lost, a new file begins")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file.close()
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+        self.file.write(self.start_line)
 
     def sync(self) -> None:
         try:
@@ -64,36 +76,39 @@ class MetricsWriter:
             raise self.refused(error) from error
 
     def refused(self, error):
-        return MetricsError(write_refused(self.path, error, os.fstat(self.file.fileno()).st_size))
+        return MetricsError(write_refused(self.path, error, self.path.stat().st_size if self.path.exists() else 0))
 
     def close(self, artifact: str | Path | None = None) -> None:
         """Closes the file and the wandb run. artifact: a checkpoint to upload; each one is a new version of it."""
         self.file.close()
-        if self.wandb_run:
-            if artifact:
-                self.wandb_run.log_artifact(str(artifact), name=f"checkpoint-{self.wandb_run.id}", type="model")
-            self.wandb_run.finish()
+        if self.tracker:
+            self.tracker.close(artifact)
 
 
-def drop_lines_after(path, step, last_eval_step):
+def drop_lines_after(path, step, last_eval_step, print0):
     """Cuts the file before the first line after `step`, as the run will write the rest again, or before a half line.
 
     A damaged line stays, and the good ones after it. Evaluations stay up to `last_eval_step`: a run that a signal
     stopped was saved before the evaluation of its step.
     """
-    if not path.exists():
-        return
-    keep = 0
-    with open(path, "rb+") as file:
-        for line in file:
+    if step >= 0 and not path.exists():
+        print0(f"{path} is missing: the numbers before step {step} are lost, a new file begins")
+    keep, damaged = 0, []
+    with open(path, "ab+") as file:
+        file.seek(0)
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):  # it was being written when the process was killed
                 break
-            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            try:
                 found = json.loads(line)
                 if found["step"] > (last_eval_step if found["kind"] == "eval" else step):
                     break
+            except (ValueError, KeyError, TypeError, RecursionError):
+                damaged.append(number)
             keep += len(line)
         file.truncate(keep)
+    if damaged:
+        print0(f"{path}: {len(damaged)} lines cannot be read, first line {damaged[0]}; all others are kept")
 
 
 def start(config, progress, tokenizer: Tokenizer | None, new: bool, facts: dict, print0) -> MetricsWriter:
@@ -101,15 +116,13 @@ def start(config, progress, tokenizer: Tokenizer | None, new: bool, facts: dict,
 
     config: train.TrainConfig; progress: checkpoint.Progress; new: a new run, not a resumed one.
     """
-    wandb_run = None
+    step, last_eval_step = (-1, -1) if new else (progress.step, progress.last_eval_step)
+    writer = MetricsWriter(config.out_dir, step, last_eval_step, print0)
     if config.wandb_log:
         progress.wandb_id = (not new and progress.wandb_id) or secrets.token_hex(4)
         name = config.wandb_run_name or Path(config.out_dir).name
-        wandb_run, reason = start_wandb(config.wandb_project, name, progress.wandb_id, config.out_dir, asdict(config))
-        if reason:
-            print0(f"wandb_log=True, but wandb does not start: {reason}; continuing without it")
-    step, last_eval_step = (-1, -1) if new else (progress.step, progress.last_eval_step)
-    writer = MetricsWriter(config.out_dir, step, last_eval_step, wandb_run)
+        settings = dict(project=config.wandb_project, name=name, id=progress.wandb_id, dir=str(config.out_dir))
+        writer.tracker = Tracker(settings | dict(config=asdict(config)), print0)
     began_from = progress.began_from or config.init_from
     about = tokenizer and {name: value for name, value in tokenizer.state().items() if name != "content"}
     facts = facts | dict(tokenizer=about, date=time.strftime("%Y-%m-%d %H:%M"), commit=commit())
@@ -127,19 +140,6 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=2).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
-
-
-def start_wandb(project: str, name: str, run_id: str, out_dir: str, config: dict) -> tuple:
-    """(wandb run, None), or (None, the reason why there is none). The same run_id continues the same run."""
-    try:
-        import wandb
-    except ImportError:
-        return None, "it is not installed (pip install wandb)"
-    try:
-        run = wandb.init(project=project, name=name, id=run_id, resume="allow", dir=str(out_dir), config=config)
-    except (wandb.errors.Error, OSError) as error:
-        return None, str(error).strip().splitlines()[0]
-    return run, None
 
 
 # ---- numbers of a step
@@ -176,13 +176,12 @@ def window_means(window: dict) -> dict:
 
 
 class StepTimes:
-    """Seconds of the steps since the last log line. The first step of a process is slower and does not count."""
+    """Seconds of steps, and of waiting for tokens, since the last log line. The slower first step does not count."""
 
     def __init__(self):
         self.times, self.is_first = [], True
 
     def add(self, seconds: float, waited: float) -> None:
-        """seconds of a step; of these, `waited` for tokens."""
         self.times.append((seconds, waited))
 
     def means(self) -> tuple[float, float]:

@@ -2,18 +2,22 @@
 
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
-import sys
+import time
 
 import numpy as np
 import pytest
 from runs import read_metrics, write_characters, write_dataset
 
 import train
-from onecard import checkpoint, metrics
+from onecard import checkpoint, metrics, tracking
 from onecard.metrics import MetricsError, MetricsWriter
 from onecard.tokenizer import dataset_tokenizer, load_tokenizer
+from onecard.tracking import Tracker
 from onecard.windows import Windows
 
 # ---- metrics.jsonl
@@ -32,19 +36,38 @@ def test_a_resumed_run_drops_the_lines_after_its_checkpoint_and_the_half_line_of
         assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:left]), (step, last_eval_step)
 
 
-def test_a_damaged_line_does_not_take_the_good_ones_after_it_away_at_a_resume(tmp_path):
+def test_damaged_lines_are_reported_at_a_resume_and_the_good_ones_after_them_stay(tmp_path, capsys):
     path = tmp_path / metrics.NAME
     lines = [f'{{"kind": "train", "step": {step}}}\n' for step in range(5)]
     path.write_text("".join([lines[0], "{\x00\n", "[1]\n", *lines[1:]]))
     MetricsWriter(tmp_path, step=3).close()
     assert path.read_text() == "".join([lines[0], "{\x00\n", "[1]\n", *lines[1:4]])
+    assert capsys.readouterr().out == f"{path}: 2 lines cannot be read, first line 2; all others are kept\n"
 
 
-def test_metrics_that_are_gone_at_a_resume_begin_again(flags, tmp_path):
-    train.main(flags(max_iters=4))
-    (tmp_path / "run/metrics.jsonl").unlink()
+@pytest.mark.parametrize("harm", ["at a resume", "deleted", "replaced", "with its folder"])
+def test_metrics_that_are_gone_are_reported_once_and_begin_again(flags, tmp_path, monkeypatch, capsys, harm):
+    path, write = tmp_path / "run/metrics.jsonl", MetricsWriter.write
+
+    def harm_and_write(self, kind, step, **numbers):
+        if (kind, step) == ("train", 6) and harm == "with its folder":
+            shutil.rmtree(path.parent)
+        elif (kind, step) == ("train", 6):
+            path.unlink()
+            if harm == "replaced":
+                path.write_text("")
+        write(self, kind, step, **numbers)
+
+    if harm == "at a resume":
+        train.main(flags(max_iters=4))
+        path.unlink()
+    else:
+        monkeypatch.setattr(MetricsWriter, "write", harm_and_write)
     train.main(flags())
-    assert [line["step"] for line in read_metrics(tmp_path / "run", "start", "train")] == [4, 6, 9, 12]
+    first = 4 if harm == "at a resume" else 0  # a start line comes first, so that report.py knows the config
+    assert [line["step"] for line in read_metrics(tmp_path / "run", "start", "train")] == [first, 6, 9, 12]
+    assert capsys.readouterr().out.count("are lost, a new file begins\n") == 1
+    assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 12  # in a new folder if that was deleted
 
 
 def test_a_full_disk_is_named_with_the_bytes_and_the_lines_before_stay(small_disk):
@@ -172,13 +195,12 @@ def read_offline_run(path):
 def test_offline_wandb_has_config_metrics_samples_and_checkpoint_and_a_resumed_run_is_the_same(
     flags, tmp_path, monkeypatch
 ):
-    wandb = pytest.importorskip("wandb")
+    pytest.importorskip("wandb")
     for name, value in dict(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DATA_DIR=str(tmp_path / "run")).items():
         monkeypatch.setenv(name, value)
     keys = dict(wandb_log=True, wandb_artifact=True, log_interval=1, eval_interval=2, sample_interval=6)
     for max_iters in (4, 6):
         train.main(flags(max_iters=max_iters, vocab_size=50304, n_embd=8, **keys))
-        wandb.teardown()  # ends its process, which has then written everything
     files = sorted((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     (first, config, before, _), (second, _, after, (artifact,)) = map(read_offline_run, files)
     assert first == second == checkpoint.load(tmp_path / "run/ckpt.pt")["wandb_id"]
@@ -196,8 +218,55 @@ def test_offline_wandb_has_config_metrics_samples_and_checkpoint_and_a_resumed_r
     assert entry.size == (tmp_path / "run/ckpt.pt").stat().st_size
 
 
-def test_without_wandb_one_line_says_so_and_the_run_goes_on(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    train.main(flags(wandb_log=True, max_iters=2))
-    assert "wandb does not start: it is not installed (pip install wandb)" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 2
+def kill_wandb_core(tracker):
+    """kill -9 of the process of wandb's own that its library starts."""
+    for _ in range(600):
+        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+        for pid, parent, *command in map(str.split, listed.splitlines()[1:]):
+            if int(parent) == tracker.process.pid and "wandb-core" in " ".join(command):
+                return os.kill(int(pid), signal.SIGKILL)
+        time.sleep(0.05)
+    raise AssertionError("no wandb-core")
+
+
+HARMS = {  # what is done: a fake of wandb, or an action at the first step; what the run prints
+    "not installed": ("raise ImportError", "it is not installed (pip install wandb)"),
+    "does not start": ("import time; time.sleep(60)", "wandb has not finished after 0.1 s"),
+    "wrong mode": ("", "wandb does not work: 1 validation error"),
+    "its process killed": (lambda tracker: tracker.process.kill(), "does not take messages"),
+    "its process stopped": (lambda tracker: tracker.process.send_signal(signal.SIGSTOP), "no answer for 0.1 s"),
+    "its core killed": (kill_wandb_core, "wandb does not work: "),
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.parametrize("harm", HARMS)
+def test_whatever_happens_to_wandb_is_one_line_and_the_run_goes_on(flags, tmp_path, monkeypatch, capfd, harm):
+    action, line = HARMS[harm]
+    if callable(action) or not action:
+        pytest.importorskip("wandb")
+    else:
+        (tmp_path / "fake").mkdir()
+        (tmp_path / "fake/wandb.py").write_text(action)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    if harm in ("does not start", "its process stopped"):
+        monkeypatch.setattr(tracking, "LAST_PATIENCE", 0.1)
+        monkeypatch.setattr(tracking, "PATIENCE", 0.1)
+    for name, value in dict(WANDB_MODE="offline" if action else "junk", WANDB_SILENT="true").items():
+        monkeypatch.setenv(name, value)
+    send, trackers = Tracker.send, []
+
+    def harm_and_send(self, message):
+        send(self, message | ({"padding": "x" * 100_000} if "step" in message else {}))  # more than the pipe holds
+        if self not in trackers and message.get("step") == 1:
+            trackers.append(self)
+            if callable(action):
+                action(self)
+
+    monkeypatch.setattr(Tracker, "send", harm_and_send)
+    train.main(flags(wandb_log=True, log_interval=1, max_iters=6))
+    printed = capfd.readouterr()
+    said = [text for text in printed.out.splitlines() if text.startswith("wandb")]
+    assert len(said) == 1 and line in said[0] and "Traceback" not in printed.err, printed
+    assert len(read_metrics(tmp_path / "run", "train")) == 6 == checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"]
+    trackers[0].process.kill()
