@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from onecard.jsonfiles import ShardError, refusals
+from onecard.jsonfiles import ShardError
 from onecard.shards import SPLITS, Shard, find_shards, keys_of
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: splitmix64's step
+ORDER_PART = 1024  # sequences whose windows are computed at once
 OPEN_FILES = 128  # token files that are open at the same time; macOS allows a process 256
 SEEKING = threading.Lock()  # held between a seek and its read, where the system has no pread
 
@@ -62,6 +63,11 @@ def shuffled(sequences: np.ndarray | Sequence[int], windows: int, seed: int) -> 
     return position.astype(np.int64)
 
 
+@functools.lru_cache(4)  # the next batches are of the same part
+def part_of_order(part: int, windows: int, seed: int) -> np.ndarray:
+    return shuffled(np.arange(part * ORDER_PART, (part + 1) * ORDER_PART), windows, seed)
+
+
 class OpenFile:
     """A descriptor that is closed when nothing refers to it: the cache has dropped it and no thread reads from it."""
 
@@ -79,14 +85,17 @@ def open_shard(shard: Shard) -> OpenFile:
 
 def read_tokens(shard: Shard, start: int, count: int) -> np.ndarray:
     """uint16 (count,): tokens of a shard, from `start` on. Safe in threads and after a fork. Raises ShardError."""
-    with refusals(shard.path, reading=True):
-        file, first_byte = open_shard(shard), shard.header + 2 * start
+    first_byte = shard.header + 2 * start
+    try:
+        file = open_shard(shard)
         if hasattr(os, "pread"):
             content = os.pread(file.descriptor, 2 * count, first_byte)
         else:
             with SEEKING:
                 os.lseek(file.descriptor, first_byte, os.SEEK_SET)
                 content = os.read(file.descriptor, 2 * count)
+    except OSError as error:
+        raise ShardError(f"{shard.path}: cannot be read ({error.strerror}); check the disk") from error
     if len(content) < 2 * count:
         raise ShardError(f"{shard.path}: was cut short while in use; delete it and run prepare.py again")
     return np.frombuffer(content, dtype="<u2")
@@ -133,7 +142,10 @@ class Windows:
 
     def batch(self, first_sequence: int, count: int) -> np.ndarray:
         """Sequences first_sequence to first_sequence + count - 1 of the run: uint16 (count, block_size + 1)."""
-        return self.rows(shuffled(np.arange(first_sequence, first_sequence + count), len(self), self.seed))
+        parts = range(first_sequence // ORDER_PART, (first_sequence + count - 1) // ORDER_PART + 1)
+        order = np.concatenate([part_of_order(part, len(self), self.seed) for part in parts])
+        first = first_sequence - parts.start * ORDER_PART
+        return self.rows(order[first : first + count])
 
     def rows(self, indices: np.ndarray | Sequence[int]) -> np.ndarray:
         """The windows with these numbers: (n,) -> uint16 (n, block_size + 1)."""
