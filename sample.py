@@ -4,7 +4,8 @@
     python sample.py out/fineweb_4070 --start="The card" --num_samples=3 --temperature=0.7
     python sample.py out/fineweb_4070 --start=FILE:prompt.txt          # --start=- reads standard input
     python sample.py out/fineweb_4070 --prompts=prompts.txt --json     # one prompt per line, in batches
-    python sample.py out/fineweb_4070 --score=text.txt
+    python sample.py out/fineweb_4070 --interactive=True
+    python sample.py out/fineweb_4070 --score=text.txt                 # --choices=items.jsonl: multiple choice
     python sample.py FOLDER                                            # GPT-2 or Qwen3 in Hugging Face format
 
 Every text begins with the document separator, as every training document does, and ends where the model generates it.
@@ -23,9 +24,13 @@ from pathlib import Path
 from configurator import ConfigError, key, load_config, run_script
 from model import GPT
 from onecard import checkpoint, pretrained
-from onecard.generation import first_id, score, stream
+from onecard.choices import Item, choose, read_items
+from onecard.generation import first_id, score
 from onecard.runtime import pick_device, pick_dtype
 from onecard.tokenizer import Tokenizer, from_state
+from onecard.writing import Text, encode, interact, log, prompt_ids, write_batch
+
+ACCURACIES = {"acc": "accuracy", "acc_norm": "by length"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class SampleConfig:
     # prompts
     start: str = key("", "prompt; FILE:name reads it from a file, - from standard input; empty: no prompt")
     prompts: str = key("", "file with one prompt per line, - for standard input")
+    interactive: bool = key(False, "type prompts, one after the other, in the terminal")
+    special_tokens: bool = key(False, "read <|endoftext|> in prompts and in score as the document separator")
     num_samples: int = key(0, "texts per prompt; 0: three for start, one for each line of prompts", low=0)
     batch_size: int = key(8, "texts generated at a time; more: faster in total, each text slower", low=1)
     # sampling
@@ -49,20 +56,20 @@ class SampleConfig:
     stop: str = key("", "a text ends before this string ($'\\n' in a shell is a line end)")
     seed: int = key(1337, "text i is sampled with seed + i, whatever batch_size is", low=0)
     json: bool = key(False, "print a line of JSON for each text: prompt, text, tokens, end, seed")
-    # the loss of a text
+    # measurements
     score: str = key("", "file to measure the loss of, - for standard input; no text is generated")
     stride: int = key(0, "tokens between the windows of score; 0: block_size; fewer: more context, slower", low=0)
+    choices: str = key("", ".jsonl file of multiple-choice items, HellaSwag's or prompt, choices, answer: accuracy")
     # system
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = key("auto", "auto: the fastest; for score float32", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = key(
+        "auto", "auto: the fastest; for score and choices float32", choices=("auto", "float32", "bfloat16", "float16")
+    )
 
     def problems(self) -> list[str]:
-        given = [f"{name}={getattr(self, name)!r}" for name in ("start", "prompts", "score") if getattr(self, name)]
+        names = ("start", "prompts", "interactive", "score", "choices")
+        given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return [f"{' and '.join(given)} exclude each other: give one of them"] if len(given) > 1 else []
-
-
-def log(text):
-    print(text, file=sys.stderr, flush=True)
 
 
 def read_text(name: str, source: str) -> str:
@@ -99,7 +106,8 @@ def read_prompts(config: SampleConfig) -> list[str]:
 def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """The model on its device, and its tokenizer. The weights are cast once to the dtype that is computed in."""
     device = pick_device(config.device)
-    dtype = "float32" if config.score and config.dtype == "auto" else config.dtype
+    measures = config.score or config.choices
+    dtype = "float32" if measures and config.dtype == "auto" else config.dtype
     model, saved = pretrained.read(config.out_dir, config.checkpoint)
     tokenizer = from_state(saved["tokenizer"])
     model.n_ids = tokenizer.n_vocab
@@ -111,53 +119,11 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     return model.to(device, pick_dtype(dtype, device)), tokenizer
 
 
-class Text:
-    """A text that grows by one token at a time and is shown in whole characters."""
-
-    def __init__(self, prompt: str, ids: list[int], seed: int, config: SampleConfig, tokenizer: Tokenizer):
-        self.prompt, self.ids, self.seed, self.eot = prompt, ids, seed, tokenizer.eot
-        self.stop, self.max_tokens = config.stop, config.max_new_tokens
-        self.text, self.tokens = "", 0
-        self.end = ""  # why it ended: endoftext, stop or max_new_tokens
-        self.shown = 0  # characters of prompt and text
-        self.decode = tokenizer.decoder(ids)  # keeps the bytes of an incomplete character
-
-    def add(self, id: int) -> None:
-        """Appends one token. Sets `end` if it is the last one."""
-        self.tokens += 1
-        if self.tokens == self.max_tokens:
-            self.end = "max_new_tokens"
-        if id == self.eot:
-            self.end = "endoftext"
-            return
-        searched = max(0, len(self.text) - len(self.stop))
-        self.text += self.decode(id)
-        found = self.text.find(self.stop, searched) if self.stop else -1
-        if found >= 0:
-            self.text, self.end = self.text[:found], "stop"
-
-    def take_new(self) -> str:
-        """The characters that were not shown yet, except an end that may be the beginning of `stop`."""
-        whole = self.prompt + self.text
-        begin, self.shown = self.shown, len(whole) - (0 if self.end else self.partial_stop())
-        return whole[begin : self.shown]
-
-    def partial_stop(self) -> int:
-        """The length of the longest end of the text that is a beginning of `stop`."""
-        for n in range(min(len(self.stop), len(self.text)), 0, -1):
-            if self.text.endswith(self.stop[:n]):
-                return n
-        return 0
-
-    def json_line(self) -> str:
-        return json.dumps({name: getattr(self, name) for name in ("prompt", "text", "tokens", "end", "seed")})
-
-
 def write_texts(model: GPT, tokenizer: Tokenizer, prompts: list[str], config: SampleConfig) -> None:
     """Generates and prints the texts, batch_size at a time, in the order of the prompts."""
     n = config.num_samples or (1 if config.prompts else 3)
     prompts = [prompt for prompt in prompts for _ in range(n)]
-    rows = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    rows = [prompt_ids(prompt, tokenizer, config.special_tokens) for prompt in prompts]
     longest, block_size = max(map(len, rows)), model.config.block_size
     if longest > block_size:
         log(
@@ -173,31 +139,9 @@ def write_texts(model: GPT, tokenizer: Tokenizer, prompts: list[str], config: Sa
     log(f"texts {len(texts)}, tokens {tokens:,}, {seconds:.1f} s, {tokens / seconds:,.1f} tokens/s")
 
 
-def prompt_ids(prompt, tokenizer):
-    """The ids that the model reads first. Without a document separator a prompt stands alone, as in nanoGPT."""
-    ids = tokenizer.encode(prompt).tolist()
-    return ids if ids and tokenizer.eot is None else [first_id(tokenizer), *ids]
-
-
-def write_batch(model, texts, config):
-    """Generates these texts together and prints them in order. The first that has not ended is printed as it grows."""
-    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
-    seeds, ended = [text.seed for text in texts], set()
-    steps = stream(model, [text.ids for text in texts], config.max_new_tokens, seeds=seeds, ended=ended, **sampling)
-    for text in texts:
-        while not text.end:
-            if not config.json:
-                print(text.take_new(), end="", flush=True)
-            for i, id in next(steps).items():
-                texts[i].add(id)
-                if texts[i].end:
-                    ended.add(i)
-        print(text.json_line() if config.json else text.take_new() + "\n---------------", flush=True)
-
-
 def write_score(model: GPT, tokenizer: Tokenizer, text: str, config: SampleConfig) -> None:
     """Prints the loss in nats per token, the perplexity, and bits per byte of UTF-8, comparable across vocabularies."""
-    ids = tokenizer.encode(text).astype("int64")
+    ids = encode(text, tokenizer, config.special_tokens)
     losses = score(model, ids, first_id(tokenizer), config.stride, config.batch_size)
     loss, size = losses.mean().item(), len(text.encode())
     perplexity, bits = math.exp(min(loss, 700)), losses.sum().item() / math.log(2) / size
@@ -209,9 +153,26 @@ def write_score(model: GPT, tokenizer: Tokenizer, text: str, config: SampleConfi
         print(f"over {len(losses):,} tokens, {size:,} bytes")
 
 
+def write_choices(model: GPT, tokenizer: Tokenizer, items: list[Item], config: SampleConfig) -> None:
+    """Prints the accuracies on multiple-choice items, with the document separator before each prompt and without."""
+    found = {}
+    for separator in (True, False) if tokenizer.eot is not None else (False,):
+        found[separator] = result = choose(model, tokenizer, items, config.batch_size, separator)
+        if not config.json:
+            line = ", ".join(f"{what} {result[n]:.4f} +- {result[n + '_error']:.4f}" for n, what in ACCURACIES.items())
+            print(f"{line}, {len(items):,} items, {'with' if separator else 'without'} <|endoftext|> before the prompt")
+    if config.json:
+        print(json.dumps(dict(file=config.choices, **found[max(found)], without_separator=found[False])))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(SampleConfig, argv)
-    if config.score:
+    if config.choices:
+        items = read_items(config.choices)
+        write_choices(*load(config), items, config)
+    elif config.interactive:
+        interact(*load(config), config)
+    elif config.score:
         text = read_text("score", config.score)
         write_score(*load(config), text, config)
     else:

@@ -65,6 +65,8 @@ def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def next_ids(logits: torch.Tensor, generators: list[torch.Generator], temperature: float = 1.0, **filters) -> list[int]:
     """Logits (B, V) -> B ids: the likeliest at temperature 0, else sampled with one number from each generator."""
+    if not temperature >= 0:  # NaN too
+        raise GenerationError(f"temperature={temperature} is impossible; use 0 or more")
     finite = logits.sum().isfinite()  # looked at last, so that a step waits for the device once
     if temperature == 0:
         ids = logits.argmax(-1).tolist()
@@ -193,16 +195,18 @@ def score(model: GPT, ids, prefix_id: int, stride: int = 0, batch_size: int = 1)
     """ids (n,) of a text -> the loss of each in nats, (n,) in float64. Raises GenerationError.
 
     Windows as in lm-evaluation-harness's rolling log-likelihood: the first predicts block_size ids, each later one the
-    next `stride` (0: block_size) with all context that fits. But prefix_id begins every window, not only the first.
+    next `stride` (at most block_size, which 0 stands for) with all context that fits. But prefix_id begins every
+    window, not only the first.
     """
     block_size, device = model.config.block_size, model.lm_head.weight.device
     tokens, losses = torch.as_tensor(ids, dtype=torch.int64), []
     if len(tokens) == 0:
         raise GenerationError("an empty text has no loss; give a text")
-    if not 0 <= stride <= block_size:
-        raise GenerationError(f"stride={stride} is outside 0 to block_size={block_size}; use 0 for block_size")
+    if stride < 0:
+        raise GenerationError(f"stride={stride} is negative; use 0 for block_size={block_size}")
+    stride = min(stride or block_size, block_size)
     T = min(block_size, len(tokens))  # the length of every window
-    ends = [*range(block_size, len(tokens), stride or block_size), len(tokens)]
+    ends = [*range(block_size, len(tokens), stride), len(tokens)]
     windows = torch.tensor([[0, *ends[:-1]], ends]).t()  # each row: first and end of the tokens that are predicted
     for batch in tqdm(windows.split(batch_size), desc="scoring", delay=5, leave=False, disable=None):
         first, end = batch.split(1, dim=1)  # (B, 1) each

@@ -115,4 +115,4 @@ def modelfile(file: str, block_size: int) -> str:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a metrics.jsonl; [] if there is none."""
-    return logs.read_metrics(path.read_text(encoding="utf-8", errors="replace"), []) if path.exists() else []
+    return list(logs.read_metrics(path.read_text(encoding="utf-8", errors="replace"), [])) if path.exists() else []

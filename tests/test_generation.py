@@ -207,13 +207,13 @@ def harness_windows(ids, block_size, stride):
 
 
 @pytest.mark.parametrize("n", [1, 5, 31, 32, 33, 64, 100])
-@pytest.mark.parametrize("stride", [0, 1, 5, 31, 32])
+@pytest.mark.parametrize("stride", [0, 1, 5, 31, 32, 33])
 @torch.no_grad()
 def test_scores_are_the_log_probabilities_in_the_harness_windows_each_led_by_the_prefix(n, stride):
     model = network()
     ids = torch.randint(96, (n,), generator=torch.Generator().manual_seed(4)).tolist()
     expected = []
-    for read, predicted in harness_windows(ids, 32, stride or 32):
+    for read, predicted in harness_windows(ids, 32, min(stride or 32, 32)):
         logp = model(torch.tensor([[0, *read[1:]]]))[0, -len(predicted) :].log_softmax(-1)
         expected += [-logp[i, id].item() for i, id in enumerate(predicted)]
     for batch_size in (1, 3):
@@ -226,5 +226,8 @@ def test_impossible_input_is_refused():
         generate(network(), [[1], []], 5)
     with pytest.raises(GenerationError, match="empty"):
         generation.score(network(), [], 0)
-    with pytest.raises(GenerationError, match="block_size=32"):
-        generation.score(network(), [1, 2], 0, stride=33)
+    with pytest.raises(GenerationError, match="stride=-1"):
+        generation.score(network(), [1, 2], 0, stride=-1)
+    for temperature in (-0.5, math.nan):
+        with pytest.raises(GenerationError, match="temperature"):
+            generate(network(), [[1]], 5, temperature=temperature)

@@ -12,12 +12,13 @@ from runs import write_characters
 
 import sample
 from configurator import ConfigError
-from onecard import UserError, checkpoint
+from onecard import UserError, checkpoint, writing
 from onecard.checkpoint import CheckpointError
 from onecard.generation import GenerationError, generate
 from onecard.tokenizer import load_tokenizer
 
 TOKENIZER = load_tokenizer()
+SPECIAL = "--special_tokens=False", "--special_tokens=True"
 HARD = "naïve 日本語のテキスト 👩\u200d👩\u200d👧 🏳️\u200d🌈 हिन्दी é"
 
 
@@ -53,7 +54,7 @@ def script(monkeypatch):
             for step in range(max_new_tokens):
                 yield {i: row[step] for i, row in enumerate(rows) if i not in ended}
 
-        monkeypatch.setattr(sample, "stream", stream)
+        monkeypatch.setattr(writing, "stream", stream)
 
     return script
 
@@ -102,7 +103,7 @@ def test_a_text_ends_before_stop_wherever_tokens_begin(run, script, stop):
 
 
 def test_a_possible_beginning_of_stop_is_shown_once_it_is_none():
-    text, shown = sample.Text("", [], 0, sample.SampleConfig(stop="<end>"), TOKENIZER), []
+    text, shown = writing.Text("", [], 0, sample.SampleConfig(stop="<end>"), TOKENIZER), []
     for token in ("a<", "en", "d", "<", "end", ">"):
         for id in ids(token, end=False):
             text.add(id)
@@ -115,6 +116,36 @@ def test_json_says_why_a_text_ended(run, script):
     rows = [json.loads(line) for line in run("--json", "--stop=.", num_samples=3, max_new_tokens=4).out.splitlines()]
     assert [row["end"] for row in rows] == ["endoftext", "stop", "max_new_tokens"]
     assert [row["text"] for row in rows] == ["a b", "a", "a b c d"] and rows[0]["tokens"] == 3
+
+
+def test_the_separator_in_a_text_is_a_token_only_where_that_is_asked_for(run, monkeypatch):
+    read, text = [], "<|endoftext|>The card<|endoftext|>A"
+    monkeypatch.setattr(writing, "stream", lambda model, prompts, n, ended, **_: read.extend(prompts) or iter([{0: 1}]))
+    options = dict(num_samples=1, max_new_tokens=1, start=text)
+    assert "read as" in run(**options).err and "read as" not in run("--special_tokens=True", **options).err
+    eot, card = TOKENIZER.eot, TOKENIZER.encode("The card").tolist()
+    assert read == [[eot, *TOKENIZER.encode(text).tolist()], [eot, *card, eot, *TOKENIZER.encode("A").tolist()]]
+    scores = [json.loads(run("--json", special, score="-", stdin=text.encode()).out) for special in SPECIAL]
+    assert [score["tokens"] for score in scores] == [len(TOKENIZER.encode(text)), len(card) + 3]
+
+
+def test_interactive_reads_prompts_and_settings_and_continues_the_last_text(run):
+    lines = b"The\n\n/max_new_tokens 2\n/temperature -1\n/top_k many\nA card\n/quit\nnever read\n"
+    shown = run("--interactive=True", max_new_tokens=5, stdin=lines)
+    first, second, third = texts_of(shown.out)
+    assert first.startswith("The") and second.startswith(first) and len(second) > len(first)
+    assert third.startswith("A card") and len(TOKENIZER.encode(third)) <= 4
+    assert "temperature" in shown.err and "'many'" in shown.err
+    assert first == texts_of(run(start="The", num_samples=1, max_new_tokens=5).out)[0]
+
+
+def test_ctrl_c_in_interactive_stops_the_text_alone(run, script, monkeypatch):
+    def interrupted(*_, **__):
+        yield {0: TOKENIZER.encode(" goes")[0].item()}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writing, "stream", interrupted)
+    assert run("--interactive=True", stdin=b"It\nThey\n").out == "It goes\nThey goes\n"
 
 
 def test_neither_batch_size_nor_json_changes_a_text_and_each_has_the_next_seed(run, tmp_path):

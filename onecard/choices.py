@@ -1,0 +1,142 @@
+"""Multiple-choice tests: which of several endings does a network think likeliest?
+
+    items = read_items("hellaswag_val.jsonl")          # HellaSwag's own format, or prompt, choices, answer
+    result = choose(model, tokenizer, items, batch_size=8)
+    result["acc"], result["acc_norm"]
+
+As in lm-evaluation-harness: an item is right if its answer has the largest log-likelihood of all choices (acc), or the
+largest log-likelihood per character (acc_norm). The one thing to know: the document separator stands before each
+prompt, as before every training document.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import GPT, IGNORE
+from onecard import UserError
+from onecard.tokenizer import Tokenizer, TokenizerError
+
+
+class ChoicesError(UserError):
+    """A file of multiple-choice items that cannot be used: which line, why, what to do."""
+
+
+class Item(NamedTuple):
+    prompt: str
+    choices: list[str]  # each continues the prompt as it stands, so it begins with a space
+    lengths: list[int]  # characters of each choice, without the space before it
+    answer: int  # number of the right choice
+
+
+def read_items(path: str | Path) -> list[Item]:
+    """The items of a .jsonl file. Raises ChoicesError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ChoicesError(f"choices: {path} cannot be read ({error}); give a .jsonl file") from None
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            item = hellaswag(found) if "endings" in found else plain(found)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wanted = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}, or use HellaSwag\'s format'
+            raise ChoicesError(f"choices: line {number} of {path} is not an item ({error!r}); {wanted}") from None
+        if not 0 <= item.answer < len(item.choices) or not all(item.choices):
+            raise ChoicesError(f"choices: line {number} of {path}: no choice {item.answer}, or an empty one; mend it")
+        items.append(item)
+    if not items:
+        raise ChoicesError(f"choices: {path} is empty; give a .jsonl file with items")
+    return items
+
+
+def plain(found: dict) -> Item:
+    choices = [str(choice) for choice in found["choices"]]
+    return Item(
+        str(found["prompt"]), [f" {choice}" for choice in choices], list(map(len, choices)), int(found["answer"])
+    )
+
+
+def hellaswag(found: dict) -> Item:
+    """HellaSwag (Zellers et al. 2019), its texts cleaned as lm-evaluation-harness does."""
+
+    def clean(text):
+        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return text.replace("  ", " ")
+
+    prompt = clean(f"{found['activity_label']}: {found['ctx_a']} {found['ctx_b'].capitalize()}")
+    choices = [clean(ending) for ending in found["endings"]]
+    return Item(prompt, [f" {choice}" for choice in choices], list(map(len, choices)), int(found["label"]))
+
+
+def rows_of(item: Item, tokenizer: Tokenizer, separator: bool) -> list[tuple[list[int], int]]:
+    """For each choice: the ids of prompt and choice, and how many ids at the end are the choice's.
+
+    The prompt's ids and the choice's are those of the whole text, cut where the prompt's own number of ids ends.
+    """
+    begin = [tokenizer.eot] if separator and tokenizer.eot is not None else []
+    prompt = item.prompt.rstrip()
+    spaces = item.prompt[len(prompt) :]
+    before, rows = len(tokenizer.encode(prompt)), []
+    for choice in item.choices:
+        ids = tokenizer.encode(prompt + spaces + choice).tolist()
+        rows.append((begin + ids, len(ids) - before))
+    return rows
+
+
+@torch.no_grad()
+def choose(
+    model: GPT, tokenizer: Tokenizer, items: list[Item], batch_size: int = 8, separator: bool = True
+) -> dict[str, float | list]:
+    """acc, acc_norm and their standard errors; choice and choice_norm: of each item the choice that was taken.
+
+    A text longer than block_size loses its beginning. Raises ChoicesError for an item without a prompt, if there is
+    nothing before its choices.
+    """
+    try:
+        rows = [row for item in items for row in rows_of(item, tokenizer, separator)]
+    except TokenizerError as error:
+        raise ChoicesError(f"choices: {error}") from error
+    if any(len(ids) == count for ids, count in rows):
+        raise ChoicesError("choices: an item has no prompt; write one")
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding
+    likelihoods = torch.zeros(len(rows), dtype=torch.float64)
+    for first in tqdm(range(0, len(rows), batch_size), desc="choices", delay=5, leave=False, disable=None):
+        batch = order[first : first + batch_size]
+        T = min(block_size, len(rows[batch[0]][0]) - 1)
+        inputs = torch.zeros(len(batch), T, dtype=torch.int64)
+        targets = torch.full((len(batch), T), IGNORE)
+        for r, i in enumerate(batch):
+            ids = torch.tensor(rows[i][0][-(T + 1) :])
+            n = len(ids) - 1
+            count = min(rows[i][1], n)  # of a choice that is longer than the context only the end
+            inputs[r, :n] = ids[:-1]
+            targets[r, n - count : n] = ids[n - count + 1 :]
+        losses = model(inputs.to(device), targets.to(device), reduction="none")  # (B, T)
+        likelihoods[batch] = -losses.double().sum(1).cpu()
+    return accuracies(items, likelihoods.numpy())
+
+
+def accuracies(items: list[Item], likelihoods: np.ndarray) -> dict[str, float | list]:
+    taken, taken_norm, start = [], [], 0
+    for item in items:
+        found = likelihoods[start : start + len(item.choices)]
+        start += len(found)
+        taken.append(int(np.argmax(found)))
+        taken_norm.append(int(np.argmax(found / np.array(item.lengths, dtype=float))))
+    result: dict[str, float | list] = dict(choice=taken, choice_norm=taken_norm)
+    for name, chosen in (("acc", taken), ("acc_norm", taken_norm)):
+        right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]
+        mean, n = sum(right) / len(right), len(right)
+        result |= {name: mean, f"{name}_error": math.sqrt(mean * (1 - mean) / max(1, n - 1))}
+    return result

@@ -1,0 +1,143 @@
+"""Texts that are printed while they grow: a batch of them, or one after the other in a terminal.
+
+    write_batch(model, [Text("The", ids, seed=1, config=config, tokenizer=tokenizer)], config)
+    interact(model, tokenizer, config)
+
+config is sample.py's: temperature, top_k, top_p, min_p, max_new_tokens, stop, seed, json, special_tokens, compile.
+"""
+
+import json
+import sys
+from typing import Any
+
+from configurator import ConfigError, changed, load_config
+from model import GPT
+from onecard.generation import first_id, stream
+from onecard.tokenizer import Tokenizer, TokenizerError
+
+HELP = "type the beginning of a text; Enter alone continues the last text; Ctrl-C stops a text; /quit ends"
+COMMANDS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed")
+
+
+def log(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def encode(text: str, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:
+    """The ids of a text. With special_tokens, `<|endoftext|>` in it is the document separator."""
+    if tokenizer.eot is None:
+        return tokenizer.encode(text).tolist()
+    mark = tokenizer.decode([tokenizer.eot])
+    if mark in text and not special_tokens:
+        log(f"{mark} is read as {len(tokenizer.encode(mark))} tokens of text; with --special_tokens=True it is one")
+    ids: list[int] = []
+    for i, part in enumerate(text.split(mark) if special_tokens else [text]):
+        ids += [tokenizer.eot] * (i > 0) + tokenizer.encode(part).tolist()
+    return ids
+
+
+def prompt_ids(prompt: str, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:
+    """The ids that the model reads first. Without a document separator a prompt stands alone, as in nanoGPT."""
+    ids = encode(prompt, tokenizer, special_tokens)
+    begun = ids and ids[0] == tokenizer.eot  # only with special_tokens
+    return ids if ids and (tokenizer.eot is None or begun) else [first_id(tokenizer), *ids]
+
+
+class Text:
+    """A text that grows by one token at a time and is shown in whole characters."""
+
+    def __init__(self, prompt: str, ids: list[int], seed: int, config: Any, tokenizer: Tokenizer):
+        self.prompt, self.ids, self.seed, self.eot = prompt, ids, seed, tokenizer.eot
+        self.stop, self.max_tokens = config.stop, config.max_new_tokens
+        self.text, self.tokens = "", 0
+        self.end = ""  # why it ended: endoftext, stop or max_new_tokens
+        self.shown = 0  # characters of prompt and text
+        self.decode = tokenizer.decoder(ids)  # keeps the bytes of an incomplete character
+
+    def add(self, id: int) -> None:
+        """Appends one token. Sets `end` if it is the last one."""
+        self.tokens += 1
+        if self.tokens == self.max_tokens:
+            self.end = "max_new_tokens"
+        if id == self.eot:
+            self.end = "endoftext"
+            return
+        searched = max(0, len(self.text) - len(self.stop))
+        self.text += self.decode(id)
+        found = self.text.find(self.stop, searched) if self.stop else -1
+        if found >= 0:
+            self.text, self.end = self.text[:found], "stop"
+
+    def take_new(self) -> str:
+        """The characters that were not shown yet, except an end that may be the beginning of `stop`."""
+        whole = self.prompt + self.text
+        begin, self.shown = self.shown, len(whole) - (0 if self.end else self.partial_stop())
+        return whole[begin : self.shown]
+
+    def partial_stop(self) -> int:
+        """The length of the longest end of the text that is a beginning of `stop`."""
+        for n in range(min(len(self.stop), len(self.text)), 0, -1):
+            if self.text.endswith(self.stop[:n]):
+                return n
+        return 0
+
+    def json_line(self) -> str:
+        return json.dumps({name: getattr(self, name) for name in ("prompt", "text", "tokens", "end", "seed")})
+
+
+def write_batch(model: GPT, texts: list[Text], config: Any) -> None:
+    """Generates these texts together and prints them in order. The first that has not ended is printed as it grows."""
+    sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
+    seeds, ended = [text.seed for text in texts], set[int]()
+    steps = stream(model, [text.ids for text in texts], config.max_new_tokens, seeds=seeds, ended=ended, **sampling)
+    for text in texts:
+        while not text.end:
+            if not config.json:
+                print(text.take_new(), end="", flush=True)
+            for i, id in next(steps).items():
+                texts[i].add(id)
+                if texts[i].end:
+                    ended.add(i)
+        print(text.json_line() if config.json else text.take_new() + "\n---------------", flush=True)
+
+
+def interact(model: GPT, tokenizer: Tokenizer, config: Any) -> None:
+    """Reads a line, writes its continuation, and so on, until /quit or the end of the input."""
+    settings = "  ".join(f"/{name} {getattr(config, name):g}" for name in COMMANDS)
+    log(f"{HELP}\nto change a setting: {settings}")
+    text, seed = "", config.seed
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            log("\n/quit ends")
+            continue
+        if line.strip() in ("/quit", "/exit"):
+            return
+        if line.startswith("/") and line[1:].split(" ")[0] in COMMANDS:
+            config = change(config, line)
+            continue
+        prompt = line or text
+        try:
+            grown = Text(prompt, prompt_ids(prompt, tokenizer, config.special_tokens), seed, config, tokenizer)
+        except TokenizerError as error:
+            log(str(error))
+            continue
+        try:
+            write_batch(model, [grown], config)
+        except KeyboardInterrupt:
+            print(grown.take_new(), flush=True)
+        text, seed = grown.prompt + grown.text, seed + 1
+
+
+def change(config: Any, line: str) -> Any:
+    """The config after a line such as "/temperature 0.5"; the same, and a message, if the value is impossible."""
+    name, _, value = line[1:].partition(" ")
+    try:
+        given = load_config(type(config), [f"--{name}={value.strip()}"])
+    except ConfigError as error:
+        log(str(error))
+        return config
+    return changed(config, **{name: getattr(given, name)})
