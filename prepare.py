@@ -5,7 +5,7 @@
     python prepare.py fineweb/*.parquet --dataset=fineweb    (python prepare.py --help lists every key)
 
 It never needs torch. The one thing to know: a unit is one range of rows of one file, or a few small files. It writes
-its own shards and then its record, so a run that was stopped continues with the units that have no record, and the
+its own files and then gets its record, so a run that was stopped continues with the units that have no record, and the
 bytes are the same with any number of workers. The manifest is written last and makes the dataset complete.
 """
 
@@ -14,46 +14,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from configurator import key, load_config, run_script, sources_of
-from onecard import dataset, durable
-from onecard.dataset import PrepareError, Progress, bytes_per_token, read_plan
-from onecard.quickstart import write_quickstart
-from onecard.shards import (
-    MANIFEST,
-    ShardError,
-    check_shard,
-    keys_of,
-    open_tokens,
-    other_datasets,
-    read_manifest,
-    write_manifest,
-)
-from onecard.sources import STATE
+from onecard import dataset, durable, records, workers
+from onecard.jsonfiles import ShardError
+from onecard.records import STATE, PrepareError, Progress, amount, read_plan
+from onecard.remote import DamagedError
+from onecard.shards import MANIFEST, check_shard, keys_of, open_tokens, other_datasets, read_manifest, write_manifest
 from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, dataset_tokenizer, load_tokenizer
-from onecard.units import encode_texts, job_tokenizer, make_job, read_record, unit_record, work
+from onecard.units import WRITERS, encode_texts, job_tokenizer, make_job
 
-PLANNING_SECONDS = 5.0  # that a task waits for other tasks, which own the whole dataset only while they plan
+MANIFEST_KEYS = {"tokenizer", "encoder", "libraries", "settings", *records.COUNTS, "failed", "sources", "shards"}
 INSPECT_TOKENS = 50_000_000  # read by --inspect
 FAST_BYTES = 10_000_000  # of text; checking fastokens takes longer than encoding less
 SMALL_RUN_BYTES = 50_000_000  # config/own_text.py is for less text than this
-COUNTS = ("documents", "tokens", "replaced")
-MANIFEST_KEYS = {*COUNTS, "tokenizer", "encoder", "libraries", "settings", "skipped", "failed", "sources", "shards"}
+UNITS_OF_MAX_TOKENS = 50  # that a new dataset with max_tokens is cut into
+QUEUED = 2  # units that are submitted in addition to those that can run at once
+LINES = 5  # of problems that are printed one by one
 QUICKSTART = {"tokenizer": "gpt2-1024", "val_fraction": 0.1}  # its settings
 
 
@@ -67,11 +55,12 @@ class PrepareConfig:
     text_column: str = key("text", "column of a parquet file, or key of a JSON object, with the text")
     val_fraction: float = key(0.005, "share of val, by a hash of the text; up to 0.25 of a small text", low=0, high=0.5)
     shard_tokens: int = key(100_000_000, "approximate tokens per shard", low=1000, high=1_000_000_000)
-    max_tokens: int = key(0, "stop with the row group that reaches this many tokens (0: take all)", low=0)
+    max_tokens: int = key(0, "stop with the unit that reaches this many tokens (0: take all)", low=0)
+    where: str = key("", "take the rows with ... only: 'language_score > 0.9 and token_count > 50'")
+    skip_bad_rows: bool = key(False, "leave out rows that cannot be read, and count them")
     workers: int = key(0, "worker processes (0: one per core)", low=0)
     encoder: str = key("auto", "auto: fastokens for 10 MB or more", choices=("auto", "tiktoken", "fastokens"))
-    task: str = key("", "3/16: only the third of 16 parts of the units; run --merge when all parts are done")
-    merge: bool = key(False, "complete a dataset whose tasks are done")
+    cluster: str = key("", "tcp://host:8786: the units are prepared by the workers of this Dask scheduler")
     verify: bool = key(False, "check every byte of a finished dataset")
     inspect: bool = key(False, "show what is in a finished dataset")
 
@@ -84,11 +73,8 @@ class PrepareConfig:
             found.append("train_tokenizer: excludes --tokenizer; give one of the two")
         if 0 < self.train_tokenizer < 257:
             found.append("train_tokenizer: 256 bytes and a separator are ids; give 257 or more")
-        task = re.fullmatch(r"(\d+)/(\d+)", self.task)
-        if self.task and not (task and 1 <= int(task[1]) <= int(task[2])):
-            found.append(f"task: {self.task!r} is not a task; the tasks of sixteen are 1/16 to 16/16")
-        if self.task and (self.max_tokens or self.merge):
-            found.append("task: max_tokens and merge need all units; leave out --task")
+        if self.cluster and "workers" in sources_of(self):
+            found.append("workers: the cluster has its own; leave out --workers")
         return found
 
 
@@ -97,9 +83,13 @@ class PrepareConfig:
 
 def asked_settings(config: PrepareConfig, folder: Path) -> dict:
     """The settings of a dataset that the user has given. The others are those of the dataset, or the defaults."""
-    names = [name for name in (*dataset.SETTINGS, "tokenizer", "train_tokenizer") if name in sources_of(config)]
-    new_quickstart = folder.name == "quickstart" and not read_plan(folder)
-    return (QUICKSTART if new_quickstart else {}) | {name: getattr(config, name) for name in names}
+    names = (*dataset.SETTINGS, *dataset.RARE_SETTINGS, "tokenizer", "train_tokenizer")
+    asked = {name: getattr(config, name) for name in names if name in sources_of(config)}
+    if records.stamp(folder):
+        return asked
+    if config.max_tokens:
+        asked.setdefault("shard_tokens", min(max(config.max_tokens // UNITS_OF_MAX_TOKENS, 200_000), 100_000_000))
+    return (QUICKSTART if folder.name == "quickstart" else {}) | asked
 
 
 def inputs_of(config: PrepareConfig, folder: Path) -> tuple[str, ...]:
@@ -108,121 +98,78 @@ def inputs_of(config: PrepareConfig, folder: Path) -> tuple[str, ...]:
         return config.inputs
     path = folder / "quickstart.parquet"
     if not path.exists():
+        from onecard.quickstart import write_quickstart
+
         write_quickstart(path)
     return (str(path),)
 
 
-def read_records(plan: dict, numbers: range, folder: Path) -> dict[int, dict]:
-    """{unit number: record} of the units that are done. One that is damaged is reported and prepared again."""
-    records = {}
-    for number in numbers:
-        try:
-            if record := read_record(folder, number, plan["units"][number]):
-                records[number] = record
-        except ShardError as error:
-            print(f"  unit {number} is prepared again: {error}")
-    return records
+def read_done(plan: dict, config: PrepareConfig, folder: Path) -> dict[int, dict]:
+    """{unit: record} of the units that are done. Prints why others have to be prepared again."""
+    done, problems = records.read_records(plan, folder)
+    for problem in problems[:LINES]:
+        print(f"  {problem}")
+    if len(problems) > LINES:
+        print(f"  and {len(problems) - LINES:,} more like these")
+    tokens = 0
+    for number, record in sorted(done.items()):
+        tokens += record["tokens"]
+        if not record.get("complete", True) and not 0 < config.max_tokens <= tokens:
+            del done[number]  # an older version cut this unit at another max_tokens
+    if problems:
+        records.write_records(done.values(), folder)
+    return done
 
 
-def next_units(plan: dict, records: dict, numbers, running, failed, max_tokens: int) -> list[tuple[int, int]]:
-    """[(unit, limit)] of the units that can start now, in order. limit 0: no limit.
+def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encoder: str, size: float, ratio: float):
+    """Prepares the units that have no record, in order, and adds theirs to `done`. Returns {unit: why it failed}.
 
-    With max_tokens, a unit starts when all before it are done, because then its limit is exact. Or it starts without
-    a limit when it is surely needed whole, even if it has 1.5 times the expected tokens. A record that was made with
-    another limit than the exact one is not used: the result is the same with any number of workers.
+    size: bytes of text to read, about; ratio: bytes per token. With max_tokens a unit is started only while all before
+    it are expected to have fewer tokens. Raises ShardError if a file cannot be written.
     """
-    ready, before, exact = [], 0.0, True  # before: tokens of the units before this one; exact: no estimate among them
-    for number in numbers:
-        limit, record = (max_tokens or math.inf) - before, records.get(number)
-        most = 1.5 * plan["units"][number]["bytes"] / bytes_per_token(plan["settings"])
-        if limit <= 0:
-            break
-        if number in failed:
-            continue
-        fits = record and (record["limit"] == limit or (record["complete"] and record["tokens"] < limit))
-        if record and (fits or not exact):
-            before += record["tokens"]
-            continue
-        if number not in running and (exact or most < limit):
-            ready.append((number, int(limit) if exact and max_tokens else 0))
-        exact, before = False, before + most
-    return ready
-
-
-# ---- the workers -------------------------------------------------------------------------------------------
-
-
-def run_units(plan, records, numbers, config, folder, encoder, size):
-    """Prepares the units that have no record and adds theirs to `records`. Returns {unit: why it failed}.
-
-    size: bytes of text to read, about. Raises ShardError if a file cannot be written, PrepareError if a worker
-    process dies. No worker and no temporary file is left then, or after Ctrl-C.
-    """
-    failed, jobs = {}, {}  # jobs: {connection: job}
-    todo = next_units(plan, records, numbers, (), failed, config.max_tokens)
-    pool = start_workers(config.workers, len(todo), encoder)
-    progress = Progress(size, "prepared")
-    try:
-        while todo or jobs:
-            for connection in [c for c in pool if c not in jobs][: len(todo)]:
-                jobs[connection] = make_job(plan, *todo.pop(0), folder)
-                connection.send(jobs[connection])
-            for connection in multiprocessing.connection.wait(list(jobs)):
-                kind, content = connection.recv()
-                if kind == "progress":
-                    progress.update(*content)
-                    continue
-                number = jobs.pop(connection)["number"]
-                if kind == "stop":
-                    raise ShardError(content)
-                if kind == "failed":
-                    failed[number] = content
-                    progress.bar.write(f"  failed: {content}", file=sys.stderr)
+    failed: dict[int, str] = {}
+    running: dict[Future, int] = {}
+    units, number, tokens = plan["units"], 0, 0.0  # tokens: of the units before `number`; estimated while they run
+    with (
+        open_workers(config, folder, encoder, len(units) - len(done)) as (submit, count),
+        Progress(size, "prepared") as progress,
+    ):
+        while True:
+            while number < len(units) and len(running) < count() + QUEUED and not 0 < config.max_tokens <= tokens:
+                if number in done:
+                    tokens += done[number]["tokens"]
                 else:
-                    records[number] = content
-                running = [job["number"] for job in jobs.values()]
-                todo = next_units(plan, records, numbers, running, failed, config.max_tokens)
-    except (EOFError, ConnectionError) as error:
-        pool[connection].join()
-        raise PrepareError(
-            f"{jobs[connection]['paths'][0]}: its worker process died (exit code {pool[connection].exitcode}; -9 often "
-            "means that memory ran out); finished units are kept: run it again with fewer --workers"
-        ) from error
-    finally:
-        progress.bar.close()
-        for process in pool.values():
-            process.terminate()
-            process.join()
-        remove_leftovers(folder, numbers, plan)
-    return failed
+                    running[submit(make_job(plan, number, folder))] = number
+                    tokens += units[number]["bytes"] / ratio
+                number += 1
+            if not running:
+                return failed
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                ended = running.pop(future)
+                tokens -= units[ended]["bytes"] / ratio
+                try:
+                    record = done[ended] = future.result()
+                except DamagedError as error:
+                    failed[ended] = str(error)
+                    progress.bar.write(f"  failed: {error}", file=sys.stderr)
+                else:
+                    records.append_record(record, folder)
+                    tokens += record["tokens"]
+                    progress.update(units[ended]["bytes"], record["tokens"])
+            progress.update()
 
 
-def start_workers(workers: int, most: int, encoder: str) -> dict:
-    """{connection: process}: `workers` of them (0: one per core), but not more than `most`."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count, pool = min(workers or cores, most), {}
-    context = multiprocessing.get_context("spawn")  # a process that has used fastokens must not be forked
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the main process alone
-    for _ in range(count):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, encoder, max(1, cores // count)), daemon=True)
-        process.start()
-        theirs.close()  # so that the worker's death closes the connection
-        pool[ours] = process
-    signal.signal(signal.SIGINT, handler)
-    return pool
+def open_workers(config: PrepareConfig, folder: Path, encoder: str, most: int):
+    if config.cluster:
+        return workers.cluster(config.cluster, encoder, folder)
+    return workers.processes(min(config.workers or workers.cores(), most), encoder)
 
 
-def remove_leftovers(folder: Path, numbers: range, plan: dict) -> None:
-    """Removes unfinished files. With --task only those of its own units: other tasks may be running."""
-    if len(numbers) == len(plan["units"]):
+def remove_leftovers(folder: Path) -> None:
+    """Removes unfinished files, unless a worker of a run that was killed is still writing."""
+    with contextlib.suppress(durable.OwnedError), durable.owned(folder / STATE / WRITERS, str(folder), patience=1):
         durable.remove_leftovers(folder)
         durable.remove_leftovers(folder / STATE)
-        return
-    for path in [*folder.glob(f"*{durable.TEMPORARY}"), *folder.glob(f"{STATE}/*{durable.TEMPORARY}")]:
-        number = re.search(r"_(\d{6,})\.", path.name)
-        if number and int(number[1]) in numbers:
-            path.unlink(missing_ok=True)
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
@@ -230,70 +177,56 @@ def remove_leftovers(folder: Path, numbers: range, plan: dict) -> None:
 
 def prepare(config: PrepareConfig, folder: Path) -> int:
     """Plans, prepares what is missing, and completes the dataset. Returns the exit code."""
-    state, started, before = folder / STATE, time.monotonic(), read_plan(folder)
+    started, before = time.monotonic(), records.stamp(folder)
     plan, damaged, content = dataset.plan_dataset(inputs_of(config, folder), asked_settings(config, folder), folder)
-    state.mkdir(parents=True, exist_ok=True)
-    task, tasks = map(int, config.task.split("/")) if config.task else (1, 1)
-    whole, own = state / "all.lock", state / f"task_{task}_of_{tasks}.lock"
-    with contextlib.ExitStack() as locks:
-        if config.task:
-            locks.enter_context(durable.owned(own, f"task {config.task} of {folder}"))
-            with durable.owned(whole, str(folder), patience=PLANNING_SECONDS):
-                dataset.write_plan(plan, content, before, folder)
-        else:
-            for path in (whole, *state.glob("task_*.lock")):
-                locks.enter_context(durable.owned(path, f"{folder} ({path.name})"))
-            dataset.write_plan(plan, content, before, folder)
-        numbers = range(task - 1, len(plan["units"]), tasks)
-        remove_leftovers(folder, numbers, plan)
+    (folder / STATE).mkdir(parents=True, exist_ok=True)
+    with durable.owned(folder / STATE / "all.lock", str(folder)):
+        records.write_plan(plan, content, before, folder)
+        remove_leftovers(folder)
         for problem in damaged:
             print(f"  left out: {problem}", file=sys.stderr)
-        records = read_records(plan, numbers, folder)
-        failed = prepare_missing(plan, records, numbers, config, folder)
-        if config.task:
-            tokens = sum(record["tokens"] for record in records.values())
-            print(f"task {config.task}: {len(records)} of {len(numbers)} units are done, {tokens:,} tokens")
-            print(f"when all tasks are done: python prepare.py --merge {keys_of(folder)}")
-        else:
-            finish(plan, records, config, folder, failed, time.monotonic() - started)
+        known, done = read_finished(folder), read_done(plan, config, folder)
+        if known and 0 < config.max_tokens < min(known["tokens"], known["settings"].get("max_tokens") or math.inf):
+            remedy = "leave it out, or use another --dataset"
+            raise PrepareError(f"max_tokens: {folder} holds {known['tokens']:,} tokens already; {remedy}")
+        try:
+            failed = prepare_missing(plan, done, known, config, folder)
+        finally:
+            remove_leftovers(folder)
+        finish(plan, done, config, folder, failed, time.monotonic() - started)
     return 1 if failed or damaged else 0
 
 
-def prepare_missing(plan: dict, records: dict, numbers: range, config: PrepareConfig, folder: Path) -> dict:
-    """Prints what is to be done and does it. Returns {unit: why it failed}. Raises PrepareError if it is impossible."""
-    todo = next_units(plan, records, numbers, (), {}, config.max_tokens)
-    if not todo:
+def prepare_missing(plan: dict, done: dict, known: dict | None, config: PrepareConfig, folder: Path) -> dict:
+    """Prints what is to be done and does it. Returns {unit: why it failed}. Raises PrepareError if it is impossible.
+
+    known: the manifest.
+    """
+    tokens, units = sum(record["tokens"] for record in done.values()), plan["units"]
+    todo = [number for number in range(len(units)) if number not in done]
+    if not todo or 0 < config.max_tokens <= tokens:
         return {}
-    if config.merge:
-        missing = [number for number in numbers if number not in records]
-        remedy = "run their tasks, or leave out --merge"
-        raise PrepareError(f"{folder}: units {missing[:9]} of {len(numbers)} are not done; {remedy}")
-    there = read_finished(folder)
-    if there and 0 < config.max_tokens < min(there["tokens"], there["settings"].get("max_tokens") or math.inf):
-        remedy = "leave it out, or use another --dataset"
-        raise PrepareError(f"max_tokens: {folder} holds {there['tokens']:,} tokens already; {remedy}")
-    texts = dataset.first_texts(make_job(plan, todo[0][0], 0, folder))
+    texts = dataset.first_texts(make_job(plan, todo[0], folder))
     tokenizer = job_tokenizer(plan["settings"], folder)
-    tokens = sum(map(len, encode_texts(tokenizer, texts)))
-    ratio = sum(len(text.encode()) for text in texts) / tokens if tokens else bytes_per_token(plan["settings"])
-    size = sum(plan["units"][number]["bytes"] for number in numbers if number not in records)  # of text to read, about
+    encoded = sum(map(len, encode_texts(tokenizer, texts)))
+    ratio = (
+        sum(len(text.encode()) for text in texts) / encoded if encoded else dataset.bytes_per_token(plan["settings"])
+    )
+    size = sum(units[number]["bytes"] for number in todo)  # of text to read, about
     if config.max_tokens:
-        done = sum(record["tokens"] for record in records.values())
-        size = min(size, int(max(0, config.max_tokens - done) * ratio))
+        size = min(size, int((config.max_tokens - tokens) * ratio))
     encoder = choose_encoder(config, plan["settings"], texts, size, folder)
     need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
-    print(f"{folder}: files: {len(plan['sources']):,}, units: {len(numbers):,}, done already: {len(records):,}")
-    print(f"  to do: {amount(size)}B of text, about {amount(need / 2)} tokens ({tokenizer.name}, by {encoder})")
-    print(f"  disk:  {amount(need)}B needed, {amount(free)}B free")
+    print(f"{folder}: files: {len(plan['sources']):,}, units: {len(units):,}, done already: {len(done):,}")
+    print(f"  to do: {amount(size)} of text, about {amount(need / 2, '')} tokens ({tokenizer.name}, by {encoder})")
+    print(f"  disk:  {amount(need)} needed, {amount(free)} free")
     if need > free:
         remedy = "make room, use another --data_dir, or take fewer tokens with --max_tokens"
         raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
-    return run_units(plan, records, numbers, config, folder, encoder, size)
-
-
-def amount(number: float) -> str:
-    """1234567 -> "1.23 M"."""
-    return re.sub("(?<=\\d)(?=[kMGT]?$)", " ", tqdm.format_sizeof(number, divisor=1000))
+    records.write_records(done.values(), folder)
+    if known and records.units_of(known) & set(todo):  # until they are done again the dataset is incomplete
+        (folder / MANIFEST).unlink()
+    return run_units(plan, done, config, folder, encoder, size, ratio)
 
 
 def choose_encoder(config: PrepareConfig, settings: dict, texts: list[str], size: float, folder: Path) -> str:
@@ -312,29 +245,47 @@ def choose_encoder(config: PrepareConfig, settings: dict, texts: list[str], size
         return usual
 
 
-def finish(plan: dict, records: dict, config: PrepareConfig, folder: Path, failed: dict, seconds: float) -> None:
-    """Writes the manifest from the records, unless it is there already, and prints what the dataset is."""
-    kept, tokens = [], 0
-    for number, record in sorted(records.items()):
-        if config.max_tokens and tokens >= config.max_tokens:  # started early, and not needed after all
-            for path in (unit_record(folder, number), *(folder / shard["name"] for shard in record["shards"])):
-                path.unlink(missing_ok=True)
+def finish(plan: dict, done: dict, config: PrepareConfig, folder: Path, failed: dict, seconds: float) -> None:
+    """Joins the val parts, writes the manifest, unless all is there already, and prints what the dataset is."""
+    tokens = 0
+    for number in sorted(done):
+        if 0 < config.max_tokens <= tokens:
+            del done[number]  # it was started before the units before it were known to be enough
         else:
-            kept.append(record)
-            tokens += record["tokens"]
-    manifest, known = make_manifest(plan, kept, config, failed), read_finished(folder)
-    if not manifest["shards"]:
+            tokens += done[number]["tokens"]
+    if not any(record["shards"] for record in done.values()):
         raise PrepareError(f"{folder}: no document was found; {'; '.join(failed.values()) or 'all rows are empty'}")
+    val, known = records.join_val(done, plan["settings"]["shard_tokens"], folder), read_finished(folder)
+    manifest = make_manifest(plan, done, val, config, failed)
     hashes, known_hashes = ([(s["name"], s["sha256"]) for s in m["shards"]] for m in (manifest, known or manifest))
     if known and hashes == known_hashes and manifest["failed"] == known["failed"]:
         manifest["libraries"] = known["libraries"]  # the versions that made the shards
         print(f"{folder} is finished; nothing to do")
     else:
         print(f"{folder} is ready, in {seconds:.1f} s by {manifest['encoder']}")
+    if config.max_tokens and tokens != config.max_tokens:
+        why = (
+            f"units are whole, {tokens // len(done):,} tokens on average"
+            if tokens > config.max_tokens
+            else "all of the inputs"
+        )
+        print(f"  max_tokens: {config.max_tokens:,} asked, {tokens:,} taken: {why}")
     if manifest != known:  # a source may have moved
         write_manifest(folder, manifest)
+        remove_others(manifest, done, folder)
     print(summary(manifest))
     print(f"next: python train.py {next_config(manifest, folder)}")
+
+
+def remove_others(manifest: dict, done: dict, folder: Path) -> None:
+    """Removes the files of units that belong to the dataset no more."""
+    names = {shard["name"] for shard in manifest["shards"]}
+    names |= {shard["name"] for record in done.values() for shard in record["shards"]}
+    records.write_records((done[number] for number in sorted(done)), folder)
+    for path in [*folder.glob("*.bin"), *folder.glob(f"{STATE}/*.bin")]:
+        name = path.relative_to(folder).as_posix()
+        if re.search(r"(^|/)(train|val)_\d{6,}\.bin$", name) and name not in names:
+            path.unlink()
 
 
 def next_config(manifest: dict, folder: Path) -> str:
@@ -349,7 +300,8 @@ def next_config(manifest: dict, folder: Path) -> str:
     return f"config/own_text.py {keys_of(folder)} --out_dir=out/{shlex.quote(folder.name)}{fewer}"
 
 
-def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed: dict) -> dict:
+def make_manifest(plan: dict, done: dict, val: list[dict], config: PrepareConfig, failed: dict) -> dict:
+    """val: the entries of the joined val shards."""
     settings, shards = dict(plan["settings"]), []
     tokenizer = settings.pop("tokenizer", None) or {
         name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
@@ -359,28 +311,30 @@ def make_manifest(plan: dict, records: list[dict], config: PrepareConfig, failed
     for name in libraries:
         with contextlib.suppress(PackageNotFoundError):  # some are optional
             libraries[name] = version(name)
-    for record in records:
-        place = {name: record[name] for name in ("row_groups", "rows", "range", "files") if name in record}
-        place["source"] = plan["sources"][record["source"]]["path"]
-        shards += [shard | place for shard in record["shards"]]
+    for number in sorted(done):
+        place = {name: done[number][name] for name in ("row_groups", "rows", "range", "files") if name in done[number]}
+        place["source"] = plan["sources"][done[number]["source"]]["path"]
+        shards += [(number, shard | place) for shard in done[number]["shards"] if not shard["name"].startswith(STATE)]
+    shards = sorted([*shards, *((entry["units"][0], entry) for entry in val)], key=lambda pair: pair[0])
+    reasons = dict.fromkeys(reason for record in done.values() for reason in record["skipped"])
     return {
         "version": 1,
         "tokenizer": tokenizer,
-        "encoder": " and ".join(sorted({record["encoder"] for record in records})),
+        "encoder": " and ".join(sorted({record["encoder"] for record in done.values()})),
         "libraries": libraries | {"python": sys.version.split()[0]},
         "settings": settings | {"max_tokens": config.max_tokens},
-        **{name: sum(record[name] for record in records) for name in COUNTS},
-        "skipped": {reason: sum(record["skipped"][reason] for record in records) for reason in ("null", "empty")},
+        **{name: sum(record[name] for record in done.values()) for name in ("documents", "tokens", "replaced")},
+        "skipped": {reason: sum(record["skipped"].get(reason, 0) for record in done.values()) for reason in reasons},
         "failed": [failed[number] for number in sorted(failed)],
         "sources": plan["sources"],
-        "shards": shards,
+        "shards": [shard for _, shard in shards],
     }
 
 
 def read_finished(folder: Path) -> dict | None:
     """The manifest of a finished dataset, or None. Raises ShardError if it is damaged, or not made by prepare.py."""
     manifest = read_manifest(folder)
-    if missing := MANIFEST_KEYS - (manifest or dict.fromkeys(MANIFEST_KEYS)).keys():
+    if manifest and (missing := MANIFEST_KEYS - manifest.keys()):
         what = f"has no {', '.join(sorted(missing))}"
         raise ShardError(f"{folder / MANIFEST}: {what}; delete it and run prepare.py again")
     return manifest
@@ -407,8 +361,13 @@ def summary(manifest: dict) -> str:
 
 def verify(folder: Path, manifest: dict) -> int:
     """Checks every byte of every shard. Returns the exit code."""
-    problems = []
+    problems, plan = [], read_plan(folder)
     dataset_tokenizer(folder)  # its file is the one of the manifest
+    if plan:
+        problems += records.load_records(folder)[1]
+        tokenizer = plan["settings"].get("tokenizer", manifest["tokenizer"])
+        if tokenizer["sha256"] != manifest["tokenizer"]["sha256"]:
+            problems.append(f"{folder / MANIFEST}: its tokenizer is not the one of {folder / STATE / records.PLAN}")
     with Progress(sum(2 * shard["tokens"] for shard in manifest["shards"]), "checked") as progress:
         for shard in manifest["shards"]:
             try:

@@ -1,10 +1,9 @@
 """What a dataset is to be made of: its settings, its tokenizer, its split into train and val, its files and units.
 
     plan, damaged, content = plan_dataset(["my.txt", "notes/"], {"tokenizer": "bytes"}, Path("data/mine"))
-    write_plan(plan, content, before=None, folder=Path("data/mine"))
 
-The plan is .prepare/plan.json. The one thing to know: planning writes nothing and depends on the inputs alone, so each
-mistake is reported before any work, and several processes that plan the same files make the same plan.
+records.write_plan writes the plan to .prepare/plan.json. The one thing to know: planning writes nothing and depends on
+the inputs alone, so each mistake is reported before any work.
 """
 
 from __future__ import annotations
@@ -13,19 +12,23 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from onecard import UserError, durable
-from onecard.rows import cut_text, kind_of
-from onecard.shards import other_datasets, read_json, write_json
-from onecard.sources import STATE, DamagedError, SourceError, examine, find_files
+from onecard.documents import cut_text
+from onecard.durable import sha256_of
+from onecard.records import PrepareError, Progress, read_plan
+from onecard.remote import DamagedError, SourceError, open_file, reading
+from onecard.rows import kind_of
+from onecard.shards import other_datasets
+from onecard.sources import examine, find_files
 from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
 from onecard.tokenizer import train_tokenizer as train_bpe
-from onecard.units import as_documents, decode, in_val, make_job, new_record, read_unit
+from onecard.units import decode, in_val, make_job, new_record, read_documents, read_unit
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
+RARE_SETTINGS = {"where": "", "skip_bad_rows": False}  # in a plan only if they were given
 OWN_TOKENIZER, OWN_TEXT_BYTES = "gpt2-1024", 10_000_000  # the default for less text of files of text
 SAMPLE_BYTES, SAMPLE_UNITS = 100_000_000, 100  # what a tokenizer is trained on, at most
 SMALL_BYTES, SMALL_ROWS = 100_000_000, 2000  # a dataset below both is read before it is split into train and val
@@ -35,11 +38,7 @@ ENOUGH_VAL_BYTES = 20_000  # in val, if that is less than half of its share beca
 FEW_DOCUMENTS = 5  # expected in val; with fewer the documents are split by paragraphs (of more text: twice as many)
 PARAGRAPH_CHARS = 4000  # in a group of paragraphs, at most
 SPLIT_SEEDS = 64  # tried, until val gets about its share
-LINE_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
-
-
-class PrepareError(UserError):
-    """Inputs or settings that cannot become a dataset: which, why, and what to do."""
+EXAMINERS = 16  # threads that read footers: on a hub, most of the time is spent waiting
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------
@@ -48,34 +47,34 @@ class PrepareError(UserError):
 def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict, list[str], str]:
     """(plan, problems of damaged files, which are left out; the text of a tokenizer.json to keep, or "").
 
-    Writes nothing. asked: the settings that the user gave: those of SETTINGS, tokenizer (gpt2, bytes or a path) and
-    train_tokenizer (how many ids). The others are those of the dataset, or the defaults. Raises a UserError for what
-    cannot be used.
+    Writes nothing. asked: the settings that the user gave: those of SETTINGS and RARE_SETTINGS, tokenizer (gpt2, bytes
+    or a path) and train_tokenizer (how many ids). The others are those of the dataset, or the defaults. Raises a
+    UserError for what cannot be used.
     """
     plan, tokenizer = read_plan(folder), load_tokenizer(asked["tokenizer"]) if "tokenizer" in asked else None
     if tokenizer and tokenizer.eot is None:
         raise TokenizerError(f"{asked['tokenizer']}: has no document separator; use a tokenizer.json, gpt2 or bytes")
     if plan:
         check_settings(plan["settings"], asked, tokenizer, folder)
-        found, damaged = examine_all(inputs, plan["settings"])
+        found, damaged = examine_all(inputs, plan["settings"], plan["sources"])
         return add_sources(plan, found, folder), damaged, (tokenizer and tokenizer.content) or ""
     if not inputs:
         raise PrepareError(f"{folder}: nothing is prepared here yet; {other_datasets(folder)}")
     settings, content = {name: asked.get(name, default) for name, default in SETTINGS.items()}, ""
+    settings |= {name: asked[name] for name, default in RARE_SETTINGS.items() if asked.get(name, default) != default}
     if tokenizer and tokenizer.kind != "gpt2":
         settings["tokenizer"], content = split_state(tokenizer)
     if n_vocab := asked.get("train_tokenizer", 0):
         settings["train_tokenizer"] = n_vocab
-    found, damaged = examine_all(inputs, settings)
+    found, damaged = examine_all(inputs, settings, [])
     plan = add_sources({"sources": [], "units": [], "settings": settings}, found, folder)
-    jobs = [make_job(plan, number, 0, folder) for number in range(len(plan["units"]))]
     if settings["val_fraction"]:
-        settings |= choose_split(plan, jobs, asked.get("val_fraction"))
+        settings |= choose_split(plan, folder, asked.get("val_fraction"))
     if not tokenizer and not n_vocab and is_own_text(plan):
         settings["tokenizer"], content = split_state(load_tokenizer(OWN_TOKENIZER))
         print(f"  little text: tokenizer {OWN_TOKENIZER}, for a small network (to finetune GPT-2 use --tokenizer=gpt2)")
     if tokenizer and not tokenizer.lossless:
-        check_round_trip(tokenizer, first_texts(jobs[0]))
+        check_round_trip(tokenizer, first_texts(make_job(plan, 0, folder)))
     if n_vocab:
         settings["tokenizer"], content = split_state(train_on_sample(plan, n_vocab, folder))
     return plan, damaged, content
@@ -88,41 +87,10 @@ def split_state(tokenizer: Tokenizer) -> tuple[dict, str]:
     return state | ({"file": FILE} if content else {}), content
 
 
-def read_plan(folder: Path) -> dict | None:
-    """The plan of a dataset, or None if it has none. Raises ShardError if the file is damaged."""
-    return read_json(folder / STATE / "plan.json", plan_fits, f"delete {folder} and prepare all its files again")
-
-
-def plan_fits(plan):
-    settings, sources = plan["settings"], plan["sources"]
-    numbers = [len(plan["units"]) - 1, settings["val_fraction"], settings["shard_tokens"] - 1]  # at least 0
-    for unit in plan["units"]:
-        numbers += [unit["source"], unit["bytes"], len(sources) - unit["source"] - unit.get("files", 1)]
-        numbers += [len(unit[name]) - 2 for name in ("rows", "row_groups", "range") if name in unit]
-    tokenizer = settings.get("tokenizer", {}).get("sha256", "GPT-2's")
-    texts = [tokenizer, settings["text_column"], *(source[name] for source in sources for name in ("path", "id"))]
-    return min(numbers) >= 0 and min(texts) > ""
-
-
-def write_plan(plan: dict, content: str, before: dict | None, folder: Path) -> None:
-    """Writes the plan and the dataset's tokenizer.json. before: what read_plan gave when this plan was made.
-
-    Raises PrepareError if another process has changed the plan since, unless it has made the same.
-    """
-    there = read_plan(folder)
-    if there not in (before, plan):
-        raise PrepareError(f"{folder}: another process has changed its plan; run this command again")
-    path = folder / FILE
-    if content and not (path.exists() and path.read_bytes() == content.encode()):
-        with durable.replacing(path) as file:
-            file.write(content.encode())
-    if plan != there:
-        write_json(folder / STATE / "plan.json", plan)
-
-
 def check_settings(known: dict, asked: dict, tokenizer: Tokenizer | None, folder: Path) -> None:
     """Raises PrepareError if the dataset was started with other settings than are asked for."""
-    pairs = [(name, known[name], asked[name]) for name in SETTINGS if name in asked]
+    known = RARE_SETTINGS | known
+    pairs = [(name, known[name], asked[name]) for name in (*SETTINGS, *RARE_SETTINGS) if name in asked]
     state = known.get("tokenizer") or load_tokenizer().state()
     here = f"{state['name']} ({state['sha256'][:8]})"
     if tokenizer and tokenizer.sha256 != state["sha256"]:
@@ -144,27 +112,79 @@ def bytes_per_token(settings: dict) -> float:
     return 1 + 3.67 * math.log(ids / 257) / math.log(50257 / 257)
 
 
-def examine_all(inputs: Sequence[str], settings: dict) -> tuple[list[tuple[dict, list]], list[str]]:
-    """([(source, its units)], problems of damaged files, which are left out). Raises PrepareError for all others."""
+def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) -> tuple[list[tuple], list[str]]:
+    """([(source, its units)], problems of damaged files, which are left out). Raises PrepareError for all others.
+
+    known: the sources that are in the plan.
+    """
     found: dict[str, tuple] = {}  # by the id of the source
-    damaged, problems = [], []
-    shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
-    for path in find_files(inputs):
-        try:
-            source, units = examine(path, settings, shard_bytes)
+    damaged, problems, paths = [], [], find_files(inputs)
+    same_ids = SameIds(known)
+    for path, result in examine_in_threads(paths, settings):
+        if isinstance(result, DamagedError):
+            damaged.append(str(result))
+        elif isinstance(result, SourceError) and (path in inputs or kind_of(path) == "parquet"):
+            problems.append(str(result))
+        elif isinstance(result, SourceError):  # a folder of notes may hold .json files of other programs
+            print(f"  left out: {result}")
+        else:
+            source, units = result
+            if not units:
+                print(f"  {path}: has no rows")
+                continue
+            source["id"] = same_ids.resolve(source)
             if source["id"] in found:
                 print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
             found.setdefault(source["id"], (source, units))
-        except DamagedError as error:
-            damaged.append(str(error))
-        except SourceError as error:
-            if path in inputs or kind_of(path) == "parquet":
-                problems.append(str(error))
-            else:  # a folder of notes may hold .json files of other programs
-                print(f"  left out: {error}")
     if problems or (damaged and not found):
         raise PrepareError("\n".join(problems + damaged))
     return list(found.values()), damaged
+
+
+def examine_in_threads(paths: list[str], settings: dict) -> Iterator[tuple[str, Any]]:
+    """(path, what sources.examine returns or raises) of each file, in order. Reading footers is mostly waiting."""
+    shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
+
+    def look(path):
+        try:
+            return examine(path, settings, shard_bytes)
+        except SourceError as error:
+            return error
+
+    threads = ThreadPoolExecutor(EXAMINERS)
+    try:
+        with Progress(len(paths), "examined", " files") as progress:
+            for path, result in zip(paths, threads.map(look, paths), strict=True):
+                yield path, result
+                progress.update(1)
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+class SameIds:
+    """Tells files apart that have one id, because their footers are equal, by all their bytes."""
+
+    def __init__(self, known: Sequence[dict]):
+        self.ids = {source["path"]: source["id"] for source in known}
+        self.first = {source["id"]: source["path"] for source in known}
+
+    def resolve(self, source: dict) -> str:
+        """The id of a source: its own, or with that of another file and other content, a hash of all its bytes."""
+        path, id = source["path"], source["id"]
+        other, known = self.first.setdefault(id, path), self.ids.get(path, id)
+        if kind_of(path) != "parquet" or (path == other and known == id):
+            return id
+        whole = self.whole_id(source, path)
+        if known == whole:
+            return known
+        moved = path == other or self.whole_id(source, other) in (whole, None)
+        return id if moved else whole
+
+    def whole_id(self, source: dict, path: str) -> str | None:
+        """None: there is no such file any more."""
+        with contextlib.suppress(DamagedError), reading(path), open_file(path) as file:
+            return f"{source['bytes']:x}-{sha256_of(file)}"
+        return None
 
 
 def add_sources(plan: dict, found: list[tuple[dict, list]], folder: Path) -> dict:
@@ -205,18 +225,30 @@ def is_own_text(plan: dict) -> bool:
 # ---- train and val -----------------------------------------------------------------------------------------
 
 
-def choose_split(plan: dict, jobs: list[dict], asked: float | None) -> dict:
+def choose_split(plan: dict, folder: Path, asked: float | None) -> dict:
     """The settings of the split: val_fraction, and with few documents how they are split by paragraphs.
 
     asked: the val_fraction that was asked for. A small dataset is read, of a large one the documents are estimated.
     """
     size, rows = sum(unit["bytes"] for unit in plan["units"]), sum(source.get("rows", 0) for source in plan["sources"])
     if size < SMALL_BYTES and rows < SMALL_ROWS:
-        return split_small(jobs, asked)
-    fraction, documents = SETTINGS["val_fraction"] if asked is None else asked, sum(map(count_documents, jobs))
+        return split_small(whole_jobs(plan, folder), asked)
+    fraction = SETTINGS["val_fraction"] if asked is None else asked
+    documents = sum(count_documents(make_job(plan, number, folder)) for number in range(len(plan["units"])))
     if fraction * documents >= 2 * FEW_DOCUMENTS:
         return {"val_fraction": fraction}
     return by_paragraphs(documents, max(fraction, 2 * FEW_DOCUMENTS * PARAGRAPH_CHARS / size), PARAGRAPH_CHARS, 0)
+
+
+def whole_jobs(plan: dict, folder: Path) -> list[dict]:
+    """A job for each file, or for each unit of small files: all rows at once, so that no row group is read twice."""
+    jobs: list[dict] = []
+    for number, unit in enumerate(plan["units"]):
+        if not jobs or jobs[-1]["unit"]["source"] != unit["source"]:
+            jobs.append(make_job(plan, number, folder))
+        places = unit.keys() & {"rows", "row_groups", "range"}
+        jobs[-1]["unit"] = unit | {name: [jobs[-1]["unit"][name][0], unit[name][1]] for name in places}
+    return jobs
 
 
 def count_documents(job: dict) -> int:
@@ -304,7 +336,7 @@ def train_on_sample(plan: dict, n_vocab: int, folder: Path) -> Tokenizer:
     size, total = sum(units[number]["bytes"] for number in numbers), sum(unit["bytes"] for unit in units)
     share = SAMPLE_BYTES / size if size > SAMPLE_BYTES else math.inf
     with Progress(min(size, SAMPLE_BYTES), "tokenizer: read") as progress:
-        texts = (text for number in numbers for text in sample(make_job(plan, number, 0, folder), share, progress))
+        texts = (text for number in numbers for text in sample(make_job(plan, number, folder), share, progress))
         tokenizer = open_json(train_bpe(texts, n_vocab).encode(), folder / FILE, folder.name)
     few = "" if tokenizer.n_vocab == n_vocab else f" (no more pairs occur twice, so not {n_vocab:,})"
     read, seconds = f"{progress.done / 1e6:,.1f} of {total / 1e6:,.1f} MB of text", time.monotonic() - started
@@ -316,37 +348,10 @@ def sample(job: dict, share: float, progress: Progress) -> Iterator[str]:
     """The train split's texts at the beginning of a unit, until this share of its bytes is read."""
     taken = 0
     with contextlib.suppress(DamagedError):  # the unit itself reports it
-        for path, positions, values in read_unit(job, {}):
-            documents = as_documents(path, positions, values, job, new_record())
+        for documents in read_documents(job, new_record()):
             yield from (document.text for document in documents if document.split == "train")
             size = sum(document.size for document in documents)
             progress.update(size)
             taken += size
             if taken >= share * job["unit"]["bytes"]:
                 return
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line every LINE_SECONDS. done: bytes of text."""
-
-    def __init__(self, total: float, what: str):
-        self.total, self.what, self.done, self.tokens = total, what, 0, 0
-        self.started = self.shown = time.monotonic()
-        self.bar = tqdm(total=int(total), unit="B", unit_scale=True, desc=f"  {what}", disable=None, leave=False)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *raised):
-        self.bar.close()
-
-    def update(self, size: int, tokens: int = 0) -> None:
-        self.done += size
-        self.tokens += tokens
-        now = time.monotonic()
-        rate = f"{self.tokens / max(now - self.started, 1e-3) / 1e6:.2f}M tokens/s" if self.tokens else ""
-        self.bar.set_postfix_str(rate, refresh=False)
-        self.bar.update(size)
-        if self.bar.disable and now - self.shown > LINE_SECONDS:
-            self.shown = now
-            print(f"  {self.what} {self.done / 1e6:,.0f} of about {self.total / 1e6:,.0f} MB  {rate}", flush=True)

@@ -1,10 +1,9 @@
-"""One unit of work of prepare.py: a range of rows of one file, or a few small files, in; its shards and record out.
+"""One unit of work of prepare.py: a range of rows of one file, or a few small files, in; its shard and its record out.
 
-    record = prepare_unit(job, job_tokenizer(job, "tiktoken"), report=lambda text_bytes, tokens: None)
+    record = prepare_unit(job, job_tokenizer(job, job["folder"]))
 
-`work` is what a worker process runs. The one thing to know: this module needs the package onecard alone, no script and
-no torch, so a worker on another machine needs no clone. What a unit writes depends on its job alone; its record is
-written last and means that the unit is done.
+This is what a worker runs. The one thing to know: it needs the package onecard alone, no script and no torch. What a
+unit writes depends on its job alone. It is done when prepare.py has written its record to .prepare/records.jsonl.
 """
 
 from __future__ import annotations
@@ -12,27 +11,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from onecard.rows import cut_text, read_texts
-from onecard.shards import MANIFEST, ShardError, ShardWriter, layout, read_json, write_json
-from onecard.sources import STATE, DamagedError
+from onecard import durable
+from onecard.documents import cut_text
+from onecard.records import STATE
+from onecard.remote import DamagedError
+from onecard.rows import read_texts
+from onecard.shards import ShardWriter
 from onecard.tokenizer import Tokenizer, TokenizerError, check_round_trip, from_state, replace_surrogates
 
+WRITERS = "writers.lock"  # in .prepare: held shared by each unit that is written
+PATIENCE = 60.0  # seconds that a unit waits while the main process removes leftovers
 
-def make_job(plan: dict, number: int, limit: int, folder: str | Path) -> dict:
+
+def make_job(plan: dict, number: int, folder: str | Path) -> dict:
     """All that a worker must know of a unit of this plan (the content of plan.json), as plain data."""
     unit = plan["units"][number]
     sources = plan["sources"][unit["source"] : unit["source"] + unit.get("files", 1)]
-    job = {"number": number, "limit": limit, "folder": str(folder), "unit": unit}
-    return plan["settings"] | job | {"paths": [source["path"] for source in sources]}
+    job = {"number": number, "folder": str(folder), "unit": unit, "paths": [source["path"] for source in sources]}
+    return plan["settings"] | job
 
 
 def job_tokenizer(settings: dict, folder: str | Path, encoder: str = "tiktoken") -> Tokenizer:
@@ -40,48 +42,35 @@ def job_tokenizer(settings: dict, folder: str | Path, encoder: str = "tiktoken")
     return from_state(settings.get("tokenizer"), encoder, folder)
 
 
-def prepare_unit(job: dict, tokenizer: Tokenizer, report: Callable[[int, int], object]) -> dict:
-    """Reads, encodes and writes one unit. Returns its record, which is on disk by then.
+def prepare_unit(job: dict, tokenizer: Tokenizer) -> dict:
+    """Reads, encodes and writes one unit. Returns its record, when its files are on disk.
 
-    job["limit"]: stop after the row group in which this many tokens are reached (0: no limit). report(bytes of text,
-    tokens) is called after each batch of rows. Raises DamagedError if the source cannot be read or encoded,
-    ShardError if a file cannot be written.
+    Train documents become a shard of the dataset, train_000123.bin. Val documents become a part of a shard,
+    .prepare/val_000123.bin. Raises DamagedError if the source cannot be read or encoded, ShardError if a file cannot
+    be written.
     """
-    folder, number, limit = Path(job["folder"]), job["number"], job["limit"]
-    if unit_record(folder, number).exists():  # the unit is done a second time: until then the dataset is incomplete
-        (folder / MANIFEST).unlink(missing_ok=True)
-        unit_record(folder, number).unlink()
-    record = {"unit": number, **job["unit"], "limit": limit, "complete": True, "encoder": tokenizer.encoder}
-    record |= new_record()
-    writers: dict[str, ShardWriter] = {}  # by split; a split without documents gets no shard
-    entries: dict[str, dict] = {}  # by split: what the record says of its shard
+    folder, number = Path(job["folder"]), job["number"]
+    names = {"train": f"train_{number:06d}.bin", "val": f"{STATE}/val_{number:06d}.bin"}
+    record = {"unit": number, **job["unit"], "encoder": tokenizer.encoder, **new_record()}
+    writers: dict[str, ShardWriter] = {}  # by split; a split without documents gets no file
+    entries: dict[str, dict] = {}  # by split: what the record says of its file
     with contextlib.ExitStack() as stack:
-        for path, positions, values in read_unit(job, record["skipped"]):
-            documents = as_documents(path, positions, values, job, record)
+        stack.enter_context(durable.owned(folder / STATE / WRITERS, str(folder), PATIENCE, shared=True))
+        for documents in read_documents(job, record):
             encoded = encode_documents(documents, tokenizer)
             for document, ids in zip(documents, encoded, strict=True):
                 split = document.split
                 if split not in writers:
-                    name = f"{split}_{number:06d}.bin"
-                    writers[split] = stack.enter_context(ShardWriter(folder / name))
-                    entries[split] = {"name": name, "split": split, "documents": 0, "text_bytes": 0}
+                    writers[split] = stack.enter_context(ShardWriter(folder / names[split]))
+                    entries[split] = {"name": names[split], "split": split, "documents": 0, "text_bytes": 0}
                 writers[split].write(ids)
                 entries[split]["documents"] += 1
                 entries[split]["text_bytes"] += document.size
-            tokens = sum(map(len, encoded))
             record["documents"] += len(documents)
-            record["tokens"] += tokens
-            report(sum(document.size for document in documents), tokens)
-            if limit and record["tokens"] >= limit:
-                stop, record["complete"] = positions[-1] + 1, False
-                for place, end in (("rows", stop), ("range", stop)):
-                    if place in record:
-                        record[place] = [record[place][0], end]
-                break
+            record["tokens"] += sum(map(len, encoded))
     for split in sorted(writers):
         writer = writers[split]
         record["shards"].append(entries[split] | {"tokens": writer.tokens, "sha256": writer.sha256})
-    write_json(unit_record(folder, number), record)
     return record
 
 
@@ -91,10 +80,10 @@ def new_record() -> dict:
 
 
 def read_unit(job: dict, skipped: dict) -> Iterator[tuple[str, Sequence[int], list]]:
-    """The rows of the files of a unit in batches: (path, positions, values)."""
+    """The rows of the files of a unit in batches: (path, positions, values). Counts in `skipped` what is left out."""
     for path in job["paths"]:
-        for batch in read_texts(path, job["unit"], job, skipped):
-            yield path, *batch
+        for positions, values in read_texts(path, job["unit"], job, skipped):
+            yield path, positions, values
 
 
 class Document(NamedTuple):
@@ -104,24 +93,30 @@ class Document(NamedTuple):
     split: str  # "train" or "val"
 
 
-def as_documents(path: str, positions: Sequence[int], values: list, job: dict, record: dict) -> list[Document]:
-    """The documents of a batch of rows. Counts skipped rows and replaced characters in the record.
+def read_documents(job: dict, record: dict) -> Iterator[list[Document]]:
+    """The documents of a unit, a list for each batch of rows. Counts what is skipped and replaced in the record.
 
     Raises DamagedError for a row that is not UTF-8.
     """
-    documents = []
-    for position, value in zip(positions, values, strict=True):
-        if not value:
-            record["skipped"]["null" if value is None else "empty"] += 1
-            continue
-        place = f"{path}: row {position:,}" if "rows" in job["unit"] else f"{path}: the text at byte {position:,}"
-        try:
-            text, content, replaced = decode(value)
-        except UnicodeDecodeError as error:
-            raise DamagedError(f"{place} is not UTF-8 ({error.reason}); remove it") from error
-        record["replaced"] += replaced
-        documents += [Document(place, *part) for part in split_text(text, content, job)]
-    return documents
+    skipped = record["skipped"]
+    for path, positions, values in read_unit(job, skipped):
+        documents = []
+        for position, value in zip(positions, values, strict=True):
+            if not value:
+                skipped["null" if value is None else "empty"] += 1
+                continue
+            place = f"{path}: row {position:,}" if "rows" in job["unit"] else f"{path}: the text at byte {position:,}"
+            try:
+                text, content, replaced = decode(value)
+            except UnicodeDecodeError as error:
+                if not job.get("skip_bad_rows"):
+                    remedy = "remove it, or leave such rows out with --skip_bad_rows"
+                    raise DamagedError(f"{place} is not UTF-8 ({error.reason}); {remedy}") from error
+                skipped["not UTF-8"] = skipped.get("not UTF-8", 0) + 1
+                continue
+            record["replaced"] += replaced
+            documents += [Document(place, *part) for part in split_text(text, content, job)]
+        yield documents
 
 
 def decode(value: bytes | str) -> tuple[str, bytes, int]:
@@ -177,44 +172,3 @@ def split_text(text: str, content: bytes, settings: dict) -> Iterator[tuple[str,
     for chosen, run in itertools.groupby(groups, key=lambda group: in_val(group.encode(), *rule)):
         part = "".join(run)
         yield part, len(part.encode()), "val" if chosen else "train"
-
-
-def unit_record(folder: Path, number: int) -> Path:
-    return folder / STATE / f"unit_{number:06d}.json"
-
-
-def read_record(folder: Path, number: int, unit: dict) -> dict | None:
-    """The record of a unit that is done, or None. Raises ShardError if it or a shard is not as it was written."""
-    record = read_json(unit_record(folder, number), record_fits, "nothing to do")
-    if record and any(record.get(name) != unit.get(name) for name in ("source", "bytes", "files")):
-        raise ShardError("files were added to it")
-    for shard in record["shards"] if record else ():
-        if layout(folder / shard["name"])[1] != shard["tokens"]:
-            raise ShardError(f"{folder / shard['name']}: not the size that was written")
-    return record
-
-
-def record_fits(record):
-    sums = {name: sum(shard[name] for shard in record["shards"]) for name in ("documents", "tokens")}
-    numbers = [record[name] for name in ("source", "bytes", "limit", "complete", "replaced", "documents", "tokens")]
-    numbers += [record["skipped"]["null"], record["skipped"]["empty"]]
-    texts = [record["encoder"], *(shard["name"] for shard in record["shards"])]
-    return sums.items() <= record.items() and min(numbers) >= 0 and min(texts) > ""
-
-
-def work(connection: Connection, encoder: str, threads: int) -> None:
-    """A worker process: takes jobs from the connection, sends (progress | done | failed | stop, content)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends the workers
-    os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by fastokens and tokenizers
-    tokenizer = None
-    with contextlib.suppress(EOFError, ConnectionError):  # the main process is gone; temporary files are removed
-        while True:
-            job = connection.recv()
-            try:
-                tokenizer = tokenizer or job_tokenizer(job, job["folder"], encoder)
-                record = prepare_unit(job, tokenizer, lambda *counts: connection.send(("progress", counts)))
-                connection.send(("done", record))
-            except (ShardError, TokenizerError) as error:
-                connection.send(("stop", str(error)))
-            except DamagedError as error:
-                connection.send(("failed", str(error)))

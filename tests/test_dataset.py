@@ -1,5 +1,6 @@
 """dataset.py: plans of small and large datasets; train and val of a small text; a tokenizer of the inputs."""
 
+import itertools
 import json
 import pickle
 import random
@@ -9,11 +10,11 @@ import pytest
 from texts import some_texts, write_parquet
 
 from onecard import dataset
-from onecard.dataset import PrepareError, bytes_per_token, plan_dataset, read_plan, write_plan
-from onecard.rows import read_texts
-from onecard.sources import STATE, examine
+from onecard.dataset import bytes_per_token, plan_dataset
+from onecard.records import STATE, PrepareError, read_plan, stamp, write_plan
+from onecard.sources import examine
 from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
-from onecard.units import as_documents, new_record
+from onecard.units import new_record, read_documents
 
 NOWHERE = Path("none/mine")  # a dataset that is planned only
 
@@ -35,9 +36,9 @@ def splits_of(path, settings):
     """{split: its text} of a file, from the documents that its units would write."""
     texts = {"train": "", "val": ""}
     for unit in examine(str(path), {"text_column": "text"}, 1e9)[1]:
-        for positions, values in read_texts(str(path), unit, {"text_column": "text"}, {}):
-            for document in as_documents(str(path), positions, values, {"unit": unit} | settings, new_record()):
-                texts[document.split] += document.text
+        job = settings | {"paths": [str(path)], "unit": unit}
+        for document in itertools.chain.from_iterable(read_documents(job, new_record())):
+            texts[document.split] += document.text
     return texts
 
 
@@ -111,7 +112,7 @@ def test_small_files_are_one_unit_and_new_ones_join_it_in_their_order(tmp_path):
     folder = tmp_path / "data/mine"
     (folder / STATE).mkdir(parents=True)
     for count in (20, 30, 30):
-        before = read_plan(folder)
+        before = stamp(folder)
         plan, _, _ = plan_dataset(paths[:count], {}, folder)
         write_plan(plan, "", before, folder)
     assert read_plan(folder)["units"] == whole["units"] and read_plan(folder)["sources"] == whole["sources"]
@@ -195,7 +196,7 @@ def test_a_tokenizer_file_is_kept_with_its_separator_and_another_is_refused(tmp_
         write_plan(plan, content, before, folder)
         assert (folder / "tokenizer.json").read_text() == content
         (folder / "tokenizer.json").unlink()
-        before = plan
+        before = stamp(folder)
     state = plan["settings"]["tokenizer"]
     assert (state["name"], state["eot"]) == ("model", load_tokenizer(model).eot) == ("model", 299)
     assert plan_dataset([str(text)], {}, folder)[0] == plan

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import operator
 import os
@@ -22,16 +23,17 @@ from runs import flags_of
 from texts import documents_of, expected_documents, files_of, some_texts, strings_of_bytes, write_parquet
 
 import prepare
-from onecard import UserError, dataset
+from onecard import UserError, records
 from onecard.durable import OwnedError
-from onecard.shards import ShardError, check_shard, open_tokens, read_manifest
-from onecard.sources import SourceError
+from onecard.jsonfiles import ShardError
+from onecard.records import PrepareError, load_records, read_plan, read_records, write_records
+from onecard.remote import SourceError
+from onecard.shards import check_shard, open_tokens, read_manifest
 from onecard.tokenizer import TokenizerError, dataset_tokenizer, load_tokenizer
 from onecard.units import in_val
-from prepare import PrepareError, next_units
 
 ROOT = Path(prepare.__file__).parent
-NO_SPACE = r"\.bin: could not be written \(No space left on device, after [\d,]+ bytes\); [\d,]+ bytes are free"
+NO_SPACE = r"\.bin: could not be written \(No space left on device\); [\d,]+ bytes are free"
 SMALL = ("--shard_tokens=3000", "--val_fraction=0.2")  # 18 units of the files of `inputs`
 
 
@@ -93,8 +95,9 @@ def assert_nothing_is_half(folder):
     """Every file with a final name is whole: each shard has its size, each record its shards and their hashes."""
     for path in folder.glob("*.bin"):
         open_tokens(path)
-    for path in folder.glob(".prepare/unit_*.json"):
-        for shard in json.loads(path.read_text())["shards"]:
+    plan = read_plan(folder)
+    for record in read_records(plan, folder)[0].values() if plan else ():
+        for shard in record["shards"]:
             check_shard(folder / shard["name"], shard, {"n_vocab": 50257, "eot": 50256})
 
 
@@ -112,12 +115,17 @@ def test_the_manifest_names_the_rows_of_every_shard_and_counts_what_was_skipped_
     for shard in manifest["shards"]:
         content = (docs / shard["name"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == shard["sha256"] and len(content) == 1024 + 2 * shard["tokens"]
-        if shard["source"] == path.as_posix():
+        if shard.get("source") == path.as_posix():
             first, last = shard["rows"]
             assert (shard["row_groups"][0] * 30, min(shard["row_groups"][1] * 30, len(texts))) == (first, last)
             contents = [text.encode() for text in texts[first:last] if text]
-            chosen = [content for content in contents if in_val(content, 0.2) == (shard["split"] == "val")]
+            chosen = [content for content in contents if not in_val(content, 0.2)]
             assert (shard["documents"], shard["text_bytes"]) == (len(chosen), sum(map(len, chosen)))
+    val = [shard for shard in manifest["shards"] if shard["split"] == "val"]  # each has the val documents of many units
+    assert len(val) < 4 and all(shard["tokens"] <= 3000 for shard in val)
+    assert [shard["name"] for shard in val] == [f"val_{shard['units'][0]:06d}.bin" for shard in val]
+    assert all(a["units"][0] <= a["units"][1] < b["units"][0] for a, b in itertools.pairwise(val))
+    assert sum(shard["documents"] for shard in val) > len(expected_documents([t for t in texts if t], "val", 0.2)) > 20
     decode, found = load_tokenizer().decode, documents_of(docs, "train") + documents_of(docs, "val")
     assert {"a\ufffdb", "😀", "plain", "c \ufffd d", "😀!"} <= {decode(ids[1:]) for ids in found}
 
@@ -129,7 +137,8 @@ def test_files_are_added_nothing_old_moves_and_bytes_do_not_depend_on_workers_or
     before = files_of(docs)
     assert "done already" in run(*paths, *SMALL)
     after = files_of(docs)
-    assert all(after[name] == before[name] for name in before if name != "manifest.json") and len(after) > 8
+    assert all(after[name] == before[name] for name in before if name.startswith("train")) and len(after) > 8
+    assert after["val_000000.bin"][1024:].startswith(before["val_000000.bin"][1024:])
     assert after == whole(*paths, *SMALL, "--workers=3")
     other = whole(*paths, *SMALL, "--encoder=auto", name="other")
     del after["manifest.json"], other["manifest.json"]  # which names the encoder
@@ -211,9 +220,10 @@ def test_a_folder_of_notes_becomes_a_dataset_of_any_tokenizer_and_one_more_note_
 
 def test_without_a_terminal_progress_is_a_line_now_and_then(run, inputs, monkeypatch):
     assert "prepared" not in run(inputs, *SMALL)
-    monkeypatch.setattr(dataset, "LINE_SECONDS", -1)
-    assert re.search(r"\n  prepared 0 of about 0 MB  \d\.\d\dM tokens/s\n", run(inputs, *SMALL, dataset="more"))
-    assert "checked 0 of about 0 MB" in run("--verify")
+    monkeypatch.setattr(records, "LINE_SECONDS", -1)
+    printed = run(inputs, *SMALL, dataset="more")
+    assert re.search(r"\n  prepared [\d.]+ kB of [\d.]+ kB  \d\.\d\dM tokens/s\n", printed)
+    assert "examined 3 of 3 files" in printed and re.search(r"checked [\d.]+ kB of [\d.]+ kB", run("--verify"))
 
 
 def test_mistakes_are_lines_without_settings_and_names_are_suggested(run, tmp_path, capsys):
@@ -233,57 +243,44 @@ def test_mistakes_are_lines_without_settings_and_names_are_suggested(run, tmp_pa
         ((book, "--train_tokenizer=500"), "books", r"train_tokenizer: .* was started with bytes .*, not 500"),
         ((book, "--tokenizer=bytes", "--train_tokenizer=400"), "x", "train_tokenizer: excludes --tokenizer"),
         ((book, "--train_tokenizer=100"), "x", "train_tokenizer: 256 bytes and a separator are ids; give 257 or more"),
-        *(((book, f"--task={task}"), "x", "1/16 to 16/16") for task in ("0/4", "5/4", "x", "1/0", "3")),
+        ((book, "--cluster=tcp://127.0.0.1:1", "--workers=2"), "x", "workers: the cluster has its own"),
     ):
         with pytest.raises(UserError, match=message):
             run(*arguments, dataset=name)
         assert capsys.readouterr().out == ""
 
 
-def test_max_tokens_takes_the_fewest_row_groups_and_can_grow_as_if_it_had_been_so_from_the_start(
-    run, docs, tmp_path, whole
+@pytest.mark.parametrize("workers", [1, 3])
+def test_max_tokens_takes_the_fewest_units_and_can_grow_as_if_it_had_been_so_from_the_start(
+    run, docs, tmp_path, whole, workers
 ):
     texts = [*some_texts(100, 1), *some_texts(100, 2, words=5), *some_texts(100, 3)]
     for part in range(3):
         write_parquet(tmp_path / f"in/{part}.parquet", texts[100 * part : 100 * part + 100], row_group_size=10)
-    counts, rows = [len(ids) for ids in expected_documents(texts, "train", 0.0)], 10
+    options = (tmp_path / "in", "--shard_tokens=1000", f"--workers={workers}")
+    run(*options, dataset="all")
+    sizes = [s["tokens"] for s in read_manifest(docs.with_name("all"))["shards"] if s["split"] == "train"]
+    run(*options, "--val_fraction=0", dataset="none")
+    sizes = [shard["tokens"] for shard in read_manifest(docs.with_name("none"))["shards"]]
+    ends = [0, *itertools.accumulate(sizes)]
     for most in (1, 3000, 15_000, 10_000_000, 0):
-        while rows < 300 and sum(counts[:rows]) < (most or 10_000_000):
-            rows += 10
-        options = (tmp_path / "in", f"--max_tokens={most}", "--shard_tokens=2500")
-        run(*options)
-        manifest = read_manifest(docs)
-        assert (manifest["documents"], manifest["tokens"]) == (rows, sum(counts[:rows]))
+        printed = run(*options, f"--max_tokens={most}")
+        taken = next((end for end in ends if end >= most), ends[-1]) if most else ends[-1]
+        assert read_manifest(docs)["tokens"] == taken
         if most:  # 0 adds nothing to the last one
-            assert files_of(docs) == whole(*options, name=f"whole{most}")
+            assert f"max_tokens: {most:,} asked, {taken:,} taken: " in printed
+            assert files_of(docs) == whole(*options, f"--max_tokens={most}", name=f"whole{most}")
+            assert not list(docs.rglob("*.tmp")) and len(list(docs.glob("train*"))) == ends.index(taken)
     with pytest.raises(PrepareError, match=r"max_tokens: .* tokens already"):
-        run(tmp_path / "in", "--max_tokens=500", "--shard_tokens=2500")
+        run(*options, "--max_tokens=500")
 
 
-def test_a_unit_that_was_started_early_is_done_again_if_the_limit_lies_in_it():
-    plan = {"settings": {}, "units": [{"bytes": 4670}] * 3}  # 1000 tokens each are expected
-    first = {"tokens": 2500, "complete": True, "limit": 3100}
-    early = {"tokens": 2500, "complete": True, "limit": 0}
-    cut = {"tokens": 650, "complete": False, "limit": 600}
-    assert next_units(plan, {}, range(3), (), {}, 0) == [(0, 0), (1, 0), (2, 0)]
-    assert next_units(plan, {}, range(3), (), {}, 2000) == [(0, 2000)]
-    assert next_units(plan, {}, range(3), (), {}, 3100) == [(0, 3100), (1, 0)]
-    assert next_units(plan, {0: first}, range(3), (1,), {}, 3100) == []
-    assert next_units(plan, {0: first, 1: early}, range(3), (), {}, 3100) == [(1, 600)]
-    assert next_units(plan, {0: first, 1: cut, 2: early}, range(3), (), {}, 3100) == []
-    assert next_units(plan, {0: first, 1: cut, 2: early}, range(3), (), {}, 0) == [(1, 0)]
-
-
-def test_tasks_started_at_the_same_moment_and_a_merge_make_what_one_run_makes(run, docs, inputs, start, whole):
-    run(inputs, "--task=2/4", *SMALL)
-    with pytest.raises(PrepareError, match=r"units \[0, 2, .* are not done"):
-        run("--merge", *SMALL)
-    for process in [start(inputs, f"--task={task}/4", "--workers=1") for task in (1, 3, 4)]:
-        printed, _ = process.communicate(timeout=120)
-        assert process.returncode == 0 and "--merge" in printed, printed
-    assert not (docs / "manifest.json").exists()
-    run("--merge", *SMALL)
-    assert files_of(docs) == whole(inputs, *SMALL)
+def test_a_new_dataset_with_max_tokens_comes_within_two_percent_of_it(run, docs, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", some_texts(6000, words=500), row_group_size=50)
+    run(path, "--max_tokens=1000000", "--encoder=auto")
+    manifest = read_manifest(docs)
+    assert manifest["settings"]["shard_tokens"] == 200_000
+    assert 0 <= manifest["tokens"] - 1_000_000 <= max(s["tokens"] for s in manifest["shards"])
 
 
 def test_inspect_shows_counts_lengths_sources_and_the_first_and_last_documents(run, tmp_path):
@@ -334,17 +331,18 @@ def test_killed_at_random_moments_and_run_again_the_bytes_are_those_of_a_run_nev
         process.communicate(timeout=30)  # no worker is left
         assert_nothing_is_half(docs)
         if done or tries % 3 == 2:  # take half of the units away, so that the next kills find work
-            for path in list(docs.glob(".prepare/unit_*.json"))[::2]:
-                path.unlink()
-                for shard in docs.glob(f"*{path.stem.removeprefix('unit')}.bin"):
-                    shard.unlink()
+            found = read_records(read_plan(docs), docs)[0]
+            write_records(list(found.values())[::2], docs)
+            for record in list(found.values())[1::2]:
+                for shard in record["shards"]:
+                    (docs / shard["name"]).unlink()
     run(inputs, *SMALL)
     assert files_of(docs) == whole(inputs, *SMALL) and not list(docs.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("harm", ["SIGINT", "SIGTERM", "a dead worker"])
 def test_a_signal_or_a_dead_worker_ends_all_processes_at_once_and_leaves_nothing_half(start, docs, tmp_path, harm):
-    process = start(write_parquet(tmp_path / "a.parquet", some_texts(1000, words=2000), 1000), "--workers=2")
+    process = start(write_parquet(tmp_path / "a.parquet", some_texts(1000, words=500), 50), "--workers=2")
     while process.poll() is None and not list(docs.glob("*.tmp")):
         time.sleep(0.01)
     begun = time.monotonic()
@@ -390,18 +388,14 @@ def test_a_disk_that_fills_up_all_the_same(run, docs, tmp_path, small_disk):
     assert before.items() < files_of(docs).items() == files_of(disk / "docs").items()
 
 
-@pytest.mark.parametrize("lock", ["all.lock", "task_1_of_2.lock"])
-def test_a_second_prepare_names_the_first_and_a_kill_frees_it(run, docs, inputs, monkeypatch, lock):
-    monkeypatch.setattr(prepare, "PLANNING_SECONDS", 0.2)
+def test_a_second_prepare_names_the_first_and_a_kill_frees_it(run, docs, inputs):
     (docs / ".prepare").mkdir(parents=True)
-    code = f"import onecard.durable as d, time\nwith d.owned({str(docs / '.prepare' / lock)!r}, ''): print(flush=True)"
-    with subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(99)"], stdout=subprocess.PIPE, cwd=ROOT) as first:
+    code = "import onecard.durable as d, sys, time\nwith d.owned(sys.argv[1], ''): print(flush=True); time.sleep(99)"
+    command = [sys.executable, "-c", code, docs / ".prepare/all.lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as first:
         first.stdout.readline()
-        for refused in ((), ("--merge",), ("--task=1/2",)):
-            with pytest.raises(OwnedError, match=f"process {first.pid} on "):
-                run(inputs, *refused)
-        if lock == "task_1_of_2.lock":
-            run(inputs, "--task=2/2")
+        with pytest.raises(OwnedError, match=f"process {first.pid} on "):
+            run(inputs)
         first.kill()
     run(inputs)
 
@@ -442,7 +436,9 @@ def test_whatever_of_a_dataset_is_damaged_lost_cut_or_unfinished_is_made_again(r
         assert f"{path}: " in printed and printed.count(".bin: ") == 1
     path.unlink()
     (docs / "train_000002.bin").write_bytes(before["train_000002.bin"][:-2])
-    (docs / ".prepare/unit_000007.json").unlink()  # as if killed after its shards, before its record
+    found = load_records(docs)[0]
+    del found[7]  # as if killed after its shards, before its record
+    write_records(found.values(), docs)
     leftover = docs / "val_000007.bin.0123abcd.tmp"
     leftover.write_bytes(b"half")
     printed = run(inputs, *SMALL)
@@ -450,35 +446,119 @@ def test_whatever_of_a_dataset_is_damaged_lost_cut_or_unfinished_is_made_again(r
     assert files_of(docs) == before and not leftover.exists()
 
 
-EDITS = {  # values that are replaced by a list
-    "unit_000006.json": (("replaced",), ("encoder",), ("tokens",), ("shards", 0, "name"), ("skipped", "null")),
-    "plan.json": (
-        *(("settings", name) for name in ("val_fraction", "shard_tokens", "text_column", "tokenizer")),
-        *(("units", 0, name) for name in ("source", "bytes", "rows")),
-        *(("sources", 0, name) for name in ("path", "id")),
-    ),
-    "../manifest.json": (("tokenizer",), ("documents",), ("shards", 0, "split"), ("shards", 0, "tokens")),
+PREPARE, VERIFY, INSPECT = (), ("--verify",), ("--inspect",)
+HARMS = {  # file: (keys of a value that is replaced, or bytes that are kept), and what it becomes
+    "manifest.json": [
+        *(0, 1, 300, -2),
+        *((("tokenizer",), value) for value in ([], None, {})),
+        *((("shards", 0, name), value) for name in ("tokens", "documents") for value in (-1, "7", 7)),
+        *((("shards", 0, "name"), value) for value in ("val_000000.bin", 5, "../x.bin")),
+        *((("shards", 0, "split"), value) for value in ("val", "test")),
+        *(((name,), None) for name in ("shards", "sources", "skipped", "failed", "settings", "replaced")),
+        (("shards", 1, "rows"), [0, 9]),
+        (("settings", "val_fraction"), 0.3),
+    ],
+    ".prepare/plan.json": [
+        *(0, 1, 300, -2),
+        *((("settings", name), []) for name in ("val_fraction", "shard_tokens", "text_column", "tokenizer")),
+        *((("units", 0, name), value) for name in ("source", "bytes", "rows") for value in ([], -1, 99)),
+        *((("sources", 0, name), 5) for name in ("path", "id")),
+        *(((name,), {}) for name in ("units", "sources", "settings")),
+        (("units", 1, "rows"), [0, 9]),
+    ],
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_a_plan_a_record_or_a_manifest_that_is_empty_cut_or_edited_is_a_line_with_what_to_do(run, docs, inputs, name):
+@pytest.mark.parametrize("name", HARMS)
+def test_a_manifest_or_a_plan_that_is_empty_cut_or_edited_is_a_line_with_what_to_do(run, docs, inputs, name):
     run(inputs, *SMALL)
-    before, path = files_of(docs), (docs / ".prepare" / name).resolve()
+    before, path = files_of(docs), docs / name
     content = path.read_text()
-    for keys in (0, 50, *EDITS[name]):
-        edited = json.loads(content)
-        if isinstance(keys, tuple):
-            functools.reduce(operator.getitem, keys[:-1], edited)[keys[-1]] = []
-        path.write_text(json.dumps(edited) if isinstance(keys, tuple) else content[:keys])
-        if name == "unit_000006.json":
-            assert prepare.read_records(dataset.read_plan(docs), range(5, 7), docs).keys() == {5}
-        for command in {"plan.json": [()], "../manifest.json": [(), ("--verify",), ("--inspect",)]}.get(name, []):
-            with pytest.raises(ShardError, match=rf"{path.name}: damaged .*; delete (it|{docs}) and "):
+    for harm in HARMS[name]:
+        if isinstance(harm, int):
+            path.write_text(content[:harm])
+        else:
+            edited, keys = json.loads(content), harm[0]
+            functools.reduce(operator.getitem, keys[:-1], edited)[keys[-1]] = harm[1]
+            path.write_text(json.dumps(edited))
+        for command in (PREPARE, VERIFY, INSPECT):
+            if command == INSPECT and name == ".prepare/plan.json":
+                assert "last: " in run(*command)  # it needs no plan
+                continue
+            with pytest.raises(ShardError, match=rf"^{path}: damaged .*; delete (it|{docs}) and .*$"):
                 run(*command)
-    if name == "plan.json":
-        shutil.rmtree(docs)
-    elif name == "../manifest.json":
+    if name == "manifest.json":
         path.unlink()
-    assert ("unit 6 is prepared again" in run(inputs, *SMALL)) == (name == "unit_000006.json")
+    else:
+        shutil.rmtree(docs)
+    run(inputs, *SMALL)
     assert files_of(docs) == before
+
+
+def test_a_record_that_is_empty_cut_or_edited_is_named_by_its_line_and_its_unit_is_prepared_again(run, docs, inputs):
+    run(inputs, *SMALL)
+    before, path = files_of(docs), docs / ".prepare/records.jsonl"
+    content = path.read_text()
+    lines = content.splitlines(keepends=True)
+    number = next(i for i, line in enumerate(lines) if '"unit": 6,' in line)
+    for old, new in (
+        ('"tokens": ', '"tokens": 1'),
+        ('"encoder": "tiktoken"', '"encoder": 5'),
+        ('"train_', '"train'),
+        ('"shards": [', '"shards": [7, '),
+        ('"null": 0', '"null": 3'),
+        ('"unit": 6', '"unit": 7'),
+        ("{", ""),
+    ):
+        path.write_text("".join(line.replace(old, new, 1) if i == number else line for i, line in enumerate(lines)))
+        named = f"{path}: line {number + 1} is damaged ("
+        assert "last: " in run("--inspect") and named in run("--verify", code=1)
+        assert named in run(inputs, *SMALL) and "nothing to do" in run(inputs, *SMALL)
+        assert files_of(docs) == before and "are right" in run("--verify")
+    for cut in (0, len(content) // 2, len(content) - 3):
+        path.write_text(content[:cut])
+        assert f"{path}: has no record of units " in run("--verify", code=1)
+        assert f"{path}: has no record of units " in run(inputs, *SMALL)
+        assert files_of(docs) == before
+    path.write_text(content + lines[0] + '{"unit": 3, "sou')  # twice a unit, and what a kill left
+    assert "nothing to do" in run(inputs, *SMALL) and "are right" in run("--verify")
+
+
+# ---- datasets of earlier versions
+
+
+@pytest.fixture
+def old(docs, tmp_path):
+    """A copy of a dataset that an earlier version made, with a val shard for each unit, and its input."""
+    shutil.copytree(ROOT / "tests/data/old_data", docs)
+    (tmp_path / "old_data").mkdir()
+    return Path(shutil.move(docs / "texts.jsonl", tmp_path / "old_data/texts.jsonl"))
+
+
+def tokens_of(folder, split):
+    return [token for document in documents_of(folder, split) for token in document]
+
+
+def test_an_old_dataset_is_complete_and_its_tokens_are_those_of_a_new_one(run, docs, old, monkeypatch):
+    monkeypatch.chdir(old.parent.parent)  # its plan names old_data/texts.jsonl
+    before = files_of(docs)
+    assert "nothing to do" in run(old.relative_to(Path.cwd())) and files_of(docs) == before
+    assert "are right" in run("--verify") and "sources" in run("--inspect")
+    run(old, "--shard_tokens=1000", "--val_fraction=0.2", dataset="new")
+    for split in ("train", "val"):
+        assert tokens_of(docs, split) == tokens_of(docs.with_name("new"), split)
+    assert len(list(docs.with_name("new").glob("val*"))) == 1
+
+
+def test_an_old_dataset_is_extended_and_a_half_finished_one_is_completed(run, docs, old, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, more = files_of(docs), write_parquet(tmp_path / "more.parquet", some_texts(200))
+    run(more)
+    after, expected = files_of(docs), expected_documents(some_texts(200), "val", 0.2)
+    assert all(after[name] == before[name] for name in before if name != "manifest.json")
+    assert documents_of(docs, "val")[-len(expected) :] == expected and "are right" in run("--verify")
+    (docs / "manifest.json").unlink()
+    write_records([record for number, record in read_records(read_plan(docs), docs)[0].items() if number != 1], docs)
+    run()
+    assert len(documents_of(docs, "val")) == 13 + len(expected) and "are right" in run("--verify")
+    assert sum(shard["tokens"] for shard in read_manifest(docs)["shards"]) == read_manifest(docs)["tokens"]

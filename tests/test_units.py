@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from texts import documents_of, expected_documents, some_texts, strings_of_bytes, write_parquet
 
+from onecard.records import STATE
 from onecard.sources import DamagedError, examine
 from onecard.tokenizer import HARD_STRINGS, load_tokenizer, train_tokenizer
-from onecard.units import STATE, in_val, make_job, prepare_unit, split_text
+from onecard.units import WRITERS, in_val, make_job, prepare_unit, split_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,13 +24,13 @@ def jobs_of(path, folder, shard_bytes=1e9, val_fraction=0.0):
     source, units = examine(path.as_posix(), {"text_column": "text"}, shard_bytes)
     settings = {"text_column": "text", "val_fraction": val_fraction}
     plan = {"settings": settings, "sources": [source], "units": [{"source": 0, **unit} for unit in units]}
-    return [make_job(plan, number, 0, folder) for number in range(len(units))]
+    return [make_job(plan, number, folder) for number in range(len(units))]
 
 
 def prepare_file(path, folder, encoder="tiktoken", **options):
     """The records of all units of one file."""
     tokenizer = load_tokenizer(encoder=encoder)
-    return [prepare_unit(job, tokenizer, lambda *counts: None) for job in jobs_of(path, folder, **options)]
+    return [prepare_unit(job, tokenizer) for job in jobs_of(path, folder, **options)]
 
 
 @pytest.mark.parametrize("encoder", ["tiktoken", "fastokens"])
@@ -41,7 +42,7 @@ def test_every_document_has_tiktokens_ids_after_one_separator_however_the_file_i
         write_parquet(path, texts, row_group_size)
         assert len(prepare_file(path, folder, encoder, shard_bytes=60_000, val_fraction=0.2)) > 5
         for split in ("train", "val"):
-            found = documents_of(folder, split)
+            found = documents_of(folder if split == "train" else folder / STATE, split)
             assert found == expected_documents(texts, split, 0.2) and found
 
 
@@ -75,12 +76,12 @@ def test_a_document_that_the_tokenizer_changes_fails_the_unit_and_is_named_by_it
     assert not tokenizer.lossless
     texts = [f"text {i}" for i in range(30)]
     (job,) = jobs_of(write_parquet(tmp_path / "fine.parquet", texts), tmp_path / "fine")
-    assert prepare_unit(job, tokenizer, lambda *counts: None)["documents"] == 30
+    assert prepare_unit(job, tokenizer)["documents"] == 30
     texts[17] = "so Much for that"
     (job,) = jobs_of(write_parquet(tmp_path / "a.parquet", texts), tmp_path / "docs")
     with pytest.raises(DamagedError, match=r"a\.parquet: row 17: .*'so Much for that'.*at character 3"):
-        prepare_unit(job, tokenizer, lambda *counts: None)
-    assert [file.name for file in (tmp_path / "docs").rglob("*")] == [STATE]
+        prepare_unit(job, tokenizer)
+    assert {file.name for file in (tmp_path / "docs").rglob("*")} == {STATE, WRITERS}
 
 
 def test_bytes_that_are_not_utf8_are_named_by_file_and_row_and_leave_nothing(tmp_path):
@@ -89,7 +90,7 @@ def test_bytes_that_are_not_utf8_are_named_by_file_and_row_and_leave_nothing(tmp
     path = write_parquet(tmp_path / "a.parquet", strings_of_bytes(contents))
     with pytest.raises(DamagedError, match=f"{path.as_posix()}: row 77 is not UTF-8"):
         prepare_file(path, tmp_path / "docs")
-    assert [file.name for file in (tmp_path / "docs").rglob("*")] == [STATE]
+    assert {file.name for file in (tmp_path / "docs").rglob("*")} == {STATE, WRITERS}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory in /proc")
@@ -102,7 +103,7 @@ def test_a_document_of_100_mb_and_ten_million_letters_in_bounded_memory(tmp_path
         import json, sys
         from onecard import units
         job = json.loads(sys.argv[1])
-        units.prepare_unit(job, units.job_tokenizer(job, job["folder"]), lambda *counts: None)
+        units.prepare_unit(job, units.job_tokenizer(job, job["folder"]))
         print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss may be that of the parent
     """
     command = [sys.executable, "-c", code, json.dumps(job)]
