@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from onecard.rows import read_texts
 from onecard.shards import open_tokens
+from onecard.sources import examine
 from onecard.tokenizer import load_tokenizer
 from onecard.units import in_val
 
@@ -30,6 +32,19 @@ def write_parquet(path, texts, row_group_size=20, token_count=None, **options):
 def strings_of_bytes(contents):
     """A string column of any bytes, UTF-8 or not."""
     return pa.Array.from_buffers(pa.string(), len(contents), pa.array(contents, pa.binary()).buffers())
+
+
+def bytes_for(text):
+    return text if text is None else text.encode()
+
+
+def rows_of(path, shard_bytes=1e9, skipped=None, **settings):
+    """[(position, value)] of all units of a file, and the number of units."""
+    name, settings = str(path), {"text_column": "text"} | settings
+    _, units = examine(name, settings, shard_bytes)
+    skipped = {} if skipped is None else skipped
+    batches = [batch for unit in units for batch in read_texts(name, unit, settings, skipped)]
+    return [row for positions, values in batches for row in zip(positions, values, strict=True)], len(units)
 
 
 def files_of(folder):
