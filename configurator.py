@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from glob import glob
-from operator import add, floordiv, mod, mul, neg, pos, pow, sub, truediv
+from operator import add, floordiv, ge, gt, lt, mod, mul, neg, pos, pow, sub, truediv
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ ALIASES = {  # names that other programs give to a key
 BOOLS = {"true": True, "True": True, "false": False, "False": False}
 TYPES = {bool: "True or False", int: "an integer", float: "a number", str: "text in quotes", tuple: "a list of texts"}
 OPERATORS: dict[type, Callable[..., Any]] = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
+TOO_DEEP = (MemoryError, RecursionError)  # what Python raises for thousands of signs or sums in one value
 OPERATORS |= {ast.FloorDiv: floordiv, ast.Mod: mod, ast.Pow: pow, ast.UAdd: pos, ast.USub: neg}
 
 
@@ -52,13 +53,13 @@ class ConfigError(UserError):
     """Mistakes in a config: one line for each, with its place, the reason and the remedy."""
 
 
-def key(default, help: str, *, choices=(), low=None, high=None, inputs: bool = False) -> Any:
+def key(default, help: str, *, choices=(), low=None, high=None, below=None, inputs: bool = False) -> Any:
     """A field of a config dataclass; all its fields must be made by this function. A key has the type of its default.
 
-    choices: the permitted texts. low, high: inclusive bounds. inputs=True: the field takes the command-line arguments
-    without dashes that are not config files: any number if it is a tuple of texts, one if it is a text.
+    choices: the permitted texts. low, high: inclusive bounds; below: exclusive. inputs=True: the field takes the
+    command-line arguments without dashes that are no config files: any number if a tuple of texts, one if a text.
     """
-    rules = {"type": type(default), "help": help, "choices": choices, "low": low, "high": high, "inputs": inputs}
+    rules = dict(type=type(default), help=help, choices=choices, low=low, high=high, below=below, inputs=inputs)
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -69,8 +70,7 @@ def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) ->
     problems; ConfigClass may have a method problems() that returns those between its keys.
     """
     argv = sys.argv[1:] if argv is None else argv
-    fields = dataclasses.fields(ConfigClass)
-    keys = {field.name: SimpleNamespace(default=field.default, **field.metadata) for field in fields}
+    keys = {f.name: SimpleNamespace(default=f.default, **f.metadata) for f in dataclasses.fields(ConfigClass)}
     if "--help" in argv or "-h" in argv:
         print(help_text(keys))
         raise SystemExit(0)
@@ -114,7 +114,7 @@ def read_file(path, values, problems, keys=None):
             for name in names:
                 values[name] = checked(value, find_key(name, keys)) if keys else value
                 sources[name] = place
-        except ConfigError as error:
+        except (ConfigError, RecursionError) as error:
             problems.append(f"{place}: {text}: {error}")
     return sources
 
@@ -132,8 +132,8 @@ def parse_file(path, problems):
         others = {*glob(os.path.join(os.path.dirname(path), "*.py"))} - {path}
         problems.append(f"{path}: {error.strerror}; {did_you_mean(path, others, 'check the path')}")
         return
-    except (SyntaxError, ValueError) as error:  # ValueError: a zero byte
-        line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error)
+    except (SyntaxError, ValueError, *TOO_DEEP) as error:  # ValueError: a zero byte
+        line, reason = getattr(error, "lineno", None) or 1, getattr(error, "msg", error) or "too deep"
         problems.append(f"{path}:{line}: {reason}; write key = value lines in UTF-8")
         return
     lines = data.splitlines()
@@ -151,11 +151,12 @@ def parse_file(path, problems):
 def split_arguments(argv, problems, keys):
     """argv -> (config files, other arguments without dashes, options). "--key", "value" become one option."""
     files, inputs, options, rest = [], [], [], list(argv)
+    takes_inputs = any(key.inputs for key in keys.values())
     while rest:
         argument = rest.pop(0)
         key = keys.get(argument[2:])
         if argument[:1] not in ("", "-"):
-            (files if argument.endswith(".py") else inputs).append(argument)
+            (files if argument.endswith(".py") else inputs if takes_inputs else options).append(argument)
         elif key and key.type is bool and rest and rest[0] in BOOLS:
             problems.append(f"command line: {argument} {rest[0]}: write {argument}={rest.pop(0)}")
         elif argument.startswith("--") and "=" not in argument and not (key and key.type in (bool, tuple)):
@@ -172,12 +173,9 @@ def is_value(argument):
 
 def read_inputs(inputs, values, problems, keys):
     """Gives the arguments without dashes to the key that takes them. Returns key -> "command line"."""
-    taking = [name for name, key in keys.items() if key.inputs]
-    if not taking or not inputs:
-        reason = "not understood; write --key=value (a config file ends in .py)"
-        problems += [f"command line: {shorten(text)}: {reason}" for text in inputs]
+    if not inputs:
         return {}
-    (name,) = taking
+    (name,) = (name for name, key in keys.items() if key.inputs)
     if keys[name].type is str and len(inputs) > 1:
         problems.append(f"command line: {shorten(' '.join(inputs))}: {len(inputs)} arguments; give one {name}")
     values[name] = inputs[0] if keys[name].type is str else tuple(inputs)
@@ -214,7 +212,7 @@ def value_of(text, key):
         return text
     try:
         return evaluate(ast.parse(f"({text})", mode="eval").body, {})  # in parentheses, a comment is a syntax error
-    except (SyntaxError, ValueError):  # a ConfigError is a ValueError
+    except (SyntaxError, ValueError, *TOO_DEEP):  # a ConfigError is a ValueError
         return text
 
 
@@ -244,10 +242,13 @@ def evaluate(node: ast.AST, names: dict) -> Any:
 
 
 def calculate(op, *operands):
-    """The result for numbers, not for True and False; of two strings, only the sum."""
+    """The result for numbers, not for True and False; of two strings, only the sum, while it is short."""
     kinds = {type(operand) for operand in operands}
-    if not kinds <= {int, float} and not (kinds == {str} and isinstance(op, ast.Add)):
+    texts = kinds == {str} and isinstance(op, ast.Add) and sum(map(len, operands)) <= 10_000
+    if not kinds <= {int, float} and not texts:
         raise ConfigError(f"no arithmetic on {shorten(' and '.join(map(repr, operands)))}; write the value itself")
+    if isinstance(op, ast.Pow) and kinds == {int} and (abs(operands[0]).bit_length() - 1) * operands[1] > 1024:
+        return math.inf  # beyond 2**1024; Python would compute 10**10**10 to its last digit
     try:
         return OPERATORS[type(op)](*operands)
     except ZeroDivisionError:
@@ -265,15 +266,14 @@ def checked(value, key):
     if key.choices and value not in key.choices:
         remedy = did_you_mean(str(value), key.choices, otherwise="write one of these")
         raise ConfigError(f"must be {', '.join(limits(key))}, not {shorten(repr(value))}; {remedy}")
-    wrong_type = type(value) is not key.type
-    if wrong_type or (key.low is not None and value < key.low) or (key.high is not None and value > key.high):
+    bounds = ((lt, key.low), (gt, key.high), (ge, key.below))
+    if type(value) is not key.type or any(limit is not None and beyond(value, limit) for beyond, limit in bounds):
         raise ConfigError(f"must be {', '.join([TYPES[key.type], *limits(key)])}, not {shorten(repr(value))}")
     return value
 
 
-def limits(key):
-    """The limits of a key in words, such as ["at least 0", "at most 1"]."""
-    rules = {"one of": " ".join(key.choices) or None, "at least": key.low, "at most": key.high}
+def limits(key):  # in words, such as ["at least 0", "at most 1"]
+    rules = {"one of": " ".join(key.choices) or None, "at least": key.low, "at most": key.high, "below": key.below}
     return [f"{words} {limit}" for words, limit in rules.items() if limit is not None]
 
 
@@ -305,8 +305,7 @@ def help_text(keys):
     for name, key in keys.items():
         label = f"  {name}" if key.type is tuple else f"  --{name}"
         facts = ", ".join([key.type.__name__, f"default {key.default!r}", *limits(key)])
-        text = f"{label:{width}}{key.help} ({facts})"
-        lines.append(textwrap.fill(text, 110, subsequent_indent=" " * width))
+        lines.append(textwrap.fill(f"{label:{width}}{key.help} ({facts})", 110, subsequent_indent=" " * width))
     return "\n".join(lines)
 
 
@@ -326,20 +325,21 @@ def describe(config) -> str:
     """A line for each key that a file or the command line has set, with its value and source."""
     sources = sources_of(config)
     width = max(map(len, sources), default=0)
-    rows = [(name, shorten(repr(getattr(config, name))), source) for name, source in sources.items()]
-    lines = [f"  {name:{width}}  {value:20}  {source}" for name, value, source in rows]
+    values = {name: shorten(repr(getattr(config, name))) for name in sources}
+    lines = [f"  {name:{width}}  {values[name]:20}  {source}" for name, source in sources.items()]
     return "\n".join([*lines, "  all other keys have their defaults (see --help)"])
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Calls main(). A UserError is printed on stderr, exit code 2. Ctrl-C: 130. Closed stdout: 141."""
+    """Calls main(). Of a UserError ten lines are printed on stderr, exit code 2. Ctrl-C: 130. Closed stdout: 141."""
     try:
         try:
             main()
         finally:
             sys.stdout.flush()
     except UserError as error:
-        for line in str(error).splitlines():
+        lines = str(error).splitlines()
+        for line in lines[:10] + [f"and {len(lines) - 10:,} more"] * (len(lines) > 10):
             print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ class Config:
     n_head: int = key(12, "heads", low=1)
     n_embd: int = key(768, "width", low=1)
     dropout: float = key(0.0, "dropout", low=0.0, high=1.0)
+    beta1: float = key(0.9, "decay rate", low=0.0, below=1.0)
     bias: bool = key(False, "biases")
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "steps", low=0)
@@ -151,7 +152,7 @@ max_iters = 1e3
     for newline in ("\n", "\r\n", "\r"):
         got = load_config(Config, [write(text.replace("\n", newline))])
         assert repr(got) == repr(expected)  # repr tells 1.0 from 1
-        assert set(sources_of(got)) == set(dataclasses.asdict(got)) - {"dtype", "seed"}
+        assert set(sources_of(got)) == set(dataclasses.asdict(got)) - {"beta1", "dtype", "seed"}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,8 @@ max_iters = 1e3
         ("--learning_rate=2**53+1", NUMBER),  # not exact as a float
         ("learning_rate = False | learning_rate = '0.1' | learning_rate = -1", NUMBER),
         ("dropout = 1.5", "at most 1.0"),
+        ("beta1 = 1.0 | beta1 = 1 | --beta1=2", "at least 0.0, below 1.0, not "),
+        ("--batch_size=10**10**10 | --batch_size=-(3**9**9**9)", INTEGER),  # at once
         ("--bias=1 | --bias=yes | --bias=TRUE | --bias= | bias = 1", "must be True or False, not "),
         ("start = 42 | start = None | start = ['a']", "must be text in quotes, not "),
         ("--dtype=bf16 | dtype = 'bf16'", CHOICES + ", not 'bf16'; did you mean bfloat16?"),
@@ -177,6 +180,7 @@ max_iters = 1e3
         ("n_layer = n_leyer", "did you mean n_layer?"),
         ("learning_rate = 1e999 | learning_rate = 1e308 * 10 | learning_rate = 1 / (1e308 * 10)", FINITE),
         ("learning_rate = (-8) ** 0.5 | learning_rate = 10.0 ** 400 | max_iters = 2 ** 1024", FINITE),
+        ("max_iters = 10 ** 10 ** 10 | learning_rate = (-7) ** 9 ** 9 ** 9", FINITE),
         ("learning_rate = 0 ** -1 | learning_rate = 1 // 0 | learning_rate = 1 % 0", "division by zero"),
         ("max_iters = True + 1 | max_iters = -bias | start = 'a%d' % 9 | start = 'a' * 9", "no arithmetic on "),
     ],
@@ -246,9 +250,12 @@ def test_code_in_a_config_file_is_never_run_and_is_refused_with_file_line_and_wh
 
 
 def test_a_file_that_cannot_be_parsed_or_read_is_one_line_with_its_place_the_reason_and_the_remedy():
-    for data in (b"seed = = 2", b"  bias = True", b"start = 'abc", b"start = '\xff'"):
+    for data in (b"seed = = 2", b"  bias = True", b"start = 'abc", b"start = '\xff'", b"seed = " + b"(" * 5000):
         line = problem(write(b"seed = 1\n" + data))
         assert line.startswith("x.py:2: ") and "; write key = value lines in UTF-8" in line
+    for sign, times in itertools.product("-(+", (5000, 100_000)):  # Python does not name the line of these
+        assert problem(write(f"seed = {sign * times}1")).endswith("; write key = value lines in UTF-8")
+        assert "must be an integer" in problem(f"--seed={sign * times}1")
     os.makedirs("config/folder.py")
     write("", "config/quickstart.py")
     line = problem("config/quickstrat.py")
@@ -332,6 +339,9 @@ def test_all_problems_are_shown_at_once_one_a_line_in_their_order_whatever_is_in
     file = write("seed = '''a\nb'''")
     for argument in (file, "--seed=a\nb\r\nc", "--a\nb=1", "--seed=" + "x" * 10_000, "--" + "y" * 10_000):
         assert len(problem(argument)) < 400
+    doubled = "start = 'a'\n" + "start = start + start\n" * 100  # would be 2**100 letters
+    assert "x.py:15: start = start + start: no arithmetic on " in problems(write(doubled))[0]
+    assert "x.py:1: seed = 1+1" in problem(write("seed = " + "1+" * 2000 + "1"))
 
 
 def test_a_check_between_keys_is_not_made_on_a_key_that_was_refused():
@@ -395,6 +405,9 @@ def test_mistakes_of_the_user_end_a_script_with_2_and_a_line_each_ctrl_c_with_13
     for error in ("UserError", "ConfigError"):
         done = run(f"raise {error}('a.bin: bytes are missing\\nb.bin: too')")
         assert done == (2, "", "script.py: a.bin: bytes are missing\nscript.py: b.bin: too\n")
+    code, _, err = run("raise ConfigError('\\n'.join(map(str, range(10_000))))")
+    lines = err.splitlines()
+    assert code == 2 and len(lines) == 11 and lines[9:] == ["script.py: 9", "script.py: and 9,990 more"]
     handler = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # `pytest &` has it ignored
     code, _, err = run(f"{handler}; os.kill(os.getpid(), signal.SIGINT)")
     assert code == 130 and "Traceback" not in err
