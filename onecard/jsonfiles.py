@@ -28,7 +28,7 @@ def refusals(path: str | Path, reading: bool = False) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = "check the disk, copy the file again, or delete it and run prepare.py again"
+        remedy = "check the disk; copy the file again, or delete what is there and run prepare.py again"
         unread = f"{path}: cannot be read ({error.strerror or error}); {remedy}"
         raise ShardError(unread if reading else write_refused(path, error)) from error
 
@@ -41,15 +41,19 @@ def text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def check(value: Any, form: Any, name: str = "content") -> None:
+def counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(count, value.values()))
+
+
+def check(value: Any, form: Any, name: str = "") -> None:
     """Raises ValueError if JSON data has not this form: a test, a list of one form, or a dict of forms by key."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
-            raise ValueError(f"{name} is not a JSON object")
+            raise ValueError(f"{name or 'the file'} is not a JSON object")
         for key, part in form.items():
             if key not in value:
-                raise ValueError(f"{name} has no {key}")
-            check(value[key], part, f"{name}.{key}")
+                raise ValueError(f"{name or 'the file'} has no {key}")
+            check(value[key], part, f"{name}.{key}" if name else key)
     elif isinstance(form, list):
         if not isinstance(value, list):
             raise ValueError(f"{name} is not a list")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from onecard.durable import replacing, sha256_of
-from onecard.jsonfiles import ShardError, count, fits, read_json, refusals, sealed, text, write_json
+from onecard.jsonfiles import ShardError, count, counts, fits, read_json, refusals, sealed, text, write_json
 
 MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801  # llm.c's files of Llama 3 tokens: uint32
@@ -35,7 +35,7 @@ SPLITS = ("train", "val")
 SHARD = {"name": text, "split": text, "documents": count, "tokens": count, "text_bytes": count, "sha256": text}
 SOURCE = {"path": text, "id": text, "bytes": count}
 TOKENIZER = {"name": text, "sha256": text, "n_vocab": count, "eot": count}
-FORM = {"tokenizer": TOKENIZER, "encoder": text, "libraries": {}, "settings": {}, "replaced": count, "skipped": {}}
+FORM = {"tokenizer": TOKENIZER, "encoder": text, "libraries": {}, "settings": {}, "replaced": count, "skipped": counts}
 FORM |= {"failed": [text], "sources": [SOURCE], "shards": [SHARD]}
 
 
