@@ -133,3 +133,21 @@ def load_state_dicts(optimizers: list[torch.optim.Optimizer], saved: dict) -> No
             ours | {"params": theirs["params"]} for ours, theirs in zip(configured, state["param_groups"], strict=True)
         ]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def take_moments(optimizers: list[torch.optim.Optimizer], state: dict, print0) -> None:
+    """Lets AdamW go on with the moments of nanoGPT's, {number of a parameter: its state}: theirs is our order.
+
+    Learned positions that a smaller block_size cut off lose theirs. Says so where another network or Muon cannot.
+    """
+    params = [p for group in optimizers[-1].param_groups for p in group["params"]]
+    cut = {
+        i: {name: value[: len(p)] if value.dim() else value for name, value in state[i].items()}
+        for i, p in enumerate(params)
+        if i in state
+    }
+    if len(optimizers) == 2 or [s["exp_avg"].shape for s in cut.values()] != [p.shape for p in params]:
+        print0("the state of AdamW that came with the weights does not fit this run: it starts without")
+        return
+    optimizers[0].load_state_dict({"state": cut, "param_groups": optimizers[0].state_dict()["param_groups"]})
+    print0("AdamW goes on with the state that came with the weights")

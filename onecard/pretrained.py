@@ -125,9 +125,21 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
     if unknown:
         raise ConvertError(f"{path}: model_args has {', '.join(sorted(unknown))}, unknown to nanoGPT and onecard")
     defaults = dict(bias="transformer.ln_f.bias" in weights, gelu="none")
-    about = dict(iter_num=saved.get("iter_num", 0), best_val_loss=float(saved.get("best_val_loss", math.inf)))
+    about: dict[str, Any] = adamw_state(saved.get("optimizer")) | dict(
+        iter_num=saved.get("iter_num", 0), best_val_loss=float(saved.get("best_val_loss", math.inf))
+    )
     about |= dict(config=config, tokenizer=checkpoint.tokenizer_of(dict(config=config, model_args=args), path).state())
     return build(defaults | args | saved.get("onecard", {}), weights, path), about
+
+
+def adamw_state(optimizer: Any) -> dict:
+    """{"adamw": {number of a parameter: its moments}} of nanoGPT's optimizer, {} if there are none."""
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    wanted = {"step", "exp_avg", "exp_avg_sq"}
+    for moments in state.values() if isinstance(state, dict) else ({},):
+        if set(moments) != wanted or not all(isinstance(value, torch.Tensor) for value in moments.values()):
+            return {}
+    return {"adamw": state}
 
 
 # ---- Hugging Face format

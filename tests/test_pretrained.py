@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from networks import TINY, assert_same, hf_gpt2, save, text_ids, tiny
 from runs import flags_of, write_characters
 from torch.nn import functional as F
 
+import convert
 import train
 from configurator import ConfigError
 from model import GPT2_IDS, GPTConfig
@@ -23,6 +25,7 @@ from onecard import checkpoint, pretrained
 from onecard.checkpoint import CheckpointError
 from onecard.pretrained import ConvertError
 from onecard.tokenizer import from_state, load_tokenizer, train_tokenizer
+from onecard.windows import Windows
 
 ROOT = Path(__file__).parent.parent
 
@@ -163,6 +166,45 @@ def test_a_checkpoint_that_nanogpt_wrote_is_read_as_it_is(prefix, tmp_path):
     assert from_state(about["tokenizer"]).decode([0, 64]) == chr(32) + chr(96)
     write_characters(tmp_path, "".join(map(chr, range(32, 32 + 66))))
     refused(tmp_path / "ckpt.pt", "vocab_size=65 is less than the 66 ids", error=CheckpointError)
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_ten_more_steps_of_a_nanogpt_run_are_those_of_its_own_adamw(converted, tmp_path, capsys):
+    characters = [chr(32 + i) for i in range(96)]
+    write_characters(tmp_path / "data" / "d", "".join(random.Random(0).choices(characters, k=4000)), characters)
+    theirs = tiny(bias=False, gelu="none", vocab_size=96, dropout=0.0, block_size=16)
+    groups = [[p for p in theirs.parameters() if (p.dim() >= 2) == decays] for decays in (True, False)]
+    groups = [dict(params=groups[0], weight_decay=0.1), dict(params=groups[1], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))  # as nanoGPT's configure_optimizers
+    windows = Windows(tmp_path / "data" / "d", "train", 16, seed=1)
+
+    def step(first):
+        rows = torch.from_numpy(windows.batch(first, 4).astype("int64"))
+        theirs(rows[:, :-1], rows[:, 1:]).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+
+    for i in range(5):
+        step(100 + 4 * i)
+    args = {k: v for k, v in asdict(theirs.config).items() if k not in ("arch", "gelu")}
+    saved = dict(model=theirs.state_dict(), optimizer=adamw.state_dict(), model_args=args, iter_num=5, config={})
+    source = tmp_path / "nano" / "ckpt.pt"
+    source.parent.mkdir()
+    torch.save(saved | dict(best_val_loss=torch.tensor(4.0), config=dict(dataset="d")), source)
+    if converted:
+        convert.main([str(source), "--to=onecard", f"--out={tmp_path / 'ours'}"])
+        source = tmp_path / "ours" / "ckpt.pt"
+    keys = dict(init_from=source, dataset="d", data_dir=tmp_path / "data", out_dir=tmp_path / "out", seed=1)
+    keys |= dict(block_size=16, batch_size=4, gradient_accumulation_steps=1, max_iters=10, decay_lr=False)
+    keys |= dict(learning_rate=1e-2, eval_tokens=64, eval_interval=10, device="cpu", dtype="float32", compile=False)
+    train.main([f"--{name}={value}" for name, value in keys.items()])
+    assert "AdamW goes on" in capsys.readouterr().out
+    for i in range(10):
+        step(4 * i)
+    ours = checkpoint.load(tmp_path / "out" / "ckpt.pt")["model"]
+    for name, weight in theirs.state_dict().items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_nothing_in_an_attackers_file_runs(tmp_path):
