@@ -64,8 +64,15 @@ class Cache:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor):
         self.keys, self.values, self.filled = keys, values, 0
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores k and v (B, H, T, D) of the new columns and returns those of all columns. GPT.hidden sets `filled`."""
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, column=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores k and v (B, H, T, D) of the new columns and returns those of all columns. GPT.hidden sets `filled`.
+
+        column (1,): the new column as a tensor. Then all columns are returned: the same shapes at each step.
+        """
+        if column is not None:
+            self.keys[layer].index_copy_(2, column, k)
+            self.values[layer].index_copy_(2, column, v)
+            return self.keys[layer], self.values[layer]
         end = self.filled + k.shape[2]
         self.keys[layer, :, :, self.filled : end] = k
         self.values[layer, :, :, self.filled : end] = v
@@ -79,11 +86,12 @@ class Context:
     mask: torch.Tensor | None = None  # (B or 1, 1, T, all columns), True where attention is allowed; None: causal
     angles: tuple | None = None  # cos and sin, (B or 1, 1, T, D) each; for qwen3
     cache: Cache | None = None
+    column: torch.Tensor | None = None  # see Cache.append
 
     def attend(self, q, k, v, layer, dropout):
         """q, k, v (B, H, T, D) -> (B, T, C)."""
         if self.cache is not None:
-            k, v = self.cache.append(layer, k, v)
+            k, v = self.cache.append(layer, k, v, self.column)
         causal = self.mask is None and q.shape[2] > 1  # a single query attends to every column
         y = F.scaled_dot_product_attention(q, k, v, self.mask, dropout_p=dropout, is_causal=causal)  # (B, H, T, D)
         return y.transpose(1, 2).flatten(2)
@@ -224,8 +232,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             loss += chunk_loss
             grad_x.append((g @ w) * n.to(dtype))
             grad_weight += g.t() @ (h * n.to(dtype))
+            del g  # before the next logits are made
         count = counted.sum()
-        ctx.save_for_backward(torch.cat(grad_x), grad_weight, count)
+        ctx.save_for_backward(torch.cat(grad_x), grad_weight, count.clamp(min=1))  # no target counts: zeros
         ctx.dtypes = x.dtype, weight.dtype
         return loss / count
 
@@ -283,20 +292,24 @@ class GPT(nn.Module):
         shape = (c.n_layer, batch, c.n_head, length, c.n_embd // c.n_head)
         return Cache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
 
-    def hidden(self, idx: torch.Tensor, cache: Cache | None = None, pads: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, cache: Cache | None = None, pads=None, column=None) -> torch.Tensor:
         """idx (B, T) of int64 -> the input of the output head, (B, T, C).
 
         With a cache, the T columns follow the cache.filled columns in it and are added to it. pads (B,) of int64: the
         number of padding columns on the left of each sequence, which are masked; positions count from the first real
-        token. All columns together are at most block_size.
+        token. All columns together are at most block_size. column (1,) of int64: the single new column as a tensor; the
+        caller counts cache.filled. Nothing then depends on a Python number, so a compiled step is compiled once.
         """
-        first = cache.filled if cache is not None else 0
+        first = cache.filled if cache is not None and column is None else 0
         T = idx.shape[1]
         if first + T > self.config.block_size:
             raise ModelError(f"{first + T} tokens are more than block_size={self.config.block_size}: shorten the input")
-        columns = torch.arange(first, first + T, device=idx.device)
+        columns = torch.arange(first, first + T, device=idx.device) if column is None else column
+        total = first + T if column is None else cache.keys.shape[3]
         positions = columns if pads is None else (columns - pads[:, None]).clamp(min=0)  # (T,) or (B, T)
-        context = Context(self.attention_mask(columns, first + T, pads), None, cache)
+        plain = pads is None and (first == 0 or T == 1) and column is None  # the causal mask, or none, is enough
+        mask = None if plain else self.attention_mask(columns, total, pads)
+        context = Context(mask, None, cache, column)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.config.arch == "gpt2":
             x = x + self.transformer.wpe(positions)
@@ -306,15 +319,13 @@ class GPT(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             x = checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
-        if cache is not None:
+        if cache is not None and column is None:
             cache.filled += T
         return self.transformer.ln_f(x)
 
     @staticmethod
     def attention_mask(columns, total, pads):
-        """The mask (B or 1, 1, T, total) of the new columns, or None where plain causal attention is the same."""
-        if pads is None and (total == len(columns) or len(columns) == 1):
-            return None
+        """The mask (B or 1, 1, T, total) of the new columns."""
         keys = torch.arange(total, device=columns.device)
         mask = keys <= columns[:, None]  # (T, total)
         if pads is not None:  # a padding column attends to itself, so that its softmax is finite

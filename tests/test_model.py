@@ -182,6 +182,13 @@ def test_the_chunked_loss_has_the_value_and_gradients_of_torchs_own(small_chunks
         assert relative_error(a.grad / scale, b.grad) < tolerance, name
 
 
+def test_if_no_target_counts_the_loss_is_nan_and_gradients_are_zero_as_torchs(small_chunks):
+    theirs, ours, idx, targets = tiny(), tiny(), random_ids(2, 32), torch.full((2, 32), -100)
+    for model, loss in ((theirs, F.cross_entropy(theirs(idx).transpose(1, 2), targets)), (ours, ours(idx, targets))):
+        loss.backward()
+        assert math.isnan(loss.item()) and not any(p.grad.any() for p in model.parameters())
+
+
 def test_head_gradients_are_exact_to_the_precision_of_their_products():
     """Without the 16-bit products of the blocks: the 50,304 small probabilities of a first step survive float16."""
     torch.manual_seed(0)

@@ -190,10 +190,10 @@ def shown(capsys, tmp_path):
 @pytest.mark.parametrize(
     "name, gib, hours, loss",  # gib: torch.cuda.max_memory_allocated of train.py, eager, on a simulated card
     [
-        ("fineweb_4070", 4.27, "22.0 h", "expect val 3.60 +- 0.08"),
-        ("gpt2_124m_4070", 5.64, "31.6 h", "expect val 3.37 +- 0.08"),
-        ("fineweb_4070_fast", 6.12, "5.6 h", "not for qwen3 with muon"),
-        ("124m_4070_fast", 7.23, "9.3 h", "not for qwen3 with muon"),
+        ("fineweb_4070", 4.05, "22.0 h", "expect val 3.60 +- 0.08"),
+        ("gpt2_124m_4070", 5.45, "31.6 h", "expect val 3.37 +- 0.08"),
+        ("fineweb_4070_fast", 5.90, "5.6 h", "not for qwen3 with muon"),
+        ("124m_4070_fast", 7.03, "9.3 h", "not for qwen3 with muon"),
     ],
 )
 def test_plan_only_needs_no_card_and_no_data_and_has_the_memory_of_a_simulated_card(shown, name, gib, hours, loss):
