@@ -1,10 +1,10 @@
 """The JSON files of a dataset: written whole, and checked when they are read.
 
-    write_json(path, sealed({"shards": [...]}))
-    content = read_json(path, fits({"shards": [{"name": text, "tokens": count}]}), "delete it and run prepare.py again")
+    write_json(path, {"shards": [...]})
+    content = read_json(path, lambda content: check(content, FORM), "delete it and run prepare.py again")
 
-The one thing to know: a file that is cut, empty or edited is a ShardError, one line with the file's name. Its form is
-checked, and its checksum if it has one.
+The one thing to know: a file that is cut, empty or edited is a ShardError, one line with the file's name. Its checksum
+is compared if it has one; files of older versions have none.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def counts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(count, value.values()))
 
 
-def check(value: Any, form: Any, name: str = "") -> None:
+def check(value: Any, form: Any, name: str = "") -> bool:
     """Raises ValueError if JSON data has not this form: a test, a list of one form, or a dict of forms by key."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
@@ -61,51 +61,46 @@ def check(value: Any, form: Any, name: str = "") -> None:
             check(item, form[0], f"{name}[{number}]")
     elif not form(value):
         raise ValueError(f"{name} is {value!r:.40}")
+    return True
 
 
 def checksum(content: dict) -> str:
-    plain = json.dumps({name: value for name, value in content.items() if name != "checksum"}, sort_keys=True)
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sealed(content: dict) -> dict:
     return content | {"checksum": checksum(content)}
 
 
-def fits(form: dict) -> Callable[[Any], bool]:
-    """A test of the content of a file: its form, and its checksum if it has one. Raises ValueError."""
-
-    def test(content):
-        check(content, form)
-        if "checksum" in content and content["checksum"] != checksum(content):
+def parse(content: bytes, fits: Callable[[Any], bool]) -> dict:
+    """A JSON object without its checksum. Raises ValueError if that differs, or if fits(object) is False or raises."""
+    try:
+        found = json.loads(content.decode(), parse_constant=int)  # int("NaN") raises ValueError
+        check(found, {})
+        if found.pop("checksum", None) not in (None, checksum(found)):
             raise ValueError("its checksum differs, so it was edited")
-        return True
-
-    return test
+        if not fits(found):
+            raise ValueError("its numbers do not fit together")
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return found
 
 
 def read_json(path: Path, fits: Callable[[Any], bool], remedy: str) -> Any:
-    """The content of a JSON file, None if there is none. Raises ShardError if it is damaged.
-
-    fits(content) returns False or raises ValueError, LookupError, TypeError or AttributeError if the content is wrong.
-    """
+    """What `parse` makes of a file, None if there is none. Raises ShardError if it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # int("NaN") raises ValueError
-        check(content, {})
-        if not fits(content):
-            raise ValueError("its numbers do not fit together")
+        return parse(path.read_bytes(), fits)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ShardError(f"{path}: damaged ({reason}); {remedy}") from error
-    return content
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all: one line for each key, and for each item of a list (shards, sources)."""
+    """Writes a JSON object with a checksum, whole or not at all: one line a key, and one an item of its lists."""
     lines = []
-    for key, value in content.items():
+    for key, value in sealed(content).items():
         items = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else ""
         lines.append(f" {json.dumps(key)}: " + (f"[\n  {items}\n ]" if items else json.dumps(value)))
     with refusals(path), replacing(path) as file:

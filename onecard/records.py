@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from onecard import UserError
 from onecard.durable import replacing, sha256_of
-from onecard.jsonfiles import ShardError, check, count, fits, read_json, refusals, sealed, text, write_json
+from onecard.jsonfiles import ShardError, check, count, parse, read_json, refusals, sealed, text, write_json
 from onecard.shards import MANIFEST, SHARD, SOURCE, TOKENIZER, ShardWriter, layout, open_tokens, read_manifest
 from onecard.tokenizer import FILE
 
@@ -54,14 +54,11 @@ PLAN_FORM = {"settings": SETTINGS, "sources": [SOURCE], "units": [{"source": cou
 def read_plan(folder: Path) -> dict | None:
     """The plan of a dataset, or None if it has none. Raises ShardError if the file is damaged."""
     remedy = f"delete {folder} and prepare all its files again"
-    plan = read_json(folder / STATE / PLAN, plan_fits, remedy)
-    if plan:
-        plan.pop("checksum", None)
-    return plan
+    return read_json(folder / STATE / PLAN, plan_fits, remedy)
 
 
 def plan_fits(plan):
-    fits(PLAN_FORM)(plan)
+    check(plan, PLAN_FORM)
     if "tokenizer" in plan["settings"]:
         check(plan["settings"]["tokenizer"], TOKENIZER, "tokenizer")
     for unit in plan["units"]:
@@ -94,7 +91,7 @@ def write_plan(plan: dict, content: str, before: tuple[int, ...] | None, folder:
         with refusals(path), replacing(path) as file:
             file.write(content.encode())
     if there != plan:
-        write_json(folder / STATE / PLAN, sealed(plan))
+        write_json(folder / STATE / PLAN, plan)
 
 
 # ---- the records ---------------------------------------------------------------------------------------------
@@ -113,10 +110,9 @@ def load_records(folder: Path) -> tuple[dict[int, dict], list[str]]:
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     for number, line in enumerate(lines[:-1], 1):  # after the last line end is what a killed process began to write
         try:
-            record = json.loads(line)
-            record_fits(record)
+            record = parse(line, record_fits)
             found[record["unit"]] = record
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             reason = f"line {number} is damaged ({error})"
             problems.append(f"{path}: {reason}; run prepare.py again to prepare its unit again")
     manifest = read_manifest(folder) or {"shards": []}
@@ -137,7 +133,7 @@ def read_records(plan: dict, folder: Path) -> tuple[dict[int, dict], list[str]]:
 
 
 def record_fits(record):
-    fits(RECORD)(record)
+    check(record, RECORD)
     for name in ("documents", "tokens"):
         if record[name] != sum(shard[name] for shard in record["shards"]):
             raise ValueError(f"{name} is not the sum of the shards")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from onecard.durable import replacing, sha256_of
-from onecard.jsonfiles import ShardError, count, counts, fits, read_json, refusals, sealed, text, write_json
+from onecard.jsonfiles import ShardError, check, count, counts, read_json, refusals, text, write_json
 
 MAGIC, VERSION = 20240520, 1
 LLAMA_MAGIC = 20240801  # llm.c's files of Llama 3 tokens: uint32
@@ -76,8 +76,7 @@ class ShardWriter:
 
 
 def write_manifest(folder: str | Path, manifest: dict) -> None:
-    """Writes folder/manifest.json, with a checksum."""
-    write_json(Path(folder) / MANIFEST, sealed(manifest))
+    write_json(Path(folder) / MANIFEST, manifest)
 
 
 # ---- a token file ------------------------------------------------------------------------------------------
@@ -143,16 +142,13 @@ def check_shard(path: str | Path, entry: dict, tokenizer: dict) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict | None:
-    """folder/manifest.json without its checksum, or None if there is none. Raises ShardError if it is damaged."""
-    manifest = read_json(Path(folder) / MANIFEST, manifest_fits, "delete it and run prepare.py again")
-    if manifest:
-        manifest.pop("checksum", None)
-    return manifest
+    """folder/manifest.json, or None if there is none. Raises ShardError if it is damaged."""
+    return read_json(Path(folder) / MANIFEST, manifest_fits, "delete it and run prepare.py again")
 
 
 def manifest_fits(manifest):
     keys = FORM.keys() & manifest.keys() | {"shards"}  # those of other programs need no more than the shards
-    fits({key: FORM[key] for key in keys})(manifest)
+    check(manifest, {key: FORM[key] for key in keys})
     shards = manifest["shards"]
     for shard in shards:
         if not re.fullmatch(rf"{shard['split']}_[0-9]{{6,}}\.bin", shard["name"]) or shard["split"] not in SPLITS:
