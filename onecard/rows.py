@@ -45,11 +45,11 @@ def read_texts(path: str, unit: dict, settings: dict, skipped: dict) -> Iterator
     if the file cannot be read; for a line that cannot be used too, unless settings["skip_bad_rows"].
     """
 
-    def bad(position: int, reason: str, cause: object = "") -> None:
+    def bad(position: int, reason: str, cause: object) -> None:
         if not settings.get("skip_bad_rows"):
-            remedy = "correct it, or leave such lines out with --skip_bad_rows=True"
-            detail = f" ({cause})" if cause else ""
-            raise DamagedError(f"{path}: the line at byte {position:,} is {reason}{detail}; {remedy}")
+            remedy = "correct it" if reason != "not UTF-8" else "save it as UTF-8 text"
+            remedy += ", or leave such lines out with --skip_bad_rows=True"
+            raise DamagedError(f"{path}: the line at byte {position:,} is {reason} ({cause}); {remedy}")
         skipped[reason] = skipped.get(reason, 0) + 1
 
     start, stop = unit.get("range", (0, None))
@@ -61,7 +61,7 @@ def read_texts(path: str, unit: dict, settings: dict, skipped: dict) -> Iterator
         elif kind_of(path) in ("json", "jsonl"):
             yield from in_batches(read_jsonl(path, start, stop, settings, skipped, bad))
         else:
-            yield from in_batches(read_txt(path, start, stop, bad if settings.get("skip_bad_rows") else None))
+            yield from in_batches(read_txt(path, start, stop, bad))
 
 
 def in_batches(rows: Iterator[tuple[int, str | bytes | None]]) -> Iterator[tuple[list, list]]:
@@ -88,7 +88,7 @@ def read_parquet(path: str, unit: dict, settings: dict, skipped: dict) -> Iterat
     columns = [settings["text_column"], *(where.names if where else ())]
     rows_per_batch = max(1, min(1024, BATCH_BYTES * (stop - start) // max(1, unit["bytes"])))
     with open_file(path) as file:
-        parquet = pq.ParquetFile(file, buffer_size=BATCH_BYTES, page_checksum_verification=True)
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=BATCH_BYTES, page_checksum_verification=True)
         row = sum(parquet.metadata.row_group(group).num_rows for group in range(first))
         for group in range(first, last):
             batches = parquet.iter_batches(rows_per_batch, row_groups=[group], columns=columns, use_threads=False)
@@ -132,32 +132,23 @@ def read_lines(path: str, start: int, stop: int | None) -> Iterator[tuple[int, b
             start += len(line)
 
 
-def read_txt(path: str, start: int, stop: int | None, bad: Callable | None) -> Iterator[tuple[int, bytes]]:
-    """Documents of a .txt file: whole lines, up to the first blank one after TXT_BYTES, or to 8 x TXT_BYTES.
-
-    bad: is called for a line that is not UTF-8, which is left out then. None: nothing is checked.
-    """
+def read_txt(path: str, start: int, stop: int | None, bad: Callable) -> Iterator[tuple[int, bytes]]:
+    """Documents of a .txt file: whole lines, up to the first blank one after TXT_BYTES, or to 8 x TXT_BYTES."""
     lines: list[bytes] = []
     size = begin = 0
     for position, line in read_lines(path, start, stop):
         begin = begin if lines else position
-        size += len(line)
-        if bad and not is_utf8(line):
-            bad(position, "not UTF-8")
-        else:
+        try:
+            line.decode("utf-8", "surrogatepass")
             lines.append(line)
-        if lines and size >= (8 if line.strip() else 1) * TXT_BYTES:
+            size += len(line)
+        except UnicodeDecodeError as error:
+            bad(position, "not UTF-8", f"{error.reason} {error.start:,} bytes after it")
+        if size >= (8 if line.strip() else 1) * TXT_BYTES:
             yield begin, b"".join(lines)
             lines, size = [], 0
     if lines:
         yield begin, b"".join(lines)
-
-
-def is_utf8(content: bytes) -> bool:
-    try:
-        return content.decode("utf-8", "surrogatepass") is not None
-    except UnicodeDecodeError:
-        return False
 
 
 def read_jsonl(path: str, start: int, stop: int | None, settings: dict, skipped: dict, bad: Callable) -> Iterator:

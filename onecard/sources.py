@@ -26,6 +26,7 @@ from onecard.where import parse_where
 SUFFIXES = (".parquet", *(f".{kind}{pack}" for kind in ("jsonl", "json", "txt", "md") for pack in ("", ".gz", ".zst")))
 FORMATS = ".parquet, .jsonl, .json, .txt or .md (the last four also .gz or .zst)"
 UNITS, LEAST_UNIT = 16, 4_000_000  # of a file, so that a small one uses all cores; bytes of text
+GROUP_PARTS = 4  # of a row group, at most, unless it is larger than as many shards: each part reads from its beginning
 SMALL_FILE = 1_000_000  # bytes; smaller text files share a shard, because a window never crosses the end of a shard
 CHECKED_BYTES = 100_000_000  # text files below this are read once more before any work, to find bytes that are not text
 JSON_BYTES = 1 << 30  # a larger .json file is refused, because it is read as a whole
@@ -197,7 +198,7 @@ def cut_groups(groups: list[tuple[int, int]], shard_bytes: float) -> list[dict]:
     units: list[dict] = []
     row, joins = 0, False  # joins: the last unit is of whole row groups
     for number, (rows, size) in enumerate(groups):
-        parts = min(max(1, round(size / most)), max(1, rows))
+        parts = max(1, min(round(size / most), max(GROUP_PARTS, round(size / shard_bytes)), rows))
         if parts == 1 and joins and units[-1]["bytes"] + size / 2 <= target:
             units[-1]["row_groups"][1], units[-1]["rows"][1] = number + 1, row + rows
             units[-1]["bytes"] += size
@@ -241,18 +242,9 @@ def check_texts(path: str, settings: dict, size: int, whole: bool) -> None:
         if not lines or name.split(".")[-1] not in keys:
             raise SourceError(f"{path}: has no {name!r}, which --where names; {shown}")
     has_text, has_rows = False, False
-    for positions, values in read_texts(path, {"range": [0, None]}, settings, {}):
-        for position, value in zip(positions, values, strict=True):
-            has_text, has_rows = has_text or value is not None, True
-            try:
-                if isinstance(value, bytes):
-                    value.decode("utf-8", "surrogatepass")
-            except UnicodeDecodeError as error:
-                at, remedy = (
-                    position + error.start,
-                    "save it as UTF-8, or leave such lines out with --skip_bad_rows=True",
-                )
-                raise DamagedError(f"{path}: byte {at:,} is not UTF-8; {remedy}") from error
+    for _, values in read_texts(path, {"range": [0, None]}, settings, {}):
+        has_rows = has_rows or len(values) > 0
+        has_text = has_text or any(value is not None for value in values)
         if has_text and not whole:
             return
     if has_rows and not has_text:

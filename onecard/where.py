@@ -32,14 +32,12 @@ class Where(NamedTuple):
 @functools.cache
 def parse_where(text: str) -> Where | None:
     """None: all rows. Raises SourceError with the place of what is not a comparison of columns, numbers and texts."""
-    if not text:
-        return None
     names: dict[str, None] = {}
     try:
-        expression = condition(ast.parse(text.strip(), mode="eval").body, names)
+        expression = build(ast.parse(text.strip(), mode="eval").body, names) if text else None
     except (SyntaxError, OverflowError, RecursionError) as error:
-        refuse(getattr(error, "offset", None) or 1, getattr(error, "msg", error))
-    return Where(list(names), expression) if names else refuse(1, "it names no column")
+        refuse(getattr(error, "offset", 1) or len(text), getattr(error, "msg", error))
+    return Where(list(names), expression) if names else refuse(1, "it names no column") if text else None
 
 
 def refuse(place, why) -> Any:
@@ -49,41 +47,34 @@ def refuse(place, why) -> Any:
     raise SourceError(f"where: character {place}: {why}; {remedy}")
 
 
-def condition(node, names):
-    match node:
-        case ast.BoolOp(op=op, values=values):
-            join = operator.and_ if isinstance(op, ast.And) else operator.or_
-            return functools.reduce(join, [condition(value, names) for value in values])
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return ~condition(operand, names)
-        case ast.Compare(left=left, ops=ops, comparators=others):
-            parts = [compare(*part, names) for part in zip([left, *others], ops, others, strict=False)]
-            return functools.reduce(operator.and_, parts)
-        case ast.Name() | ast.Attribute():  # a column of true and false
-            return operand_of(node, names)
-    refuse(node.col_offset + 1, f"{ast.unparse(node)} is not a comparison")
-
-
-def compare(left, op, right, names):
-    if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Tuple | ast.List | ast.Set) and right.elts:
-        found = [operand_of(left, names) == operand_of(item, names) for item in right.elts]
-        among = functools.reduce(operator.or_, found)
-        return among if isinstance(op, ast.In) else ~among
-    if type(op) not in COMPARISONS:
-        refuse(right.col_offset + 1, f"{ast.unparse(right)} cannot be compared like this")
-    return COMPARISONS[type(op)](operand_of(left, names), operand_of(right, names))
-
-
-def operand_of(node, names):
+def build(node, names):
+    """The expression of a syntax tree. Adds the columns to `names`."""
     import pyarrow.compute as pc
 
     text = ast.unparse(node)
     match node:
-        case ast.Constant(value=bool() | int() | float() | str() as value):
-            return pc.scalar(value)
+        case ast.BoolOp(op=op, values=values):
+            join = operator.and_ if isinstance(op, ast.And) else operator.or_
+            return functools.reduce(join, [build(value, names) for value in values])
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            return ~build(operand, names)
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return pc.scalar(-value)
+        case ast.Compare(left=left, ops=ops, comparators=others):
+            parts = [compare(*part, names) for part in zip(ops, [left, *others], others, strict=False)]
+            return functools.reduce(operator.and_, parts)
+        case ast.Constant(value=bool() | int() | float() | str() as value):
+            return pc.scalar(value)
         case ast.Name() | ast.Attribute() if text.replace(".", "").isidentifier():
             names[text] = None
             return pc.field(text)
-    refuse(node.col_offset + 1, f"{text} is not a column, a number or a text")
+    refuse(node.col_offset + 1, f"{text} is not understood")
+
+
+def compare(op, left, right, names):
+    if isinstance(op, ast.In | ast.NotIn) and isinstance(right, ast.Tuple | ast.List) and right.elts:
+        among = functools.reduce(operator.or_, [compare(ast.Eq(), left, item, names) for item in right.elts])
+        return among if isinstance(op, ast.In) else ~among
+    if type(op) not in COMPARISONS:
+        refuse(right.col_offset + 1, f"{ast.unparse(right)} cannot be compared like this")
+    return COMPARISONS[type(op)](build(left, names), build(right, names))

@@ -53,6 +53,7 @@ def test_units_cover_every_row_once_and_are_about_a_shard_each():
     for count, shard_bytes, units in ((700, 467e6, 16), (9000, 467e6, 64), (14, 467e6, 14), (14, 9e6, 14), (1, 2e6, 2)):
         sizes = [unit["bytes"] for unit in cut_groups([(1000, 3_300_000)] * count, shard_bytes)]
         assert len(sizes) == units and max(sizes) <= 3_300_000 * count / units * 1.05  # a sixteenth, 4 MB or a shard
+    assert [len(cut_groups([(10**6, 64_000_000)], shard_bytes)) for shard_bytes in (467e6, 5e6)] == [4, 13]
 
 
 def test_a_parquet_file_is_identified_and_planned_by_its_footer_of_any_length(tmp_path):
