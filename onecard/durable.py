@@ -89,8 +89,9 @@ def write_refused(path: str | Path, error: OSError, reached: int | None = None) 
     """The message for a write that the system refused. reached: bytes written before that, if known."""
     after = "" if reached is None else f", after {reached:,} bytes"
     folder = Path(path).parent
-    free = f"{shutil.disk_usage(folder).free:,} bytes are free there; " if folder.is_dir() else ""
-    return f"{path}: could not be written ({error.strerror or error}{after}); {free}make room and run it again"
+    free = f"{shutil.disk_usage(folder).free:,} bytes are free there; make room" if folder.is_dir() else ""
+    remedy = free or f"its folder {folder} is gone; make it"
+    return f"{path}: could not be written ({error.strerror or error}{after}); {remedy} and run it again"
 
 
 def sha256_of(file: IO[bytes], size: int | None = None) -> str:

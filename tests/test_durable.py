@@ -57,7 +57,8 @@ def test_what_fails_leaves_the_old_file_alone_and_a_refused_write_is_named_with_
     assert old.read_bytes() == b"old" and names(tmp_path) == ["file"]
     message = rf"/file: could not be written \({harm}, after 1,000 bytes\); [\d,]{{9,}} bytes are free .*make room"
     assert re.search(message, durable.write_refused(old, raised.value, 1000))
-    assert f"({harm}); make room" in durable.write_refused("/no folder/file", raised.value)
+    gone = f"({harm}); its folder /no folder is gone; make it and run it again"
+    assert gone in durable.write_refused("/no folder/file", raised.value)
 
 
 @pytest.mark.parametrize("links", [True, False])

@@ -4,7 +4,6 @@ import hashlib
 import math
 import os
 import resource
-import struct
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -150,18 +149,13 @@ def test_too_few_tokens_come_with_a_remedy(dataset):
             Windows(folder, split, 10)
 
 
-def test_opening_ten_billion_tokens_reads_headers_only(dataset):
-    """Sparse files of the real size: a hundred shards of 100M tokens, 20 GB that take no space."""
-    folder = dataset(train=[range(9)] * 100)
-    for path in folder.glob("*.bin"):
-        path.write_bytes(struct.pack("<3i", 20240520, 1, 100_000_000))
-        os.truncate(path, 1024 + 200_000_000)
-    manifest = shards.read_manifest(folder)
-    for shard in manifest["shards"]:
-        shard["tokens"] = 100_000_000
-    shards.write_manifest(folder, manifest)
-    windows = Windows(folder, "train", 1024, vocab_size=50304)
-    assert windows.tokens == 10_000_000_000 and windows.batch(10**9, 16).shape == (16, 1025)
+def test_ten_billion_tokens_are_opened_without_reading_them(tmp_path):
+    """A hundred sparse files of 200 MB that take no space."""
+    for number in range(100):
+        with open(tmp_path / f"train_{number:06d}.bin", "wb") as file:
+            file.truncate(200_000_000)
+    windows = Windows(tmp_path, "train", 1024, vocab_size=50304)
+    assert windows.tokens == 10**10 and windows.batch(10**9, 16).shape == (16, 1025)
 
 
 @pytest.mark.parametrize(
