@@ -12,15 +12,15 @@ import math
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
-from configurator import ConfigError, checked, key, load_config, read_values, run_script
+from configurator import key, load_config, read_values, run_script
 from onecard import UserError, logs, plan
+from onecard.checkpoint import saved_config
 from onecard.compare import compare, last_losses
 from onecard.diagnosis import PROBLEMS, Finding, diagnose
 from onecard.law import BAND
@@ -31,7 +31,6 @@ from train import TrainConfig, learning_rate
 
 DEFAULTS = dict(lr_decay_iters=600_000, eval_iters=200, dtype="bfloat16", gelu="none")  # nanoGPT's, other than ours
 DEFAULTS |= dict(vocab_size=50304)
-MAX_ITERS = 10**7
 HUGE = 1e15
 MAX_RUNS = 12
 
@@ -98,7 +97,7 @@ def assemble(name: str, records: Sequence[dict]) -> Run:
     train, micro = of_kind("train"), of_kind("micro")
     lines = train or micro
     starts = [record for record in records if record["kind"] == "start"]
-    configs = [(record["step"], known_config(name, record["config"])) for record in starts]
+    configs = [(record["step"], saved_config(TrainConfig, record["config"], name)) for record in starts]
     names = dict(train="train_loss", val="val_loss")
     return Run(
         name=name,
@@ -119,21 +118,6 @@ def column(records, name):
     logged = (record.get(name) for record in records)
     numbers = (value if isinstance(value, int | float) else None for value in logged)
     return np.array([math.nan if n is None else n if abs(n) < HUGE else math.inf for n in numbers], dtype=float)
-
-
-def known_config(name: str, keys: dict) -> TrainConfig:
-    """TrainConfig of saved keys. Keys that this version does not know are left out, missing ones have their default."""
-    values = {}
-    for field in fields(TrainConfig):
-        try:
-            if field.name in keys:
-                values[field.name] = checked(keys[field.name], SimpleNamespace(**field.metadata))
-        except ConfigError as error:
-            raise ReportError(f"{name}: {field.name} in its config {error}") from None
-    config = TrainConfig(**values)
-    if config.max_iters > MAX_ITERS:
-        raise ReportError(f"{name}: its config has max_iters={config.max_iters:,}, above {MAX_ITERS:,}; correct it")
-    return config
 
 
 def learning_rates(configs: Sequence[tuple[int, TrainConfig]]) -> list[float]:

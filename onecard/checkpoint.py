@@ -15,15 +15,15 @@ import contextlib
 import hashlib
 import math
 import os
-import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from configurator import ConfigError, changed, sources_of
+from configurator import ConfigError, changed, checked, sources_of
 from model import GPT, GPT2_IDS, GPTConfig
 from onecard import UserError, durable
 from onecard.tokenizer import Tokenizer, TokenizerError, from_state, load_tokenizer
@@ -36,6 +36,7 @@ OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt") 
 TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: shows a flipped bit in it
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that pretrained weights decide
+DATA = ("train_tokens", "train_fingerprint", "val_tokens", "val_fingerprint")
 NOT_LISTED = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only")  # changes
 
 
@@ -62,8 +63,14 @@ class Progress:
 
     @classmethod
     def restore(cls, saved: dict) -> "Progress":
-        names = [name for name in cls.__dataclass_fields__ if name != "step"]
-        return cls(step=saved["iter_num"], **{name: saved[name] for name in names if name in saved})
+        """Raises KeyError or TypeError if a value is missing or has another type."""
+        values = {name: saved[name] for name in cls.__dataclass_fields__ if name != "step"}
+        for name, default in asdict(cls()).items():
+            if not isinstance(values.get(name, 0), type(default)):
+                raise TypeError(f"{name}={values[name]!r}")
+        numbers = [*values["window"].values(), *(values["running"][name] for name in ("n", "mean", "variance"))]
+        math.fsum(number for row in (numbers, *values["evals"]) for number in row)  # TypeError if one is no number
+        return cls(step=saved["iter_num"], **values)
 
     def as_saved(self) -> dict:
         """Its values by the names that they have in a checkpoint."""
@@ -101,6 +108,7 @@ def write(path: str | Path, state: dict) -> None:
     """
     path, hashing = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it during the run
         with durable.replacing(path, check=verify) as file:
             hashing = _HashingFile(file)
             torch.save({"version": VERSION, **state}, hashing)  # type: ignore[arg-type]
@@ -139,21 +147,56 @@ def load(path: str | Path) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no checkpoint here; train first, or check --out_dir") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:  # torch.load raises any kind for bytes that are no checkpoint
         raise CheckpointError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
-    if state["version"] > VERSION:
-        raise CheckpointError(f"{path}: version {state['version']}, written by a later onecard: update this one")
+    with readable(path):
+        if state["version"] > VERSION:
+            raise CheckpointError(f"{path}: version {state['version']}, written by a later onecard: update this one")
+        if type(state["iter_num"]) is not int:
+            raise TypeError("iter_num is not an integer")
     return state
+
+
+@contextlib.contextmanager
+def readable(path: str | Path):
+    """Makes a CheckpointError of what is raised where a part of a checkpoint is missing or does not fit."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path}: a part is missing, or another program has changed it ({reason}): use another checkpoint"
+        ) from error
 
 
 def load_model(path: str | Path) -> tuple[GPT, dict]:
     """(GPT with the trained weights on the CPU, in eval mode; the rest of the checkpoint)."""
     state = load(path)
-    model = GPT(GPTConfig(**state["model_args"]))
-    model.load_state_dict(state.pop("model"))
-    tokenizer = state.get("tokenizer") or {}
-    model.n_ids = tokenizer.get("n_vocab", model.n_ids)
+    with readable(path):
+        model = GPT(GPTConfig(**state["model_args"]))
+        model.load_state_dict(state.pop("model"))
+        model.n_ids = (state.get("tokenizer") or {}).get("n_vocab", model.n_ids)
+        state["config"].get("dataset")
     return model.eval(), state
+
+
+def saved_config(ConfigClass, keys: dict, source: str | Path):
+    """The config of a run from its saved keys: unknown keys are left out, missing ones have their default.
+
+    Raises CheckpointError with `source` for a value that this version does not permit.
+    """
+    values = {}
+    for name, key in ConfigClass.__dataclass_fields__.items():
+        try:
+            if name in keys:
+                values[name] = checked(keys[name], SimpleNamespace(**key.metadata))
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: {name} in its config {error}") from None
+    return ConfigClass(**values)
 
 
 def tokenizer_of(saved: dict, path: str | Path) -> Tokenizer:
@@ -162,16 +205,17 @@ def tokenizer_of(saved: dict, path: str | Path) -> Tokenizer:
     nanoGPT's checkpoints and older ones carry none: theirs is meta.pkl in the folder of their dataset, or else GPT-2's.
     Raises CheckpointError if that is impossible, or if the tokenizer cannot be used.
     """
-    config = saved.get("config") or {}
-    dataset = config.get("dataset") or "DATASET"
-    nearby, here = Path(path).absolute().parent.parent / "data", Path(config.get("data_dir", "data"))
-    files = [folder / "meta.pkl" for folder in (Path(path).parent, nearby / dataset, here / dataset)]
-    meta = next((file for file in files if file.exists()), files[-1])
     try:
-        if saved.get("tokenizer"):
-            tokenizer = from_state(saved["tokenizer"])
-        else:
-            tokenizer = load_tokenizer(meta if meta.exists() else "gpt2")
+        with readable(path):
+            config = saved.get("config") or {}
+            dataset = config.get("dataset") or "DATASET"
+            nearby, here = Path(path).absolute().parent.parent / "data", Path(config.get("data_dir", "data"))
+            files = [folder / "meta.pkl" for folder in (Path(path).parent, nearby / dataset, here / dataset)]
+            meta = next((file for file in files if file.exists()), files[-1])
+            if saved.get("tokenizer"):
+                tokenizer = from_state(saved["tokenizer"])
+            else:
+                tokenizer = load_tokenizer(meta if meta.exists() else "gpt2")
     except TokenizerError as error:
         raise CheckpointError(f"{path}: {error}") from error
     rows = saved.get("model_args", {}).get("vocab_size", tokenizer.n_vocab)
@@ -192,7 +236,7 @@ def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0
     With keep_every, one every so many steps is kept for good.
     """
     new, latest, step = Path(out_dir) / NEW, Path(out_dir) / LATEST, state["iter_num"]
-    write(new, state)
+    write(new, state | ({"launch": launch()} if launch() else {}))
     kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
     try:
         if latest.exists():
@@ -213,6 +257,8 @@ def candidates(out_dir: str | Path) -> list[Path]:
     for path in Path(out_dir).glob("ckpt*.pt"):
         if not OURS.fullmatch(path.name):
             continue
+        if path.is_dir():
+            raise CheckpointError(f"{path}: a folder has the name of a checkpoint: move it away")
         try:
             step = read_trailer(path)[0]
         except (CheckpointError, OSError):
@@ -270,10 +316,10 @@ def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
 def owned(out_dir: str | Path):
     """Makes out_dir if needed and holds its lock; finishes or removes what a killed process left unfinished there.
 
-    Removes an out_dir that it made if nothing was written, as when the dataset is missing.
+    Removes the lock, and the folders that it made, if nothing was written, as when the dataset is missing.
     """
     with contextlib.ExitStack() as lock:
-        made = not os.path.exists(out_dir)
+        made = [folder for folder in (Path(out_dir), *Path(out_dir).parents) if not folder.exists()]
         try:
             os.makedirs(out_dir, exist_ok=True)
             lock.enter_context(durable.owned(Path(out_dir) / ".lock", f"out_dir={out_dir}"))
@@ -288,9 +334,10 @@ def owned(out_dir: str | Path):
             yield
         finally:
             with contextlib.suppress(OSError):  # Windows does not delete an open file
-                if made and os.listdir(out_dir) == [".lock"]:
+                if os.listdir(out_dir) == [".lock"]:
                     os.remove(Path(out_dir) / ".lock")
-                    os.rmdir(out_dir)
+                    for folder in made:
+                        folder.rmdir()
 
 
 # ---- resuming: what a run goes on from, and whether it may
@@ -299,7 +346,7 @@ def owned(out_dir: str | Path):
 def problems(config) -> list[str]:
     """What does not fit together in the keys about checkpoints, one message each."""
     found = []
-    if config.from_pretrained and config.resume_from:
+    if config.resume_from and (config.from_pretrained or config.init_from == "resume"):
         found.append(f"init_from={config.init_from} and resume_from={config.resume_from} exclude each other: set one")
     if config.keep_every and (config.keep_every % config.eval_interval or not config.always_save_checkpoint):
         needs = f"a multiple of eval_interval={config.eval_interval}, with always_save_checkpoint=True"
@@ -311,11 +358,31 @@ def is_new(config) -> bool:
     """Whether this starts a new run in out_dir rather than going on with the one there."""
     if config.init_from == "auto":
         return not candidates(config.out_dir)
-    return config.init_from != "resume"
+    return config.init_from != "resume" and not restarted(config.out_dir)
+
+
+def launch() -> str:
+    """What all restarts of one torchrun share, and no other torchrun has; "" without torchrun."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return ""
+    folder = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("attempt_")[0]  # its name is random
+    return folder or f"{os.environ.get('TORCHELASTIC_RUN_ID')} of process {os.getppid()}"
+
+
+def restarted(out_dir: str | Path) -> bool:
+    """Whether torchrun has restarted this process after a save: it then goes on from there, not from the beginning.
+
+    The run that overwrite=True replaces may still be there: its checkpoints are of another launch.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return False
+    with contextlib.suppress(CheckpointError):
+        return load_newest(out_dir)[0].get("launch") == launch()
+    return False
 
 
 def find(config, print0) -> dict | None:
-    """The checkpoint that this run goes on from, None for a new run. Prints which damaged ones were passed over.
+    """The checkpoint that this run goes on from, None for a new run. Prints which, and damaged newer ones.
 
     Raises ConfigError where a new run would replace another one, CheckpointError where there is nothing to resume.
     """
@@ -333,10 +400,19 @@ def find(config, print0) -> dict | None:
         saved = load(path)
     else:
         saved, path, problems = load_newest(config.out_dir)
+        if config.resume_from:
+            print0(f"resume_from={config.resume_from} is not used: {config.out_dir} has a run already")
     for problem in problems:
         print0(f"{problem}; using {path.name} of step {saved['iter_num']} instead")
     if "data" not in saved:
         raise ConfigError(f"{path} has weights but no run to resume: start a new run with --init_from={path}")
+    with readable(path):
+        saved["model_args"] = {name: saved["model_args"][name] for name in GPTConfig.__dataclass_fields__}
+        saved["data"] = {name: saved["data"][name] for name in DATA}
+        saved["config"] = asdict(saved_config(type(config), saved["config"], path))
+        Progress.restore(saved)  # raises if it cannot
+        math.fsum(saved["scaler"].values())
+    print0(f"resuming from {path} at step {saved['iter_num']:,}")
     return saved | {"path": str(path)}
 
 
@@ -384,12 +460,8 @@ def take_network(config, args: dict, source: str):
 
 def data_identity(train_windows, val_windows) -> dict:
     """What identifies the data of a run: number of tokens and fingerprint of each split."""
-    return {
-        "train_tokens": train_windows.tokens,
-        "train_fingerprint": train_windows.fingerprint,
-        "val_tokens": val_windows.tokens,
-        "val_fingerprint": val_windows.fingerprint,
-    }
+    found = [(split.tokens, split.fingerprint) for split in (train_windows, val_windows)]
+    return dict(zip(DATA, sum(found, ()), strict=True))
 
 
 def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
@@ -398,8 +470,7 @@ def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
     Network, seed, tokens per step, optimizer and data must be the same, or ConfigError. Other changes take effect and
     are listed. With a new val split the best val loss starts over.
     """
-    Config = type(config)
-    old = Config(**{name: value for name, value in saved["config"].items() if name in Config.__dataclass_fields__})
+    old = type(config)(**saved["config"])
     now, then = identity(config, data), identity(old, saved["data"])
     differ = [name for name in now if now[name] != then[name] and not (config.allow_new_data and name in data)]
     if differ:
@@ -414,6 +485,9 @@ def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
         values = ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in changed)
         print0(f"resumed with other settings: {values}")
     progress = Progress.restore(saved)
+    if progress.step > config.max_iters and not config.eval_only:
+        reached = f"{saved['path']} is at step {progress.step}"
+        raise ConfigError(f"nothing to do: {reached}, max_iters={config.max_iters}: to train on, raise --max_iters")
     if saved["data"] != data:
         print0(f"resumed with other data: {data['train_tokens']:,} tokens, before {saved['data']['train_tokens']:,}")
         if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:
