@@ -361,7 +361,8 @@ class GPT(nn.Module):
         if not torch.is_grad_enabled():
             return token_losses(x, weight, flat, rows).sum() / (flat != IGNORE).sum()
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         return ChunkedCrossEntropy.apply(x, weight, flat, dtype, rows)
 
     # ---- sizes

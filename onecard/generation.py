@@ -20,6 +20,8 @@ from model import GPT, IGNORE, Cache
 from onecard import UserError
 from onecard.tokenizer import Tokenizer, TokenizerError
 
+COLUMNS = 256  # a compiled step's cache has a multiple of so many: few shapes, each compiled once
+
 
 class GenerationError(UserError):
     """Text cannot be generated or scored: why, and what to do."""
@@ -100,23 +102,34 @@ class DecodeState:
     pads: torch.Tensor | None  # (B,), or None if no row is padded
 
 
-def prefill(model, sequences, alive, new_tokens):
-    """Reads the whole windows of the sequences `alive`. Returns a DecodeState and the input of the head (B, C)."""
+def prefill(model, sequences, alive, length):
+    """Reads the whole windows of the sequences `alive`. Returns a DecodeState, whose cache has so many columns, or as
+    many as the windows need, and the logits (B, V) of the next ids."""
     block_size, device = model.config.block_size, model.lm_head.weight.device
     windows = [sequences[i][window_start(len(sequences[i]), block_size) :] for i in alive]
     longest = max(map(len, windows))
     padding = [longest - len(window) for window in windows]
     idx = torch.tensor([[0] * n + window for n, window in zip(padding, windows, strict=True)], device=device)  # (B, T)
     pads = torch.tensor(padding, device=device) if any(padding) else None
-    cache = model.new_cache(len(alive), min(block_size, longest + new_tokens))
-    return DecodeState(cache, alive, pads), model.hidden(idx, cache, pads)[:, -1]
+    cache = model.new_cache(len(alive), max(longest, min(block_size, length)))
+    return DecodeState(cache, alive, pads), model.head(model.hidden(idx, cache, pads)[:, -1])
 
 
-def decode_one_token(model, sequences, alive, state):
-    """Reads the last id of each sequence in the state. Returns the input of the head for those `alive` (B, C)."""
-    idx = torch.tensor([sequences[i][-1:] for i in state.rows], device=model.lm_head.weight.device)  # (B, 1)
-    x = model.hidden(idx, state.cache, state.pads)[:, -1]
-    return x if alive == state.rows else x[[state.rows.index(i) for i in alive]]
+def decode_one_token(model, sequences, alive, state, compiled_step):
+    """Reads the last id of each sequence in the state. Returns the logits of the next ids of those `alive` (B, V)."""
+    device = model.lm_head.weight.device
+    idx = torch.tensor([sequences[i][-1:] for i in state.rows], device=device)  # (B, 1)
+    if compiled_step:
+        column = torch.full((1,), state.cache.filled, device=device)
+        state.cache.filled += 1
+        logits = compiled_step(model, idx, state.cache, state.pads, column)
+    else:
+        logits = step_logits(model, idx, state.cache, state.pads)
+    return logits if alive == state.rows else logits[[state.rows.index(i) for i in alive]]
+
+
+def step_logits(model, idx, cache, pads, column=None):
+    return model.head(model.hidden(idx, cache, pads, column)[:, -1])  # (B, V)
 
 
 @torch.no_grad()
@@ -128,13 +141,15 @@ def stream(
     stop_id: int | None = None,
     ended: set[int] | None = None,
     use_cache: bool = True,
+    compile: bool = False,
     **sampling,
 ) -> Iterator[dict[int, int]]:
     """Yields the new ids of each step, {number of the prompt: id}, without those of sequences that have ended.
 
     A sequence ends after stop_id, or when the caller adds its number to `ended`. The seed of a sequence and its prompt
     (at least one id) decide its text, whatever else is in the batch, except for ties in low precision; seeds=None:
-    another text each time. use_cache=False: read the whole window at each step. sampling: see `logits_to_probs`.
+    another text each time. use_cache=False: read the whole window at each step. compile: torch.compile the step, which
+    pays for long texts; on a card it becomes one CUDA graph. sampling: see `logits_to_probs`.
     """
     if not all(map(len, prompts)):
         raise GenerationError("a prompt without any token cannot be continued; begin it with the document separator")
@@ -143,16 +158,20 @@ def stream(
     seeds = [secrets.randbits(63) for _ in prompts] if seeds is None else seeds
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     state = None
+    compiled_step = torch.compile(step_logits, dynamic=False, mode="reduce-overhead") if compile else None
     for step in range(max_new_tokens):
         alive = [i for i in range(len(sequences)) if i not in ended]
         if not alive:
             return
-        if state is None or state.cache.filled == state.cache.keys.shape[3] or 2 * len(alive) <= len(state.rows):
-            state = None  # full, or half of it idle: free the cache before the next one is allocated
-            state, x = prefill(model, sequences, alive, max_new_tokens - step if use_cache else 0)
+        idle = state is not None and 2 * len(alive) <= len(state.rows) and not compile  # half of it; or compiled again
+        if state is None or state.cache.filled == state.cache.keys.shape[3] or idle:
+            state = None  # free the cache before the next one is allocated
+            longest = max(len(sequences[i]) for i in alive) + max_new_tokens - step
+            length = COLUMNS * math.ceil(longest / COLUMNS) if compile else longest
+            state, logits = prefill(model, sequences, alive, length if use_cache else 0)
         else:
-            x = decode_one_token(model, sequences, alive, state)
-        ids = next_ids(model.head(x), [generators[i] for i in alive], **sampling)
+            logits = decode_one_token(model, sequences, alive, state, compiled_step)
+        ids = next_ids(logits, [generators[i] for i in alive], **sampling)
         for i, id in zip(alive, ids, strict=True):
             sequences[i].append(id)
             if id == stop_id:

@@ -89,7 +89,8 @@ def write_batch(model: GPT, texts: list[Text], config: Any) -> None:
     """Generates these texts together and prints them in order. The first that has not ended is printed as it grows."""
     sampling = dict(temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p)
     seeds, ended = [text.seed for text in texts], set[int]()
-    steps = stream(model, [text.ids for text in texts], config.max_new_tokens, seeds=seeds, ended=ended, **sampling)
+    options = dict(seeds=seeds, ended=ended, compile=config.compile) | sampling
+    steps = stream(model, [text.ids for text in texts], config.max_new_tokens, **options)
     for text in texts:
         while not text.end:
             if not config.json:

@@ -1,9 +1,11 @@
+import functools
 import math
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from networks import tiny
 from runs import write_characters
 
@@ -219,6 +221,26 @@ def test_scores_are_the_log_probabilities_in_the_harness_windows_each_led_by_the
     for batch_size in (1, 3):
         losses = generation.score(model, ids, 0, stride, batch_size)
         assert losses.dtype == torch.float64 and losses.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED])
+def test_a_step_of_fixed_shape_gives_the_same_text(options, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    monkeypatch.setattr(generation, "COLUMNS", 8)
+    prompts, options = random_prompts(3, 40), dict(options, seeds=[1, 2, 3], stop_id=7)
+    for arch in ("gpt2", "qwen3"):
+        model = network(arch=arch)
+        assert generate(model, prompts, 60, compile=True, **options) == generate(model, prompts, 60, **options)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_gives_the_same_text_and_is_compiled_once():
+    model, counter = network(), torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = functools.partial(torch.compile, backend=counter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda step, dynamic, mode: compiled(step, dynamic=dynamic))
+        found = generate(model, [[1], [2, 3]], 60, seeds=[1, 2], compile=True)
+    assert found == generate(model, [[1], [2, 3]], 60, seeds=[1, 2]) and counter.frame_count == 1
 
 
 def test_impossible_input_is_refused():
