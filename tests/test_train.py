@@ -407,10 +407,13 @@ def test_a_dataset_of_the_code_before_the_rebuild_is_trained_on_and_made_again_b
     assert "data    2,154 train tokens" in printed and "2,815 tokens" in printed
     settings = dict(val_fraction=0.2, shard_tokens=1000, workers=1, data_dir=tmp_path)
     source = str(tmp_path / "old_data/texts.jsonl")
-    for dataset in ("old_data", "new_data"):  # nothing is left to do in the first
-        before = files_of(tmp_path / "old_data", "*.bin")
+    before = files_of(tmp_path / "old_data", "*.bin")
+    for dataset in ("old_data", "new_data"):  # nothing is left to do in the first; the second has one val shard
         prepare.main([source, *flags_of(**settings, dataset=dataset)])
-        assert files_of(tmp_path / dataset, "*.bin") == before and len(before) == 6
+        assert files_of(tmp_path / dataset, "train*.bin") == files_of(tmp_path / "old_data", "train*.bin")
+        tokens = [content[1024:] for content in files_of(tmp_path / dataset, "val*.bin").values()]
+        assert b"".join(tokens) == b"".join(before[f"val_00000{number}.bin"][1024:] for number in range(3))
+    assert files_of(tmp_path / "old_data", "*.bin") == before and len(tokens) == 1
 
 
 # ---- numbers that go wrong
