@@ -335,7 +335,7 @@ def sequence_losses(run, windows):
             raise Stopped(reason)
         batch = np.arange(first, min(first + batch_size, n))
         padded = np.resize(batch if len(batch) else 0, batch_size)  # repeats windows: one shape, compiled once
-        tokens = torch.from_numpy(windows.rows(chosen[padded])).to(runtime.device).to(torch.int64)  # (B, T + 1)
+        tokens = runtime.to_device(torch.from_numpy(windows.rows(chosen[padded])))  # (B, T + 1) of int64
         with runtime.autocast():
             loss = run.compiled(tokens[:, :-1], tokens[:, 1:], reduction="none")  # (B, T)
         losses[first : first + batch_size] = loss.mean(1)[: len(batch)]
@@ -446,11 +446,12 @@ def train(config: TrainConfig, stop: Stop) -> int:
             dist.all_reduce(loss_sum)
             loss_sum /= runtime.world_size
             dist.all_reduce(reason, dist.ReduceOp.MAX)  # all processes stop after the same step
-        loss, grad_norm, reason = torch.stack((loss_sum, norm, reason)).tolist()  # the one wait for the device
+        scale = scaler.scale(torch.ones((), device=runtime.device))  # of this step; 1 unless float16
+        loss, grad_norm, reason, scale = torch.stack((loss_sum, norm, reason, scale)).tolist()  # the one wait
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:  # else the step is skipped, for all optimizers: the scaler alone might skip one and step the other
             for optimizer in optimizers:
-                scaler.step(optimizer)
+                optimizer.step()  # scaler.step would wait for the device to check once more
         scaler.update()  # with float16: halves the scale after gradients that are not finite
         model.zero_grad(set_to_none=True)
         progress.step += 1
@@ -473,7 +474,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
                 "hours_left": plan.hours_left(config, progress.step, seconds, run.eval_seconds),
             }
             if scaler.is_enabled():
-                numbers["scale"] = scaler.get_scale()
+                numbers["scale"] = scale
             numbers |= runtime.card_numbers(tokens_per_s * model.flops_per_token())
             run.record("train", **numbers)
             runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))

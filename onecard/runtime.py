@@ -58,8 +58,18 @@ class Runtime:
             facts["gpu_processes"] = gpu_processes()
         return facts
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if not torch.amp.is_autocast_available(self.device.type):
+            return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def pinned(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens in memory from which a card copies while others work; on a CPU the tokens themselves."""
+        return tokens.pin_memory() if self.device.type == "cuda" else tokens
+
+    def to_device(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens of uint16 -> of int64 on the device, without waiting for it."""
+        return self.pinned(tokens).to(self.device, non_blocking=True).to(torch.int64)
 
     def card_numbers(self, flops: float) -> dict:
         """mfu, the share of the peak at so many FLOP/s of all processes together; peak_memory_gib. Empty on a CPU."""
@@ -393,7 +403,7 @@ class Batches:
     """
 
     def __init__(self, windows, batch_size: int, runtime: Runtime, first_sequence: int = 0):
-        self.windows, self.batch_size, self.device = windows, batch_size, runtime.device
+        self.windows, self.batch_size, self.runtime = windows, batch_size, runtime
         self.stride = runtime.world_size * batch_size
         self.thread, self.waited = ThreadPoolExecutor(1), 0.0
         self.request(first_sequence + runtime.rank * batch_size)
@@ -402,8 +412,7 @@ class Batches:
         self.sequence, self.next_tokens = sequence, self.thread.submit(self.assemble, sequence)
 
     def assemble(self, sequence):
-        tokens = torch.from_numpy(self.windows.batch(sequence, self.batch_size))  # (B, T + 1) of uint16
-        return tokens.pin_memory() if self.device.type == "cuda" else tokens
+        return self.runtime.pinned(torch.from_numpy(self.windows.batch(sequence, self.batch_size)))  # (B, T + 1)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (B, T) each, of int64 on the device."""
@@ -411,7 +420,7 @@ class Batches:
         tokens = self.next_tokens.result()
         self.waited += time.perf_counter() - began
         self.request(self.sequence + self.stride)
-        tokens = tokens.to(self.device, non_blocking=True).to(torch.int64)
+        tokens = self.runtime.to_device(tokens)
         return tokens[:, :-1], tokens[:, 1:]
 
     def take_waited(self) -> float:
