@@ -29,10 +29,12 @@ COMPARED = [  # who, dtype, texts at a time, how; and the same of what it is com
     ("ours float32 1 greedy", "transformers float32 1 greedy"),
     ("ours float32 1 greedy", "ours float32 1 uncached"),
     ("ours float32 1 sampled", "transformers float32 1 sampled"),
+    ("ours float32 1 compiled", "ours float32 1 greedy"),
     ("ours bfloat16 1 greedy", "transformers bfloat16 1 greedy"),
+    ("ours bfloat16 1 compiled", "transformers bfloat16 1 greedy"),
     ("ours float32 8 greedy", "transformers float32 8 greedy"),
     ("ours float32 8 greedy", "ours float32 1 greedy"),
-    ("ours bfloat16 8 greedy", "ours bfloat16 1 greedy"),
+    ("ours bfloat16 8 greedy", "transformers bfloat16 8 greedy"),
 ]
 
 
@@ -64,7 +66,7 @@ def generate_by(who, model, batch, how):
         options |= dict(use_cache=True, pad_token_id=EOT, attention_mask=torch.ones_like(idx))
         return lambda n: theirs.generate(idx, max_new_tokens=n, **options)[0].tolist()
     options = dict(seeds=range(batch), **sampled) if how == "sampled" else dict(temperature=0)
-    options |= dict(use_cache=how != "uncached")
+    options |= dict(use_cache=how != "uncached", compile=how == "compiled")
     return lambda n: generate(model, [[EOT]] * batch, n, **options)[0]
 
 
@@ -72,7 +74,7 @@ def measure(variant, tokens):
     """Tokens per second of all texts together, and the ids of the first one. Runs in a process of its own."""
     who, dtype, batch, how = variant.split()
     make = generate_by(who, network(getattr(torch, dtype)), int(batch), how)
-    make(8)
+    make(tokens if how == "compiled" else 8)  # a compiled step is compiled for a length of the cache
     began = time.perf_counter()
     ids = make(tokens)
     seconds = time.perf_counter() - began
