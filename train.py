@@ -69,16 +69,24 @@ class TrainConfig:
     wandb_run_name: str = key("", "wandb run name; empty: the name of out_dir")
     wandb_artifact: bool = key(False, "upload the last checkpoint to wandb as an artifact")
     # batch
-    gradient_accumulation_steps: int = key(5 * 8, "micro batches per step, over all processes together", low=1)
-    batch_size: int = key(12, "sequences in a micro batch; 0: find the largest that fits, with tokens_per_step", low=0)
-    tokens_per_step: int = key(0, "tokens per step; replaces gradient_accumulation_steps, which follows from it", low=0)
-    block_size: int = key(1024, "tokens in a sequence", low=1)
+    gradient_accumulation_steps: int = key(
+        5 * 8, "micro batches per step, over all processes together", low=1, high=10**6
+    )
+    batch_size: int = key(
+        12, "sequences in a micro batch; 0: find the largest that fits, with tokens_per_step", low=0, high=10**6
+    )
+    tokens_per_step: int = key(
+        0, "tokens per step; replaces gradient_accumulation_steps, which follows from it", low=0, high=2**32
+    )
+    block_size: int = key(1024, "tokens in a sequence", low=1, high=10**6)
     # model
     arch: str = key("gpt2", "network: GPT-2's, or the shape of Qwen3", choices=("gpt2", "qwen3"))
-    n_layer: int = key(12, "layers", low=1)
+    n_layer: int = key(12, "layers", low=1, high=10**4)
     n_head: int = key(12, "attention heads per layer", low=1)
-    n_embd: int = key(768, "width (channels)", low=1)
-    vocab_size: int = key(0, "rows of the embedding; 0: the dataset's ids, rounded up to a multiple of 64", low=0)
+    n_embd: int = key(768, "width (channels)", low=1, high=10**6)
+    vocab_size: int = key(
+        0, "rows of the embedding; 0: the dataset's ids, rounded up to a multiple of 64", low=0, high=10**6
+    )
     activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, slower by a third")
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
@@ -86,11 +94,11 @@ class TrainConfig:
     # optimizer
     optimizer: str = key("adamw", "muon: for matrices in blocks, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
-    max_iters: int = key(600_000, "optimizer steps of the whole run", low=0)
+    max_iters: int = key(600_000, "optimizer steps of the whole run", low=0, high=10**7)
     max_hours: float = key(0.0, "save and stop before this process has run for N hours; 0: no limit", low=0.0)
     weight_decay: float = key(1e-1, "for tensors of two or more dimensions", low=0.0)
-    beta1: float = key(0.9, "AdamW's decay rate of the mean", low=0.0, high=1.0)
-    beta2: float = key(0.95, "AdamW's decay rate of the square", low=0.0, high=1.0)
+    beta1: float = key(0.9, "AdamW's decay rate of the mean", low=0.0, below=1.0)
+    beta2: float = key(0.95, "AdamW's decay rate of the square", low=0.0, below=1.0)
     grad_clip: float = key(1.0, "largest norm of the gradient; 0: no clipping", low=0.0)
     # learning rate
     decay_lr: bool = key(True, "warm-up and decay; False: constant learning_rate")
@@ -100,11 +108,12 @@ class TrainConfig:
     lr_decay_iters: int = key(0, "step at which min_lr is reached; 0: max_iters", low=0)
     min_lr: float = key(6e-5, "learning rate at the end of the decay", low=0.0)
     # system
-    seed: int = key(1337, "of the initial weights, the order of the data and dropout", low=0)
+    seed: int = key(1337, "of the initial weights, the order of the data and dropout", low=0, high=2**63 - 1)
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "of matrix products", choices=("auto", "float32", "bfloat16", "float16"))
     compile: bool = key(True, "torch.compile the model")
     backend: str = key("nccl", "of torch.distributed, for CUDA devices; others use gloo")
+    ddp_timeout_minutes: float = key(10.0, "how long processes wait for a missing one before they stop", low=0.05)
 
     @property
     def from_pretrained(self) -> bool:
@@ -244,10 +253,13 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     optimizers = optim.configure_optimizers(model, config, runtime.device.type, runtime.rank, runtime.world_size)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     if saved:
-        model.load_state_dict(saved["model"])
-        optim.load_state_dicts(optimizers, saved)
-        if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+        with checkpoint.readable(saved["path"]):
+            model.load_state_dict(saved["model"])
+            optim.load_state_dicts(optimizers, saved)
+            if scaler.is_enabled() and saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
+    elif origin and "adamw" in origin:  # nanoGPT's
+        optim.take_moments(optimizers, origin["adamw"], runtime.print0)
     runtime.print0(f"device  {runtime.world_size} x {runtime.device_name}, {runtime.dtype_name}")
     batch_size, micro_steps = choose_batch_size(model, config, runtime, progress.found)
     compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
@@ -291,7 +303,7 @@ def open_data(config):
 def starting_point(config, print0):
     """(pretrained model, facts about its weights), or (None, the checkpoint to go on from, if any)."""
     saved = checkpoint.find(config, print0)
-    if not config.from_pretrained:
+    if saved or not config.from_pretrained:
         return None, saved
     model, facts = pretrained.start(config.init_from, config.block_size, config.dropout)
     facts |= dict(model_args=asdict(model.config), path=config.init_from, began_from=config.init_from)
@@ -480,10 +492,14 @@ def train(config: TrainConfig, stop: Stop) -> int:
             runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
             progress.window = {}
         if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer and run.tokenizer:
-            with runtime.autocast(), contextlib.suppress(generation.GenerationError):  # samples cannot end a run
-                texts = generation.sample_texts(model, run.tokenizer)
-                run.record("samples", texts=texts)
+            try:
+                with runtime.autocast():
+                    texts = generation.sample_texts(model, run.tokenizer)
                 runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
+            except Exception as error:  # samples cannot end a run
+                runtime.print0(f"step {progress.step}: no samples: {' '.join(str(error).split())[:200]!a}")
+            else:
+                run.record("samples", texts=texts)
     if stop_reason:
         save(run, [])
         runtime.print0(f"stopped at step {progress.step}; to continue, add --init_from=resume to the same command")
@@ -530,7 +546,8 @@ def watch(run: Run, loss: float, finite: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = load_config(TrainConfig, argv)
     if config.plan_only:
-        plan_only(config)
+        with oom_errors(config):
+            plan_only(config)
         return
     writes = int(os.environ.get("RANK", 0)) == 0 and not config.eval_only
     try:

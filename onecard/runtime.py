@@ -5,7 +5,7 @@
 
 import contextlib
 import os
-import secrets
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from onecard import UserError
+from onecard import UserError, processes
 from onecard.cards import card
 from onecard.memory import BUDGET, CPU_BATCH_TOKENS, batch_sizes_that_fit, divisors
 
@@ -38,6 +38,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     peak_flops: float | None = None  # FLOP/s of one card, None if unknown
+    watch: processes.Watch | None = None  # of the other processes, if there are any
 
     @property
     def device_name(self) -> str:
@@ -90,19 +91,29 @@ class Runtime:
         sequence = np.random.SeedSequence((seed, step, self.rank))
         return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
+    def going_on(self) -> None:
+        """Tells the watch that this process is not stuck: called wherever it has come a little further."""
+        if self.watch:
+            self.watch.count += 1
+
     def max_over_processes(self, number: int) -> int:
+        self.going_on()
         if self.world_size > 1:
             shared = torch.tensor(number, device=self.device)
             dist.all_reduce(shared, dist.ReduceOp.MAX)
             number = int(shared)
         return number
 
+    def gather(self, value: Any) -> list:
+        """The values of all processes, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def require_same(self, **values) -> None:
         """Raises DeviceError if the processes have different values, such as two machines without a shared folder."""
-        if self.world_size == 1:
-            return
-        everyone: list[dict] = [{}] * self.world_size
-        dist.all_gather_object(everyone, values)
+        everyone = self.gather(values)
         for rank, other in enumerate(everyone):
             for key in values:
                 if other[key] != everyone[0][key]:
@@ -139,10 +150,9 @@ def pick_device(name: str) -> torch.device:
                 "or use --device=cpu to train on the CPU"
             )
         return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise DeviceError(f"device={name!r} is not a device; use auto, cpu, cuda, cuda:0 or mps") from None
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise DeviceError(f"device={name!r} is not a device for training; use auto, cpu, cuda, cuda:0 or mps")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device={name}: torch {torch.__version__} finds no CUDA device; use --device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -173,12 +183,16 @@ def start_runtime(config) -> Runtime:
     """Resolves device and precision. Joins the other processes if torchrun started this one."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
-    peak_flops = None
+    peak_flops = watch = None
     if device.type == "cpu":
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: 512 times fewer page faults (Linux)
     if device.type == "cuda":
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # loses less memory to fragments
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        if device.index >= (count := torch.cuda.device_count()):
+            raise DeviceError(
+                f"LOCAL_RANK={device.index}: there are {count} CUDA devices: use --nproc_per_node={count}"
+            )
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what remains float32
         driver = torch.cuda.get_device_properties(device)
@@ -187,28 +201,8 @@ def start_runtime(config) -> Runtime:
     if world_size > 1:
         micro_steps(config.step_sequences, config.batch_size or 1, world_size)  # raises if it does not divide
         backend = config.backend if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=fresh_store(rank, world_size), rank=rank, world_size=world_size)
-    return Runtime(device, pick_dtype(config.dtype, device), rank, world_size, peak_flops)
-
-
-def fresh_store(rank: int, world_size: int) -> dist.Store:
-    """A store that only the processes of this start share.
-
-    torchrun keeps one store over its restarts, and in it the addresses of dead processes, for which the new ones would
-    wait (pytorch issue 135712). So rank 0 picks a random name for this start and confirms it to each other rank. A rank
-    that read the name of an earlier start gets no answer and reads again.
-    """
-    store, *_ = next(dist.rendezvous("env://"))
-    mine = secrets.token_hex(8)
-    if rank == 0:
-        store.set("name", mine)
-        for other in range(1, world_size):
-            store.set(store.get(f"{mine}/{other}").decode(), mine)
-        return dist.PrefixStore(mine, store)
-    while not store.check([mine]):
-        store.set(f"{store.get('name').decode()}/{rank}", mine)
-        time.sleep(0.05)
-    return dist.PrefixStore(store.get(mine).decode(), store)
+        watch = processes.join(backend, device, rank, world_size, config.ddp_timeout_minutes)
+    return Runtime(device, pick_dtype(config.dtype, device), rank, world_size, peak_flops, watch)
 
 
 # ---- the micro batch
@@ -288,10 +282,13 @@ def trial_peak(model, batch_size, block_size, runtime):
 
 @contextlib.contextmanager
 def oom_errors(config):
-    """Makes a DeviceError of torch's out-of-memory error: what did not fit, and keys with the same tokens per step."""
+    """Makes a DeviceError of an out-of-memory error: what did not fit, and keys with the same tokens per step."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # only on CUDA torch has an error of its own for it
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and not re.search("out of memory|allocate memory|size calculation overflowed", str(error)):
+            raise
         batch, steps = config.batch_size, config.gradient_accumulation_steps
         smaller = next((d for d in range(2, batch + 1) if batch % d == 0), 0)
         if config.tokens_per_step:
@@ -301,10 +298,8 @@ def oom_errors(config):
         else:
             remedy = "--activation_checkpointing=True, or a smaller block_size or network, needs less"
         where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
-        reason = str(error).split(". GPU")[0]
-        raise DeviceError(
-            f"the card's memory is full at {where} ({reason}); with the same tokens per step, {remedy}"
-        ) from None
+        reason = " ".join(str(error).split())[:200].split(". GPU")[0]
+        raise DeviceError(f"memory is full at {where} ({reason}); with the same tokens per step, {remedy}") from None
 
 
 # ---- stopping
@@ -317,14 +312,16 @@ class Stopped(Exception):
 class Stop:
     """Why a run is to end early: SIGINT, SIGTERM, SIGHUP, or max_hours.
 
-    After the first signal the step is finished and saved; a second one ends the process at once.
+    After the first signal the step is finished and saved; one that comes AGAIN seconds later ends the process at once.
+    An earlier one counts as the same: torchrun passes on a signal that its workers may have got themselves.
     """
 
     TIME_IS_UP = 64  # the reason that is no signal
+    AGAIN = 2.0
 
     def __init__(self, max_hours: float = 0.0):
         self.signal, self.seconds = 0, 3600 * max_hours or float("inf")
-        self.began = self.asked = time.monotonic()
+        self.began = self.asked = self.received = time.monotonic()
 
     def __enter__(self):
         numbers = [signal.SIGINT, signal.SIGTERM]
@@ -339,10 +336,12 @@ class Stop:
 
     def receive(self, number, _):
         if self.signal:
-            os._exit(128 + number)
-        self.signal = number
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing the step and saving; a second {name} stops at once\n".encode())
+            if time.monotonic() >= self.received + self.AGAIN:
+                os._exit(128 + number)
+            return
+        self.signal, self.received, name = number, time.monotonic(), signal.Signals(number).name
+        text = f"finishing the step and saving; {name} again after {self.AGAIN:.0f} s stops at once"
+        os.write(2, f"\n{name}: {text}\n".encode())
 
     def reason(self, save_seconds: float = 0.0) -> int:
         """0, the number of a signal, or TIME_IS_UP: another step as long as the last, and a save, would be too late.
@@ -361,35 +360,49 @@ class Stop:
 def compile_model(model: torch.nn.Module, shape: tuple[int, int], wanted: bool, runtime: Runtime) -> torch.nn.Module:
     """The model to train on micro batches of this shape (B, T): compiled if wanted, and shared with other processes.
 
-    If torch.compile fails (no compiler, no Triton), it fails at the first call. So the first training and evaluation
-    calls are made here, on zeros with the strides of real batches: no step of the run waits for the compiler.
+    torch.compile compiles, and fails, at the first call. So the first calls are made here: no step of the run waits for
+    the compiler. They go through DDP, so that backward is compiled in parts, and gradients are exchanged while it runs.
+    If one process cannot compile, none does.
     """
-    compiled: Any = model
+    network: Any = torch.compile(model, dynamic=False) if wanted else model
+    compiled: Any = network
+    if runtime.world_size > 1:
+        compiled = DistributedDataParallel(network, gradient_as_bucket_view=True)  # no second copy of the gradients
     if wanted:
         began = time.perf_counter()
         runtime.print0("compiling the model, about a minute (--compile=False skips this)")
-        compiled = torch.compile(model, dynamic=False)
-        zeros = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64, device=runtime.device)
-        inputs, targets = zeros[:, :-1], zeros[:, 1:]  # with other strides it would be compiled again
-        try:
+        failed = [reason for reason in runtime.gather(first_calls(compiled, shape, runtime)) if reason]
+        if not failed:
+            runtime.print0(f"compiled in {time.perf_counter() - began:.0f} s")
+            return compiled
+        effect = "training without it, slower; the predicted memory is that of this eager model"
+        runtime.print0(f"torch.compile does not work here ({failed[0]}); {effect}")
+        if runtime.world_size == 1:
+            return model
+        compiled.module = model  # the same weights, so DDP still has its hooks
+    return compiled
+
+
+def first_calls(compiled, shape, runtime):
+    """Makes the first training and evaluation calls, on zeros -> why they failed, or an empty text."""
+    zeros = torch.zeros((shape[0], shape[1] + 1), dtype=torch.int64, device=runtime.device)
+    inputs, targets = zeros[:, :-1], zeros[:, 1:]  # strides of real batches: with others it would be compiled again
+    try:
+        with compiled.no_sync() if runtime.world_size > 1 else contextlib.nullcontext():  # others may not come so far
             with runtime.autocast():
                 loss = compiled(inputs, targets)
             loss.backward()
-            model.eval()
-            with torch.no_grad(), runtime.autocast():
-                compiled(inputs, targets, reduction="none")
-            runtime.print0(f"compiled in {time.perf_counter() - began:.0f} s")
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            runtime.print0(f"torch.compile does not work here ({reason}); training without it, slower")
-            compiled = model
-        model.train()
-        model.zero_grad(set_to_none=True)
-    if runtime.world_size > 1:
-        compiled = DistributedDataParallel(compiled, gradient_as_bucket_view=True)  # no second copy of the gradients
-    return compiled
+        compiled.eval()
+        with torch.no_grad(), runtime.autocast():
+            compiled(inputs, targets, reduction="none")
+        return ""
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    finally:
+        compiled.train()
+        compiled.zero_grad(set_to_none=True)
 
 
 # ---- batches
@@ -398,7 +411,7 @@ def compile_model(model: torch.nn.Module, shape: tuple[int, int], wanted: bool, 
 class Batches:
     """The micro batches of this process, one after the other; a thread assembles the next while this one is used.
 
-    windows: shards.Windows; first_sequence: where the run starts. The sequences of a step are dealt to micro steps,
+    windows: windows.Windows; first_sequence: where the run starts. The sequences of a step are dealt to micro steps,
     then to processes.
     """
 
@@ -419,6 +432,7 @@ class Batches:
         began = time.perf_counter()
         tokens = self.next_tokens.result()
         self.waited += time.perf_counter() - began
+        self.runtime.going_on()
         self.request(self.sequence + self.stride)
         tokens = self.runtime.to_device(tokens)
         return tokens[:, :-1], tokens[:, 1:]

@@ -1,0 +1,104 @@
+"""Several processes: how they find each other, and which of them is missing.
+
+    watch = join("gloo", device, rank, world_size, minutes=10)
+
+torch waits for a process that is stuck, and then says that a collective timed out, not whose fault it was. A Watch says
+it before that.
+"""
+
+import atexit
+import contextlib
+import os
+import secrets
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from onecard import UserError
+
+
+class ProcessError(UserError):
+    """A process is missing: which, and what to do."""
+
+
+def join(backend: str, device: torch.device, rank: int, world_size: int, minutes: float) -> "Watch":
+    """Joins the other processes. minutes: how long to wait for one, now and whenever they meet."""
+    store = fresh_store(rank, world_size, minutes)
+    options: dict = dict(device_id=device) if backend == "nccl" else {}
+    timeout = timedelta(minutes=minutes + 1)  # a Watch says more than torch, so it comes first
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
+    return Watch(dist.PrefixStore("watch", store), rank, world_size, minutes)
+
+
+def fresh_store(rank: int, world_size: int, minutes: float) -> dist.Store:
+    """A store that only the processes of this start share. ProcessError names those that do not come within `minutes`.
+
+    torchrun keeps one store over its restarts, and in it the addresses of dead processes, for which the new ones would
+    wait (pytorch issue 135712). So rank 0 picks a random name for this start and confirms it to each other rank. A rank
+    that read the name of an earlier start gets no answer and reads again.
+    """
+    mine, deadline, missing = secrets.token_hex(8), time.monotonic() + 60 * minutes, "another process"
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(minutes=minutes)))
+        if rank == 0:
+            store.set("name", mine)
+            for other in range(1, world_size):
+                missing = f"process {other}"
+                store.set(store.get(f"{mine}/{other}").decode(), mine)
+            return dist.PrefixStore(mine, store)
+        missing = "process 0"
+        while not store.check([mine]):
+            store.set(f"{store.get('name').decode()}/{rank}", mine)
+            time.sleep(0.05)
+            if time.monotonic() > deadline:
+                raise dist.DistStoreError("no answer")
+        return dist.PrefixStore(store.get(mine).decode(), store)
+    except dist.DistError as error:
+        raise ProcessError(
+            f"process {rank} of {world_size} waited {minutes:g} minutes for {missing} ({str(error).splitlines()[0]}): "
+            "start all processes, or wait longer with --ddp_timeout_minutes"
+        ) from None
+
+
+class Watch(threading.Thread):
+    """Ends this process, and names those it waited for, if it has not gone on for `minutes` and others are missing.
+
+    Each process publishes, every second, how often it has gone on. Missing is who is behind or publishes no more.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, minutes: float):
+        super().__init__(daemon=True)
+        self.store, self.rank, self.world_size, self.minutes = store, rank, world_size, minutes
+        self.count = self.beats = 0
+        atexit.register(self.publish, 2**62)  # a process that has ended is not missing
+        self.start()
+
+    def publish(self, count):
+        self.beats += 1
+        with contextlib.suppress(dist.DistError):  # the process with the store has ended
+            self.store.set(str(self.rank), f"{count} {self.beats}")
+
+    def missing(self, seen):
+        counts = []
+        for _ in range(2):
+            counts.append([self.store.get(str(rank)).decode().split() for rank in range(self.world_size)])
+            self.publish(seen)
+            time.sleep(3)
+        pairs = enumerate(zip(*counts, strict=True))
+        return [str(rank) for rank, (a, b) in pairs if int(b[0]) < seen or (a == b and int(b[0]) == seen)]
+
+    def run(self):
+        seen, since = 0, time.monotonic()
+        while time.monotonic() < since + 60 * self.minutes or not (missing := self.missing(seen)):
+            if self.count > seen:
+                seen, since = self.count, time.monotonic()
+            self.publish(seen)
+            time.sleep(1)
+        waited = f"process {self.rank} waited {self.minutes:g} minutes for process {', '.join(missing)}"
+        remedy = "look at its machine and its last lines, or wait longer with --ddp_timeout_minutes"
+        print(f"train.py: {waited} of {self.world_size}, which does not answer or is behind: {remedy}", file=sys.stderr)
+        os._exit(2)
