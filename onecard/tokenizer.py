@@ -4,14 +4,13 @@
     ids = tokenizer.encode("Hello")  # uint16; `<|endoftext|>` in a text is ordinary text
     text = tokenizer.decode(ids)
 
-Nothing is downloaded. `state` is plain data for a manifest or a checkpoint, `from_state` reads it. The one thing to
-know: a long text is encoded in pieces where that cannot change its ids (`pieces`), so that memory is bounded.
+Nothing is downloaded. The one thing to know: a long text is encoded in pieces where that cannot change its ids
+(`pieces`), so memory is bounded.
 """
 
 from __future__ import annotations
 
 import base64
-import codecs
 import functools
 import hashlib
 import importlib
@@ -39,6 +38,7 @@ ENDOFTEXT = "<|endoftext|>"
 SEPARATORS = (ENDOFTEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>")  # names in known models
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 FAST_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's own: the same
+FAST_DIFFERS = "\u180e"  # white space for fastokens, none for tiktoken; of all other characters the ids are the same
 
 # A run of white space begins a token. So does its last character if a word follows, because the two are one token.
 # A text can be cut at both places without a change of ids. (Python's \s has four characters more than SPACE.)
@@ -65,6 +65,7 @@ HARD_STRINGS = (
     "👩\u200d👩\u200d👧 🏳️\u200d🌈 \U000e0001",
     "1234567890 ٣٤٥ Ⅳ ½ x²",
     "\0\x01\ufffd\ufeff\U0010ffff",
+    "a\u180e's  \u180eb",
     "a" * 5000 + " " * 5000 + "b" + "\n" * 5000 + "c",
     "!" * 3000 + "_" * 3000 + "0" * 3000,
 )
@@ -96,8 +97,7 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
     except OSError as error:
         kinds = "gpt2, gpt2-1024, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl"
         raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error.strerror}); give {kinds}") from None
-    full = path.resolve()
-    name = full.parent.name if full.stem in ("tokenizer", "meta") else full.stem
+    name = path.resolve().parent.name if path.stem in ("tokenizer", "meta") else path.stem
     if path.suffix == ".pkl":
         return CharTokenizer(read_meta(content, path), name)
     return open_json(content, path, name, encoder)
@@ -106,14 +106,13 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
 def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer of a `state()`. None, or a dict without kind, is GPT-2's: so in old datasets and checkpoints.
 
-    folder: of a dataset, whose manifest names a file there (state["file"]) instead of the content. Raises
-    TokenizerError if the content is missing, or is not the one that state["sha256"] names.
+    folder: of a dataset, whose manifest names a file there (state["file"]) instead of the content.
     """
     state = state or {}
     kind, content, sha256 = state.get("kind", "gpt2"), state.get("content"), str(state.get("sha256"))
     where, remedy = f"tokenizer {state.get('name')}", "copy it again"
     if kind in ("gpt2", "bytes", "short"):
-        tokenizer = load_tokenizer(state["name"] if kind == "short" else kind, encoder)
+        tokenizer = load_tokenizer(state.get("name", kind), encoder)
         if state and sha256 != tokenizer.sha256:
             raise TokenizerError(f"{where}: its SHA-256 {sha256[:12]}... is not that of {tokenizer.name}; {remedy}")
         return tokenizer
@@ -134,40 +133,32 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: 
 
 
 def dataset_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer of a dataset: what its manifest names, or nanoGPT's meta.pkl beside files without a manifest.
+    """The tokenizer that a dataset's manifest names, or nanoGPT's meta.pkl beside files without a manifest.
 
-    None if it names none, or one of another program, of which the name alone is known. Raises TokenizerError as
-    from_state does, ShardError if the manifest is damaged.
+    None if it names none that onecard knows. Raises TokenizerError, and ShardError if the manifest is damaged.
     """
     manifest, meta = read_manifest(folder), Path(folder) / "meta.pkl"
     if manifest is None:
         return load_tokenizer(meta) if meta.exists() else None
     state = manifest.get("tokenizer") or {}
-    known = "kind" in state or state.get("sha256") == VOCABULARY_SHA256
-    return from_state(state, folder=folder) if known else None
+    return from_state(state, folder=folder) if "kind" in state or state.get("sha256") == VOCABULARY_SHA256 else None
 
 
 # ---- the kinds -----------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
-    """Encodes and decodes. Each kind has `encode_reference`, and `token_bytes` or its own `decode_bytes`.
+    """Encodes and decodes. Each kind has `encode_reference`, and `token_bytes` or its own `decode_bytes`."""
 
-    kind: gpt2, short, bytes, chars or bpe (any tokenizer.json). sha256: of what defines the vocabulary. eot: id of the
-    document separator, None for characters. content: for chars the JSON list of the characters, for bpe the text of
-    its tokenizer.json. lossless: whether decode(encode(text)) is the text for every text that can be encoded.
-    gpt2_split: whether texts are split by GPT-2's pattern, or in a way that any cut leaves as it is.
-    """
-
-    kind: str
+    kind: str  # gpt2, short, bytes, chars or bpe (any tokenizer.json)
     name: str
     n_vocab: int
-    eot: int | None
-    sha256: str
+    eot: int | None  # the id that separates documents; characters have none
+    sha256: str  # of what defines the vocabulary
     encoder: str
-    content: str | None = None
-    lossless = True
-    gpt2_split = True
+    content: str | None = None  # the JSON list of the characters, or the text of the tokenizer.json
+    lossless = True  # decode(encode(text)) is the text, for every text that can be encoded
+    gpt2_split = True  # texts are split by GPT-2's pattern, or in a way that any cut leaves as it is
     fast: Any = None  # fastokens' tokenizer of the same vocabulary
     token_bytes: list[bytes]  # of each id
 
@@ -198,7 +189,11 @@ class Tokenizer:
             return self.encode_reference(texts)
         flat, offsets = self.fast.encode_batch_flat(texts, split_special_tokens=True)
         ids = np.frombuffer(flat, dtype="<u4").astype(np.uint16)
-        return np.split(ids, np.frombuffer(offsets, dtype="<u8").astype(np.int64)[1:-1])
+        rows = np.split(ids, np.frombuffer(offsets, dtype="<u8").astype(np.int64)[1:-1])
+        if differing := [i for i, text in enumerate(texts) if FAST_DIFFERS in text]:
+            for i, row in zip(differing, self.encode_reference([texts[i] for i in differing]), strict=True):
+                rows[i] = row
+        return rows
 
     def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
         """encode_pieces by the library that defines the ids."""
@@ -220,13 +215,21 @@ class Tokenizer:
         return ids
 
     def decoder(self, before: Iterable[int] = ()) -> Callable[[int], str]:
-        """A function for text that grows by one id at a time: it takes the next id and returns the new characters.
+        """A function that takes one id after another and returns the new characters, each when it is complete.
 
-        The bytes of an incomplete character are held back until it is complete, or cannot become so. before: the ids
-        that precede, such as the prompt's. With some vocabularies the space before a word depends on them.
+        before: the ids that precede. With some vocabularies the space before a word depends on them.
         """
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        return lambda id: utf8.decode(self.decode_bytes([id]))
+        ids = list(before)
+        shown = len(self.decode(ids))
+
+        def step(id: int) -> str:
+            nonlocal shown
+            ids.append(id)
+            text = self.decode(ids).rstrip("\ufffd")  # the end of a character that is not complete is held back
+            new, shown = text[shown:], max(shown, len(text))
+            return new
+
+        return step
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -321,7 +324,7 @@ class CharTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """A Hugging Face tokenizer.json, read by the library `tokenizers`. The separator is never found in a text.
 
-    A byte-level one without a normalizer is lossless. Others may lose text; check_round_trip tells.
+    A byte-level one without a normalizer is lossless. check_round_trip tells whether another one loses text.
     """
 
     kind = "bpe"
@@ -342,7 +345,7 @@ class JsonTokenizer(Tokenizer):
         self.gpt2_split = self.lossless and splits["type"] == "ByteLevel" and splits.get("use_regex", True)
         self.encoder = "fastokens" if encoder == "fastokens" else "tokenizers"
         if encoder == "fastokens":
-            if not self.gpt2_split:  # with byte fallback, for example, it gives other ids here and there
+            if not self.gpt2_split:  # its ids differ here and there
                 raise TokenizerError(f"{name}: fastokens is used with GPT-2's splitting pattern only; use tokenizers")
             self.fast = need("fastokens", "fast").Tokenizer.from_json_str(self.library.to_str())
 
@@ -355,10 +358,9 @@ class JsonTokenizer(Tokenizer):
     @functools.cached_property
     def token_bytes(self) -> list[bytes]:  # type: ignore[override]
         """Of a byte-level vocabulary. A token with a letter outside of the alphabet stands for itself."""
-        tokens = [self.library.id_to_token(id) or "" for id in range(self.n_vocab)]
+        tokens = (self.library.id_to_token(id) or "" for id in range(self.n_vocab))
         return [
-            bytes(BYTES[letter] for letter in token) if BYTES.keys() >= set(token) else token.encode()
-            for token in tokens
+            bytes(map(BYTES.__getitem__, token)) if BYTES.keys() >= set(token) else token.encode() for token in tokens
         ]
 
     def encode_reference(self, texts: list[str]) -> list[np.ndarray]:
@@ -376,22 +378,6 @@ class JsonTokenizer(Tokenizer):
         if self.byte_level:
             return super().decode_bytes(ids)
         return self.library.decode(self.checked(ids), skip_special_tokens=False).encode()
-
-    def decoder(self, before: Iterable[int] = ()) -> Callable[[int], str]:
-        if self.byte_level:
-            return super().decoder(before)
-        last, utf8 = list(before)[-1:], codecs.getincrementaldecoder("utf-8")("replace")
-        bytes_of = {self.library.token_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
-
-        def step(id: int) -> str:
-            if id in bytes_of:  # a letter that is not in the vocabulary is spelled in bytes
-                text = utf8.decode(bytes_of[id])
-            else:  # the space before a word depends on the token before it, so both are decoded
-                text = utf8.decode(b"", True) + self.decode([*last, id])[len(self.decode(last)) :]
-            last[:] = [id]
-            return text
-
-        return step
 
 
 # ---- tokenizer.json ------------------------------------------------------------------------------------------
@@ -442,13 +428,12 @@ def choose_separator(library, path: Path) -> int:
 def declared_ends(folder: Path) -> list[str]:
     """The eos_token that the model's files beside tokenizer.json name."""
     names = []
-    for path in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
-        if path.exists():
-            try:
-                name = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-            except (OSError, ValueError, AttributeError) as error:
-                raise TokenizerError(f"{path}: cannot be read ({error}); copy it again, or remove it") from None
-            names.append(name.get("content") if isinstance(name, dict) else name)
+    for path in filter(Path.exists, (folder / "tokenizer_config.json", folder / "special_tokens_map.json")):
+        try:
+            name = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+        except (OSError, ValueError, AttributeError) as error:
+            raise TokenizerError(f"{path}: cannot be read ({error}); copy it again, or remove it") from None
+        names.append(name.get("content") if isinstance(name, dict) else name)
     return [name for name in names if isinstance(name, str)]
 
 
@@ -478,8 +463,7 @@ def keeps_text(step: dict) -> bool:
 def train_tokenizer(texts: Iterable[str], n_vocab: int) -> str:
     """The text of a tokenizer.json: byte-level BPE with GPT-2's splitting pattern, `<|endoftext|>` as its last id.
 
-    The same texts give the same file, whatever the number of threads. It has fewer than n_vocab ids if the texts have
-    too few pairs that occur twice. Raises TokenizerError.
+    It has fewer than n_vocab ids if too few pairs occur twice. Raises TokenizerError.
     """
     if not 257 <= n_vocab <= MAX_IDS:
         why = "256 bytes and the separator" if n_vocab < 257 else "ids have 16 bits"
@@ -537,12 +521,12 @@ def need(module: str, extra: str, user: str = ""):
 
 def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     """Raises TokenizerError if fastokens gives other ids than tiktoken or tokenizers on HARD_STRINGS or these texts."""
+    reference = "tokenizers" if tokenizer.kind == "bpe" else "tiktoken"
     for text in (*HARD_STRINGS, *texts):
         parts = tokenizer.pieces(text)
         if not all(map(np.array_equal, tokenizer.encode_reference(parts), tokenizer.encode_pieces(parts))):
-            reference = "tokenizers" if tokenizer.kind == "bpe" else "tiktoken"
-            found = f"{tokenizer.encoder} has other ids than {reference} for {text[:40]!r}"
-            raise TokenizerError(f"{found}; leave fastokens out with --encoder=tiktoken")
+            what = f"{tokenizer.encoder} has other ids than {reference} for {text[:40]!r}"
+            raise TokenizerError(f"{what}; leave fastokens out with --encoder=tiktoken")
 
 
 def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:

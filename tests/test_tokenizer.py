@@ -75,6 +75,17 @@ def test_millions_of_letters_and_of_words_have_exact_ids(tokenizer, thousand):
     assert tokenizer.encode(words).tolist() == tokenizer.encode(words[:32]).tolist() * (thousand * 320)
 
 
+@pytest.mark.parametrize("form", ["  {}b", "a{}'s"])
+def test_every_character_has_the_ids_of_tiktoken_in_fastokens(form):
+    """All of Unicode, in contexts where white space, letters and other characters are split in their own ways."""
+    pytest.importorskip("fastokens")
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    lines = ["".join(map(form.format, characters[i : i + 1000])) for i in range(0, len(characters), 1000)]
+    fast = load_tokenizer(encoder="fastokens")
+    for line, ids, expected in zip(lines, fast.encode_pieces(lines), fast.encode_reference(lines), strict=True):
+        assert np.array_equal(ids, expected), f"U+{ord(line[form.index('{')]):04X} and the 999 after it"
+
+
 def test_lone_surrogates_become_replacement_characters_and_pairs_their_character(tokenizer):
     valid_of = {"a\ud800b": ("a\ufffdb", 1), "\udc00\ud800": ("\ufffd\ufffd", 2), "\ud83d\ude00\ufffd": ("😀\ufffd", 0)}
     for text, (valid, count) in (valid_of | {"é": ("é", 0)}).items():
@@ -234,7 +245,8 @@ def test_a_stream_holds_back_the_bytes_of_an_incomplete_character(any_kind):
     shown = [step(id) for id in ids]
     assert len(ids) > 2 and "".join(shown) == any_kind.decode(ids) and shown[-2:] == ["", "😀"]
     step = any_kind.decoder()  # a character that is never completed
-    assert "".join(map(step, [*ids[:-1], *any_kind.encode(" a").tolist()])).count("\ufffd") == 1
+    ids[-1:] = any_kind.encode(" a").tolist()
+    assert "".join(map(step, ids)) == any_kind.decode(ids) and "\ufffd" in any_kind.decode(ids)
 
 
 def test_a_state_survives_json_and_gives_the_same_tokenizer(any_kind):
