@@ -33,7 +33,7 @@ from onecard.records import STATE, PrepareError, Progress, amount, read_plan
 from onecard.remote import DamagedError
 from onecard.shards import MANIFEST, check_shard, keys_of, open_tokens, other_datasets, read_manifest, write_manifest
 from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, dataset_tokenizer, load_tokenizer
-from onecard.units import WRITERS, encode_texts, job_tokenizer, make_job
+from onecard.units import WRITERS, encode_texts, first_texts, job_tokenizer, make_job
 
 MANIFEST_KEYS = {"tokenizer", "encoder", "libraries", "settings", *records.COUNTS, "failed", "sources", "shards"}
 INSPECT_TOKENS = 50_000_000  # read by --inspect
@@ -111,13 +111,13 @@ def read_done(plan: dict, config: PrepareConfig, folder: Path) -> dict[int, dict
         print(f"  {problem}")
     if len(problems) > LINES:
         print(f"  and {len(problems) - LINES:,} more like these")
+    if problems:
+        records.write_records(done.values(), folder)
     tokens = 0
     for number, record in sorted(done.items()):
         tokens += record["tokens"]
         if not record.get("complete", True) and not 0 < config.max_tokens <= tokens:
             del done[number]  # an older version cut this unit at another max_tokens
-    if problems:
-        records.write_records(done.values(), folder)
     return done
 
 
@@ -130,10 +130,9 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
     failed: dict[int, str] = {}
     running: dict[Future, int] = {}
     units, number, tokens = plan["units"], 0, 0.0  # tokens: of the units before `number`; estimated while they run
-    with (
-        open_workers(config, folder, encoder, len(units) - len(done)) as (submit, count),
-        Progress(size, "prepared") as progress,
-    ):
+    most = min(config.workers or workers.cores(), len(units) - len(done))
+    pool = workers.cluster(config.cluster, encoder, folder) if config.cluster else workers.processes(most, encoder)
+    with pool as (submit, count), Progress(size, "prepared") as progress:
         while True:
             while number < len(units) and len(running) < count() + QUEUED and not 0 < config.max_tokens <= tokens:
                 if number in done:
@@ -157,12 +156,6 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
                     tokens += record["tokens"]
                     progress.update(units[ended]["bytes"], record["tokens"])
             progress.update()
-
-
-def open_workers(config: PrepareConfig, folder: Path, encoder: str, most: int):
-    if config.cluster:
-        return workers.cluster(config.cluster, encoder, folder)
-    return workers.processes(min(config.workers or workers.cores(), most), encoder)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -206,12 +199,9 @@ def prepare_missing(plan: dict, done: dict, known: dict | None, config: PrepareC
     todo = [number for number in range(len(units)) if number not in done]
     if not todo or 0 < config.max_tokens <= tokens:
         return {}
-    texts = dataset.first_texts(make_job(plan, todo[0], folder))
+    texts = first_texts(make_job(plan, todo[0], folder)) or ["some text"]
     tokenizer = job_tokenizer(plan["settings"], folder)
-    encoded = sum(map(len, encode_texts(tokenizer, texts)))
-    ratio = (
-        sum(len(text.encode()) for text in texts) / encoded if encoded else dataset.bytes_per_token(plan["settings"])
-    )
+    ratio = sum(len(text.encode()) for text in texts) / sum(map(len, encode_texts(tokenizer, texts)))
     size = sum(units[number]["bytes"] for number in todo)  # of text to read, about
     if config.max_tokens:
         size = min(size, int((config.max_tokens - tokens) * ratio))
@@ -247,16 +237,15 @@ def choose_encoder(config: PrepareConfig, settings: dict, texts: list[str], size
 
 def finish(plan: dict, done: dict, config: PrepareConfig, folder: Path, failed: dict, seconds: float) -> None:
     """Joins the val parts, writes the manifest, unless all is there already, and prints what the dataset is."""
-    tokens = 0
-    for number in sorted(done):
-        if 0 < config.max_tokens <= tokens:
-            del done[number]  # it was started before the units before it were known to be enough
-        else:
-            tokens += done[number]["tokens"]
-    if not any(record["shards"] for record in done.values()):
+    kept, tokens = {}, 0
+    for number, record in sorted(done.items()):
+        if not 0 < config.max_tokens <= tokens:  # units that were started too early are left out
+            kept[number] = record
+            tokens += record["tokens"]
+    if not any(record["shards"] for record in kept.values()):
         raise PrepareError(f"{folder}: no document was found; {'; '.join(failed.values()) or 'all rows are empty'}")
-    val, known = records.join_val(done, plan["settings"]["shard_tokens"], folder), read_finished(folder)
-    manifest = make_manifest(plan, done, val, config, failed)
+    val, known = records.join_val(kept, plan["settings"]["shard_tokens"], folder), read_finished(folder)
+    manifest = make_manifest(plan, kept, val, config, failed)
     hashes, known_hashes = ([(s["name"], s["sha256"]) for s in m["shards"]] for m in (manifest, known or manifest))
     if known and hashes == known_hashes and manifest["failed"] == known["failed"]:
         manifest["libraries"] = known["libraries"]  # the versions that made the shards
@@ -264,27 +253,22 @@ def finish(plan: dict, done: dict, config: PrepareConfig, folder: Path, failed: 
     else:
         print(f"{folder} is ready, in {seconds:.1f} s by {manifest['encoder']}")
     if config.max_tokens and tokens != config.max_tokens:
-        why = (
-            f"units are whole, {tokens // len(done):,} tokens on average"
-            if tokens > config.max_tokens
-            else "all of the inputs"
-        )
-        print(f"  max_tokens: {config.max_tokens:,} asked, {tokens:,} taken: {why}")
+        why = f"units are whole, {tokens // len(kept):,} each" if tokens > config.max_tokens else "all that there are"
+        print(f"  max_tokens: {config.max_tokens:,} asked, {tokens:,} taken ({why})")
     if manifest != known:  # a source may have moved
         write_manifest(folder, manifest)
-        remove_others(manifest, done, folder)
+        remove_others(manifest, kept, folder)
     print(summary(manifest))
     print(f"next: python train.py {next_config(manifest, folder)}")
 
 
 def remove_others(manifest: dict, done: dict, folder: Path) -> None:
     """Removes the files of units that belong to the dataset no more."""
-    names = {shard["name"] for shard in manifest["shards"]}
-    names |= {shard["name"] for record in done.values() for shard in record["shards"]}
-    records.write_records((done[number] for number in sorted(done)), folder)
+    files = [*manifest["shards"], *(part for record in done.values() for part in record["shards"])]
+    names = {file["name"] for file in files}
+    records.write_records(done.values(), folder)
     for path in [*folder.glob("*.bin"), *folder.glob(f"{STATE}/*.bin")]:
-        name = path.relative_to(folder).as_posix()
-        if re.search(r"(^|/)(train|val)_\d{6,}\.bin$", name) and name not in names:
+        if re.fullmatch(r"(train|val)_\d{6,}\.bin", path.name) and path.relative_to(folder).as_posix() not in names:
             path.unlink()
 
 
@@ -301,7 +285,7 @@ def next_config(manifest: dict, folder: Path) -> str:
 
 
 def make_manifest(plan: dict, done: dict, val: list[dict], config: PrepareConfig, failed: dict) -> dict:
-    """val: the entries of the joined val shards."""
+    """done: the records, in order; val: the entries of the joined val shards."""
     settings, shards = dict(plan["settings"]), []
     tokenizer = settings.pop("tokenizer", None) or {
         name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
@@ -311,10 +295,10 @@ def make_manifest(plan: dict, done: dict, val: list[dict], config: PrepareConfig
     for name in libraries:
         with contextlib.suppress(PackageNotFoundError):  # some are optional
             libraries[name] = version(name)
-    for number in sorted(done):
-        place = {name: done[number][name] for name in ("row_groups", "rows", "range", "files") if name in done[number]}
-        place["source"] = plan["sources"][done[number]["source"]]["path"]
-        shards += [(number, shard | place) for shard in done[number]["shards"] if not shard["name"].startswith(STATE)]
+    for number, record in done.items():
+        place = {name: record[name] for name in ("row_groups", "rows", "range", "files") if name in record}
+        place["source"] = plan["sources"][record["source"]]["path"]
+        shards += [(number, shard | place) for shard in record["shards"] if not shard["name"].startswith(STATE)]
     shards = sorted([*shards, *((entry["units"][0], entry) for entry in val)], key=lambda pair: pair[0])
     reasons = dict.fromkeys(reason for record in done.values() for reason in record["skipped"])
     return {

@@ -25,7 +25,7 @@ from onecard.shards import other_datasets
 from onecard.sources import examine, find_files
 from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
 from onecard.tokenizer import train_tokenizer as train_bpe
-from onecard.units import decode, in_val, make_job, new_record, read_documents, read_unit
+from onecard.units import decode, first_texts, in_val, make_job, new_record, read_documents, read_unit, whole_jobs
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
 RARE_SETTINGS = {"where": "", "skip_bad_rows": False}  # in a plan only if they were given
@@ -38,7 +38,7 @@ ENOUGH_VAL_BYTES = 20_000  # in val, if that is less than half of its share beca
 FEW_DOCUMENTS = 5  # expected in val; with fewer the documents are split by paragraphs (of more text: twice as many)
 PARAGRAPH_CHARS = 4000  # in a group of paragraphs, at most
 SPLIT_SEEDS = 64  # tried, until val gets about its share
-EXAMINERS = 16  # threads that read footers: on a hub, most of the time is spent waiting
+EXAMINERS = 8  # threads that read footers: most of the time is waiting for a hub; a footer takes about 40 MB
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) ->
     """
     found: dict[str, tuple] = {}  # by the id of the source
     damaged, problems, paths = [], [], find_files(inputs)
-    same_ids = SameIds(known)
+    first, ids = {source["id"]: source["path"] for source in known}, {source["path"]: source["id"] for source in known}
     for path, result in examine_in_threads(paths, settings):
         if isinstance(result, DamagedError):
             damaged.append(str(result))
@@ -129,10 +129,7 @@ def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) ->
             print(f"  left out: {result}")
         else:
             source, units = result
-            if not units:
-                print(f"  {path}: has no rows")
-                continue
-            source["id"] = same_ids.resolve(source)
+            source["id"] = own_id(source, first, ids)
             if source["id"] in found:
                 print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
             found.setdefault(source["id"], (source, units))
@@ -142,7 +139,7 @@ def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) ->
 
 
 def examine_in_threads(paths: list[str], settings: dict) -> Iterator[tuple[str, Any]]:
-    """(path, what sources.examine returns or raises) of each file, in order. Reading footers is mostly waiting."""
+    """(path, what sources.examine returns or raises) of each file, in order."""
     shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
 
     def look(path):
@@ -155,36 +152,30 @@ def examine_in_threads(paths: list[str], settings: dict) -> Iterator[tuple[str, 
     try:
         with Progress(len(paths), "examined", " files") as progress:
             for path, result in zip(paths, threads.map(look, paths), strict=True):
-                yield path, result
                 progress.update(1)
+                yield path, result
     finally:
         threads.shutdown(cancel_futures=True)
 
 
-class SameIds:
-    """Tells files apart that have one id, because their footers are equal, by all their bytes."""
+def own_id(source: dict, first: dict[str, str], ids: dict[str, str]) -> str:
+    """The id of a source. A parquet file with the footer of another one, but other rows, gets a hash of all its bytes.
 
-    def __init__(self, known: Sequence[dict]):
-        self.ids = {source["path"]: source["id"] for source in known}
-        self.first = {source["id"]: source["path"] for source in known}
+    first: {id: the first file with it}, which is added to; ids: {path: id} of the files in the plan.
+    """
+    path, id = source["path"], source["id"]
+    other, known = first.setdefault(id, path), ids.get(path, id)
+    if (path == other and known == id) or kind_of(path) != "parquet":
+        return id
+    whole = whole_id(source, path) or id
+    differs = path != other and whole_id(source, other) not in (whole, None)  # None: the other file has moved here
+    return whole if known == whole or differs else id
 
-    def resolve(self, source: dict) -> str:
-        """The id of a source: its own, or with that of another file and other content, a hash of all its bytes."""
-        path, id = source["path"], source["id"]
-        other, known = self.first.setdefault(id, path), self.ids.get(path, id)
-        if kind_of(path) != "parquet" or (path == other and known == id):
-            return id
-        whole = self.whole_id(source, path)
-        if known == whole:
-            return known
-        moved = path == other or self.whole_id(source, other) in (whole, None)
-        return id if moved else whole
 
-    def whole_id(self, source: dict, path: str) -> str | None:
-        """None: there is no such file any more."""
-        with contextlib.suppress(DamagedError), reading(path), open_file(path) as file:
-            return f"{source['bytes']:x}-{sha256_of(file)}"
-        return None
+def whole_id(source: dict, path: str) -> str | None:
+    with contextlib.suppress(DamagedError), reading(path), open_file(path) as file:
+        return f"{source['bytes']:x}-{sha256_of(file)}"
+    return None
 
 
 def add_sources(plan: dict, found: list[tuple[dict, list]], folder: Path) -> dict:
@@ -233,30 +224,21 @@ def choose_split(plan: dict, folder: Path, asked: float | None) -> dict:
     size, rows = sum(unit["bytes"] for unit in plan["units"]), sum(source.get("rows", 0) for source in plan["sources"])
     if size < SMALL_BYTES and rows < SMALL_ROWS:
         return split_small(whole_jobs(plan, folder), asked)
-    fraction = SETTINGS["val_fraction"] if asked is None else asked
-    documents = sum(count_documents(make_job(plan, number, folder)) for number in range(len(plan["units"])))
+    fraction, documents = SETTINGS["val_fraction"] if asked is None else asked, count_documents(plan, folder)
     if fraction * documents >= 2 * FEW_DOCUMENTS:
         return {"val_fraction": fraction}
     return by_paragraphs(documents, max(fraction, 2 * FEW_DOCUMENTS * PARAGRAPH_CHARS / size), PARAGRAPH_CHARS, 0)
 
 
-def whole_jobs(plan: dict, folder: Path) -> list[dict]:
-    """A job for each file, or for each unit of small files: all rows at once, so that no row group is read twice."""
-    jobs: list[dict] = []
-    for number, unit in enumerate(plan["units"]):
-        if not jobs or jobs[-1]["unit"]["source"] != unit["source"]:
-            jobs.append(make_job(plan, number, folder))
-        places = unit.keys() & {"rows", "row_groups", "range"}
-        jobs[-1]["unit"] = unit | {name: [jobs[-1]["unit"][name][0], unit[name][1]] for name in places}
-    return jobs
-
-
-def count_documents(job: dict) -> int:
-    """How many documents a unit has: the rows of a parquet file; of a text file about, by the size of the first."""
-    if "rows" in job["unit"]:
-        return job["unit"]["rows"][1] - job["unit"]["rows"][0]
-    texts = first_texts(job)
-    return round(len(texts) * job["unit"]["bytes"] / max(1, sum(map(len, texts))))
+def count_documents(plan: dict, folder: Path) -> int:
+    """How many documents there are: the rows of parquet files; of text files about, by the size of some documents."""
+    numbers = [number for number, unit in enumerate(plan["units"]) if "rows" not in unit]
+    documents, chars = 0, 1
+    for number in numbers[:: math.ceil(len(numbers) / SAMPLE_UNITS) or 1]:
+        texts = first_texts(make_job(plan, number, folder))
+        documents, chars = documents + len(texts), chars + sum(map(len, texts))
+    text_bytes = sum(plan["units"][number]["bytes"] for number in numbers)
+    return sum(source.get("rows", 0) for source in plan["sources"]) + round(documents * text_bytes / chars)
 
 
 def by_paragraphs(documents: int, fraction: float, chars: int, seed: int) -> dict:
@@ -314,15 +296,6 @@ def val_share(contents: list[bytes], val_fraction: float, seed: int) -> float:
 
 
 # ---- the tokenizer -----------------------------------------------------------------------------------------
-
-
-def first_texts(job: dict) -> list[str]:
-    """Up to 100 documents of a unit. None if they cannot be read: the unit itself reports why."""
-    with contextlib.suppress(DamagedError, UnicodeDecodeError):
-        for _, _, values in read_unit(job, {}):
-            if texts := [decode(value)[0] for value in values[:100] if value]:
-                return texts
-    return []
 
 
 def train_on_sample(plan: dict, n_vocab: int, folder: Path) -> Tokenizer:
