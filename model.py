@@ -135,9 +135,11 @@ class Qwen3Attention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, context):
-        q, k, v = (linear(x).unflatten(2, (self.n_head, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v))
+        q, k, v = (linear(x).unflatten(2, (self.n_head, -1)) for linear in (self.q, self.k, self.v))  # (B, T, H, D)
         q, k = q.to(self.q_norm.weight.dtype), k.to(self.k_norm.weight.dtype)  # float32 in training
-        q, k = rotate(self.q_norm(q), context.angles), rotate(self.k_norm(k), context.angles)
+        q, k = self.q_norm(q), self.k_norm(k)  # before the transpose: a card's kernel copies what is not contiguous
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+        q, k = rotate(q, context.angles), rotate(k, context.angles)
         q, k = q.to(v.dtype), k.to(v.dtype)  # (B, H, T, D)
         y = context.attend(q, k, v, self.layer, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y))
@@ -361,7 +363,7 @@ class GPT(nn.Module):
         if not torch.is_grad_enabled():
             return token_losses(x, weight, flat, rows).sum() / (flat != IGNORE).sum()
         device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # (meta has no autocast; one graph in Dynamo)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         return ChunkedCrossEntropy.apply(x, weight, flat, dtype, rows)
 
