@@ -215,7 +215,7 @@ def has_lines(path: str) -> bool:
 def read_json(path: str, column: str) -> Iterator[tuple[int, str | None]]:
     """(number, text) of the documents of a .json file: a list of strings or objects, or an object with a list."""
     with open_text(path) as file:
-        content = file.read()
+        content = b"".join(iter(lambda: file.read(BATCH_BYTES), b""))  # a store's own read of all is not repeated
     try:
         found = json.loads(content)
         strings = isinstance(found, list) and all(isinstance(item, str) for item in found)
