@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import key, load_config, run_script
 from model import GPT, GPT2_IDS, GPTConfig
-from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained
+from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained, profiling
 from onecard.checkpoint import Progress
 from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
 from onecard.shards import ShardError
@@ -60,6 +60,7 @@ class TrainConfig:
     eval_tokens: int = key(0, f"tokens per split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
     eval_iters: int = key(0, "nanoGPT's key for eval_tokens: eval_iters x batch_size x block_size", low=0)
     eval_only: bool = key(False, "evaluate once and exit")
+    profile: bool = key(False, "record ten steps with torch's profiler, list the dearest operators and exit")
     log_interval: int = key(10, "steps between log lines", low=1)
     always_save_checkpoint: bool = key(True, "save after every evaluation; False: only the best, and at the end")
     keep_every: int = key(0, "keep the checkpoint of every N steps for good; 0: only latest, previous and best", low=0)
@@ -69,24 +70,16 @@ class TrainConfig:
     wandb_run_name: str = key("", "wandb run name; empty: the name of out_dir")
     wandb_artifact: bool = key(False, "upload the last checkpoint to wandb as an artifact")
     # batch
-    gradient_accumulation_steps: int = key(
-        5 * 8, "micro batches per step, over all processes together", low=1, high=10**6
-    )
-    batch_size: int = key(
-        12, "sequences in a micro batch; 0: find the largest that fits, with tokens_per_step", low=0, high=10**6
-    )
-    tokens_per_step: int = key(
-        0, "tokens per step; replaces gradient_accumulation_steps, which follows from it", low=0, high=2**32
-    )
+    gradient_accumulation_steps: int = key(5 * 8, "micro batches per step, over all processes", low=1, high=10**6)
+    batch_size: int = key(12, "sequences in a micro batch; 0: find the largest that fits", low=0, high=10**6)
+    tokens_per_step: int = key(0, "tokens per step; replaces gradient_accumulation_steps", low=0, high=2**32)
     block_size: int = key(1024, "tokens in a sequence", low=1, high=10**6)
     # model
     arch: str = key("gpt2", "network: GPT-2's, or the shape of Qwen3", choices=("gpt2", "qwen3"))
     n_layer: int = key(12, "layers", low=1, high=10**4)
     n_head: int = key(12, "attention heads per layer", low=1)
     n_embd: int = key(768, "width (channels)", low=1, high=10**6)
-    vocab_size: int = key(
-        0, "rows of the embedding; 0: the dataset's ids, rounded up to a multiple of 64", low=0, high=10**6
-    )
+    vocab_size: int = key(0, "rows of the embedding; 0: the dataset's ids, to a multiple of 64", low=0, high=10**6)
     activation_checkpointing: bool = key(False, "recompute activations in backward: less memory, slower by a third")
     dropout: float = key(0.0, "share of activations dropped in training", low=0.0, high=0.99)
     bias: bool = key(False, "biases in linear layers and norms")
@@ -118,6 +111,10 @@ class TrainConfig:
     @property
     def from_pretrained(self) -> bool:
         return self.init_from not in ("scratch", "resume", "auto")
+
+    @property
+    def is_saved(self) -> bool:
+        return not (self.eval_only or self.profile)
 
     @property
     def step_sequences(self) -> int:
@@ -236,7 +233,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     else:
         progress = Progress(began_from=config.init_from if pretrained_model else "")
     runtime.require_same(step=progress.step, **data)
-    is_new, writes = checkpoint.is_new(config), runtime.rank == 0 and not config.eval_only
+    is_new, writes = checkpoint.is_new(config), runtime.rank == 0 and config.is_saved
     planned: dict = {}
     if runtime.rank == 0:
         facts = runtime.plan_facts(config.out_dir)
@@ -260,7 +257,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
                 scaler.load_state_dict(saved["scaler"])
     elif origin and "adamw" in origin:  # nanoGPT's
         optim.take_moments(optimizers, origin["adamw"], runtime.print0)
-    runtime.print0(f"device  {runtime.world_size} x {runtime.device_name}, {runtime.dtype_name}")
+    runtime.print0(f"device  {runtime.world_size} x {runtime.device_name}, {runtime.precision}")
     batch_size, micro_steps = choose_batch_size(model, config, runtime, progress.found)
     compiled = compile_model(model, (batch_size, config.block_size), config.compile, runtime)
     writer = None
@@ -417,12 +414,13 @@ def train(config: TrainConfig, stop: Stop) -> int:
         return runtime.max_over_processes(stop.reason())
     batches = Batches(run.train_windows, run.batch_size, runtime, progress.sequences)
     stop_reason, times = 0, metrics.StepTimes()
+    profiler = profiling.StepProfiler(config.out_dir, runtime) if config.profile else None
     while not stop_reason:
         # ---- evaluate and save, when due
-        step, done = progress.step, progress.step >= config.max_iters
+        step, done = progress.step, progress.step >= config.max_iters and not profiler
         names, save_now = [], False
         try:
-            if (done or step % config.eval_interval == 0) and progress.last_eval_step != step:
+            if (done or step % config.eval_interval == 0) and progress.last_eval_step != step and not profiler:
                 is_best = evaluate(run)
                 names = [checkpoint.BEST] if is_best else []
                 save_now = done or is_best or config.always_save_checkpoint
@@ -472,6 +470,8 @@ def train(config: TrainConfig, stop: Stop) -> int:
         times.add(time.perf_counter() - began, batches.take_waited())
 
         # ---- watch and log
+        if profiler and profiler.step_done():
+            return 0
         watch(run, loss, finite)
         metrics.add_step(progress.window, finite, loss, grad_norm)
         if progress.step % config.log_interval == 0:
@@ -549,7 +549,7 @@ def main(argv: list[str] | None = None) -> None:
         with oom_errors(config):
             plan_only(config)
         return
-    writes = int(os.environ.get("RANK", 0)) == 0 and not config.eval_only
+    writes = int(os.environ.get("RANK", 0)) == 0 and config.is_saved
     try:
         lock = checkpoint.owned(config.out_dir) if writes else contextlib.nullcontext()
         with lock, oom_errors(config), Stop(config.max_hours) as stop:

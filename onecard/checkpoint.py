@@ -37,7 +37,7 @@ TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # th
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that pretrained weights decide
 DATA = ("train_tokens", "train_fingerprint", "val_tokens", "val_fingerprint")
-NOT_LISTED = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only")  # changes
+NOT_LISTED = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only", "profile")
 
 
 class CheckpointError(UserError):
@@ -389,7 +389,7 @@ def find(config, print0) -> dict | None:
     existing = candidates(config.out_dir)
     problems: list[str] = []
     if is_new(config):
-        if existing and not (config.overwrite or config.eval_only or config.plan_only):
+        if existing and config.is_saved and not (config.overwrite or config.plan_only):
             raise ConfigError(
                 f"{existing[0]} holds a run: resume it with --init_from=resume, replace it with --overwrite=True, or "
                 "choose another --out_dir"

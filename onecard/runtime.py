@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,12 @@ class Runtime:
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def precision(self) -> str:
+        """Of matrix products, for people."""
+        tf32 = torch.get_float32_matmul_precision() == "high" and self.device.type == "cuda"
+        return self.dtype_name + (f"; TF32 {'on' if tf32 else 'off'}" if self.device.type == "cuda" else "")
 
     def plan_facts(self, out_dir: str) -> dict:
         """What plan.plan wants to know of the device and of the disk of out_dir: keyword arguments for it."""
@@ -194,7 +201,9 @@ def start_runtime(config) -> Runtime:
                 f"LOCAL_RANK={device.index}: there are {count} CUDA devices: use --nproc_per_node={count}"
             )
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for what remains float32
+        tf32 = pick_dtype(config.dtype, device) != torch.float32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")  # TF32 for what remains float32
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # dtype=float32 means float32
         driver = torch.cuda.get_device_properties(device)
         found = card(driver.name, driver.multi_processor_count)
         peak_flops = found.tflops * 1e12 if found else None
