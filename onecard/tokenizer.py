@@ -97,7 +97,8 @@ def load_tokenizer(source: str | Path = "gpt2", encoder: str = "tiktoken") -> To
     except OSError as error:
         kinds = "gpt2, gpt2-1024, bytes, or the path of a tokenizer.json or of nanoGPT's meta.pkl"
         raise TokenizerError(f"{path}: cannot be read as a tokenizer ({error.strerror}); give {kinds}") from None
-    name = path.resolve().parent.name if path.stem in ("tokenizer", "meta") else path.stem
+    full = path.resolve()
+    name = full.parent.name if full.stem in ("tokenizer", "meta") else full.stem
     if path.suffix == ".pkl":
         return CharTokenizer(read_meta(content, path), name)
     return open_json(content, path, name, encoder)
@@ -112,7 +113,7 @@ def from_state(state: dict[str, Any] | None, encoder: str = "tiktoken", folder: 
     kind, content, sha256 = state.get("kind", "gpt2"), state.get("content"), str(state.get("sha256"))
     where, remedy = f"tokenizer {state.get('name')}", "copy it again"
     if kind in ("gpt2", "bytes", "short"):
-        tokenizer = load_tokenizer(state.get("name", kind), encoder)
+        tokenizer = load_tokenizer(state["name"] if kind == "short" else kind, encoder)
         if state and sha256 != tokenizer.sha256:
             raise TokenizerError(f"{where}: its SHA-256 {sha256[:12]}... is not that of {tokenizer.name}; {remedy}")
         return tokenizer
