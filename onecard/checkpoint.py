@@ -164,7 +164,7 @@ def readable(path: str | Path):
     """Makes a CheckpointError of what is raised where a part of a checkpoint is missing or does not fit."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
+    except (CheckpointError, TokenizerError, torch.OutOfMemoryError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
@@ -177,7 +177,8 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
     """(GPT with the trained weights on the CPU, in eval mode; the rest of the checkpoint)."""
     state = load(path)
     with readable(path):
-        model = GPT(GPTConfig(**state["model_args"]))
+        args = {name: state["model_args"][name] for name in GPTConfig.__dataclass_fields__}
+        model = GPT(GPTConfig(**args | state["model_args"]))
         model.load_state_dict(state.pop("model"))
         model.n_ids = (state.get("tokenizer") or {}).get("n_vocab", model.n_ids)
         state["config"].get("dataset")

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from onecard.curve import Curve, calm_noise, change, coarse, critical, lasting_noise, noise, risen, without_outliers
-from onecard.law import usual_rate
 from onecard.run import Run
 from onecard.verdict import SPOILED, outlook, verdict
 
-PROBLEMS = {*SPOILED, "flat", "rate too high", "rate too low", "noisy val set", "val below train"}
+PROBLEMS = {*SPOILED, "flat", "rate too high", "noisy val set", "val below train"}
 PROBLEMS |= {"scaler trouble", "waits for data"}
 FLAT = 0.004  # share of the loss: a decrease that is surely smaller than this, over a third of the steps, is flat
 
@@ -32,7 +31,7 @@ def diagnose(run: Run) -> list[Finding]:
     found = [Finding(*run.broken)] if run.broken else []
     if not run.broken:
         gap = overfitting(run)
-        found = [rate_jumped(run), gap, rate_too_high(run), rate_too_low(run)]
+        found = [rate_jumped(run), gap, rate_too_high(run)]
         if not gap or gap.name != "overfitting":
             found += [*val_set(run), trend(run)]
     found += [*(Finding(*pair) for pair in outlook(run)), *system(run)]
@@ -172,31 +171,6 @@ def rate_too_high(run):
     steps = ", ".join(f"{step:,.0f}" for step in val.steps[1:-1][high][:5])
     text = f"{high.sum()} spikes reached the evaluations of both splits (steps {steps})."
     return Finding("rate too high", f"{text} Try half of the learning rate, or a longer warm-up.")
-
-
-def rate_too_low(run):
-    """AdamW's peak is a fifth of the usual or less, and the loss gained no speed as the rate fell; else None.
-
-    Where a rate is high enough, its decay takes noise out of the weights: the loss falls faster for each unit of the
-    summed rate than before.
-    """
-    c = run.config
-    if not c or not c.decay_lr or c.optimizer != "adamw" or c.from_pretrained or run.jump or not run.rates:
-        return None
-    usual, share = usual_rate(run.plan["parameters"]["blocks"]), run.rate_shares
-    val, summed = coarse(run.val.since(run.start)), np.append(0.0, np.cumsum(share))
-    val = val.take(val.steps <= len(share))
-    share = share[np.minimum(val.steps.astype(int), len(share) - 1)]
-    high, low = (Curve(summed[val.steps[part].astype(int)], val.values[part]) for part in (share > 0.5, share <= 0.5))
-    if c.learning_rate > usual / 5 or min(len(high.steps), len(low.steps)) < 6:
-        return None
-    before = high.take(slice(len(high.steps) // 2, None))
-    (early, _), (late, error) = (np.divide(change(part, noise(val)), np.ptp(part.steps)) for part in (before, low))
-    if late < early - 2 * error:
-        return None
-    peak = f"{c.learning_rate / usual:.2g} of the usual {usual:.1e} (Kaplan et al. 2020)"
-    text = f"The peak of the learning rate is {peak}, and its decay brought nothing. Try three times the rate."
-    return Finding("rate too low", text)
 
 
 def val_set(run):

@@ -96,7 +96,6 @@ FAULTS: dict[str, set[str]] = {
     "both noisy": set(),
     "val below train": {"val below train"},
     "val from other text": set(),
-    "rate too low": {"rate too low"},
     "scaler trouble": {"scaler trouble"},
     "waits for data": {"waits for data"},
 }
@@ -112,7 +111,7 @@ def made(name: str, seed: int, until: float = 1.0) -> tuple[Run, Truth]:
         curve, noise = rng.choice([stretched, powers, logistic]), rng.choice([gaussian, slow, heavy])
         sd, count, n = rng.uniform(0.002, 0.006), int(rng.integers(24, 90)), int(rng.integers(20, 90)) * 200
         until = until * (rng.uniform(0.6, 0.75) if name.startswith("flat") else rng.uniform(0.7, 1.0))
-    peak = 3e-5 if name == "rate too low" else float(rng.uniform(4e-4, 1.2e-3))
+    peak = float(rng.uniform(4e-4, 1.2e-3))
     keys = dict(max_iters=n, lr_decay_iters=n, warmup_iters=n // 40, learning_rate=peak)
     keys |= dict(n_layer=1, n_embd=384, n_head=6)
     c = config(**(keys | SCHEDULES[schedule]), eval_interval=max(1, n // count), eval_iters=200)
@@ -121,9 +120,8 @@ def made(name: str, seed: int, until: float = 1.0) -> tuple[Run, Truth]:
     share = steps / n
     annealed = 1 - np.append(rates, rates[-1])[steps] / rates.max()
     annealed[steps < c.warmup_iters] = 0.0
-    strength = 0 if name == "rate too low" else rng.uniform(0.02, 0.15)
-    summed = np.append(0.0, np.cumsum(rates))[steps] / rates.sum()  # a rate that is too low slows all learning down
-    val = np.minimum(curve(summed if name == "rate too low" else share, rng), 10.8)
+    strength = rng.uniform(0.02, 0.15)
+    val = np.minimum(curve(share, rng), 10.8)
     val -= strength * annealed ** rng.uniform(0.7, 1.5)
     return assembled(name, rng, c, rates, steps, val, noise, sd)
 

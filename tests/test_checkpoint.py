@@ -1,6 +1,7 @@
 """checkpoint.py: whole or not at all, and which one a run continues from. Damage, full disks and kills are real."""
 
 import contextlib
+import hashlib
 import itertools
 import os
 import pathlib
@@ -20,7 +21,7 @@ from runs import ROOT, assert_same, assert_same_run, files_of, read_metrics, wri
 import sample
 import train
 from configurator import ConfigError
-from onecard import UserError, checkpoint, plan
+from onecard import UserError, checkpoint, metrics, plan
 from onecard.checkpoint import CheckpointError
 from onecard.durable import OwnedError
 
@@ -121,7 +122,7 @@ def test_an_old_one_loses_its_name_only_when_the_new_one_has_been_read_back(tmp_
     assert before == files_of(tmp_path, "*")
 
 
-def test_a_users_own_copies_are_never_resumed_from_and_never_deleted(flags, tmp_path):
+def test_a_users_own_copies_are_never_resumed_from_and_never_deleted(flags, tmp_path, capsys):
     copies = [tmp_path / "run" / name for name in ("ckpt_mine.pt", "ckpt copy.pt", "ckpt_step_8.pt", "ckpt2.pt")]
     train.main(flags("other", max_iters=8))
     copies[0].parent.mkdir()
@@ -132,6 +133,9 @@ def test_a_users_own_copies_are_never_resumed_from_and_never_deleted(flags, tmp_
     train.main(flags(max_iters=4))  # init_from=auto: a new run
     assert [line["step"] for line in read_metrics(tmp_path / "run", "train")] == [3]
     assert checkpoint.load_newest(tmp_path / "run")[0]["iter_num"] == 4
+    capsys.readouterr()
+    train.main(flags(max_iters=5))
+    assert capsys.readouterr().out.count(f"resuming from {tmp_path}/run/ckpt.pt at step 4\n") == 1
     train.main(flags(max_iters=1, init_from="scratch", overwrite=True))
     assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 1
     assert {path.read_bytes() for path in copies} == {(tmp_path / "other/ckpt.pt").read_bytes()}
@@ -177,6 +181,64 @@ def test_a_run_continues_from_the_previous_checkpoint_and_names_the_damaged_one(
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+def write_checkpoint(path, state):
+    """As checkpoint.write does it, of any state."""
+    torch.save(state, path)
+    data = path.read_bytes()
+    path.write_bytes(data + b"onecard step %012d %012d sha256 %s\n" % (4, 4, hashlib.sha256(data).hexdigest().encode()))
+
+
+def changed_states(state):
+    """(what, state) with each part removed, and of a wrong type; of parts of parts too."""
+    yield "a later version", state | dict(version=checkpoint.VERSION + 1)
+    for name in state.keys() - {"tokenizer"}:
+        yield f"without {name}", {key: value for key, value in state.items() if key != name}
+        yield f"{name} of a wrong type", state | {name: "text" if type(state[name]) is not str else 7}
+    for part in ("model_args", "data", "running", "model"):
+        for name in state[part]:
+            rest = {key: value for key, value in state[part].items() if key != name}
+            yield f"{part} without {name}", state | {part: rest}
+    yield "evals of texts", state | dict(evals=[(0, 4.0, "low")])
+    yield "a key of the config of a wrong type", state | dict(config=state["config"] | dict(n_layer="two"))
+
+
+def test_a_checkpoint_of_a_later_version_or_without_a_part_is_one_line(flags, tmp_path):
+    train.main(flags(max_iters=4, n_layer=1, n_embd=8))
+    good, path, seen = torch.load(tmp_path / "run/ckpt.pt", weights_only=True), tmp_path / "changed/ckpt.pt", set()
+    path.parent.mkdir()
+    ours = dict(version=0, iter_num=0, model=0, model_args=0)
+    for what, state in changed_states(good):
+        write_checkpoint(path, state)
+        actions = [lambda: train.main(flags("changed", n_layer=1, n_embd=8, init_from="resume"))]
+        if what.startswith("model") or (what.startswith("without") and what.split()[-1] in ours):
+            actions.append(lambda: checkpoint.load_model(path))
+        for number, action in enumerate(actions):
+            with pytest.raises(UserError, match=re.escape(str(path))) as error:
+                action()
+            assert "\n" not in str(error.value), what
+            seen.add((what, number))
+    assert len(seen) > 60
+
+
+def test_a_folder_in_place_of_a_file_and_a_file_that_is_no_checkpoint_are_one_line(flags, tmp_path):
+    (tmp_path / "a/ckpt_best.pt").mkdir(parents=True)
+    (tmp_path / "b/metrics.jsonl").mkdir(parents=True)
+    for out, name in (("a", "ckpt_best.pt"), ("b", "metrics.jsonl")):
+        with pytest.raises(UserError, match=f"{tmp_path}/{out}/{name}: .*: move it away"):
+            train.main(flags(out))
+    draw, path = random.Random(0), tmp_path / "file"
+    for size in (0, 1, 2, 100, 1000):
+        for _ in range(4):
+            path.write_bytes(
+                draw.randbytes(size) if draw.random() < 0.5 else bytes(draw.choices(range(40, 126), k=size))
+            )
+            for keys in (dict(init_from=path), dict(init_from="scratch", resume_from=path)):
+                with pytest.raises(UserError, match=re.escape(str(path))) as error:
+                    train.main(flags("c", **keys))
+                assert "\n" not in str(error.value)
+    assert not (tmp_path / "c").exists()  # no folder and no lock is left
+
+
 class Attack:
     """When it is unpickled, it makes a folder."""
 
@@ -197,7 +259,7 @@ def test_nothing_in_an_attackers_file_runs_in_loading_training_or_sampling(flags
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind != "legacy")
     if kind != "without trailer":  # an attacker writes the right SHA-256 too
-        data, digest = path.read_bytes(), checkpoint.hashlib.sha256(path.read_bytes()).hexdigest()
+        data, digest = path.read_bytes(), hashlib.sha256(path.read_bytes()).hexdigest()
         path.write_bytes(data + b"onecard step %012d %012d sha256 %s\n" % (9, 9, digest.encode()))
         checkpoint.verify(path)  # so torch.load really sees it
     for action in (
@@ -287,6 +349,11 @@ def test_an_out_dir_that_cannot_be_written_is_refused_before_the_model_is_built(
 ):
     monkeypatch.setattr(train, "GPT", None)
     (tmp_path / "file").touch()
+    for folder in (tmp_path / "made", tmp_path / "new/run"):  # a mistyped dataset leaves nothing there
+        (tmp_path / "made").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="no such folder"):
+            train.main(flags(out_dir=folder, dataset="mistyped"))
+    assert not list((tmp_path / "made").iterdir()) and not (tmp_path / "new").exists()
     read_only = small_disk(1 << 20, ",ro")
     for out_dir, reason in (
         (tmp_path / "file", "File exists"),
@@ -352,6 +419,67 @@ def test_what_may_change_takes_effect_and_a_jump_of_the_learning_rate_is_reporte
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert all(group["betas"] == (0.9, 0.5) for group in groups)
     assert read_metrics(tmp_path / "run", "train")[-1]["lr"] == pytest.approx(after) == groups[0]["lr"]
+
+
+def test_a_run_that_torchrun_restarts_goes_on_from_its_own_newest_checkpoint_and_never_from_the_one_it_replaces(
+    flags, tmp_path, monkeypatch
+):
+    """torchrun starts the same command again. The kills are exceptions that train.py does not know."""
+    train.main(flags("whole"))
+    train.main(flags(seed=1, max_iters=8))  # the run that is replaced
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "none_abc/attempt_0/0/error.json"))
+    step, kept = metrics.add_step, []
+
+    def killed(count, owner, name, replacement):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, replacement)
+            train.main(flags(init_from="scratch", overwrite=True))
+
+    def kill_in_step(number):
+        def wrapped(*numbers):
+            kept.append(number)
+            if len(kept) == number:
+                raise KeyboardInterrupt
+            step(*numbers)
+
+        kept.clear()
+        return wrapped
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    killed(0, checkpoint, "remove_all", kill)  # the replaced run is still there
+    killed(1, checkpoint.Path, "unlink", kill)  # so it is here, in part
+    killed(1, metrics, "add_step", kill_in_step(3))  # before the first save
+    assert not checkpoint.candidates(tmp_path / "run")
+    killed(2, metrics, "add_step", kill_in_step(6))  # after the save of step 4
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    monkeypatch.setattr(metrics, "add_step", lambda *numbers: kept.append(0) or step(*numbers))
+    train.main(flags(init_from="scratch", overwrite=True))
+    assert len(kept) == 6 + 8  # steps 5 to 12
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # another torchrun replaces it
+    train.main(flags(init_from="scratch", overwrite=True, max_iters=4))
+    assert checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"] == 4
+
+
+def test_resume_from_beside_a_run_that_is_resumed_is_refused_or_reported(flags, tmp_path, capsys):
+    train.main(flags("other", max_iters=8))
+    other = dict(resume_from=tmp_path / "other/ckpt.pt")
+    with pytest.raises(ConfigError, match=r"init_from=resume and resume_from=.* exclude each other"):
+        train.main(flags(init_from="resume", **other))
+    for expected in (f"resuming from {tmp_path}/other/ckpt.pt at step 8", "is not used: "):
+        train.main(flags(max_iters=9, **other))
+        assert expected in capsys.readouterr().out
+
+
+def test_a_max_iters_below_the_step_that_is_reached_is_refused_and_changes_nothing(flags, tmp_path):
+    train.main(flags(max_iters=8))
+    before = files_of(tmp_path / "run", "*")
+    with pytest.raises(ConfigError, match=r"nothing to do: .*/ckpt.pt is at step 8, max_iters=4: .*raise --max_iters"):
+        train.main(flags(max_iters=4))
+    assert files_of(tmp_path / "run", "*") == before
 
 
 def test_a_second_training_in_an_out_dir_stops_at_once_and_changes_nothing(flags, tmp_path):
