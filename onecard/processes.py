@@ -31,7 +31,9 @@ def join(backend: str, device: torch.device, rank: int, world_size: int, minutes
     options: dict = dict(device_id=device) if backend == "nccl" else {}
     timeout = timedelta(minutes=minutes + 1)  # a Watch says more than torch, so it comes first
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, **options)
-    return Watch(dist.PrefixStore("watch", store), rank, world_size, minutes)
+    watch = Watch(dist.PrefixStore("watch", store), rank, world_size, minutes)
+    watch.start()
+    return watch
 
 
 def fresh_store(rank: int, world_size: int, minutes: float) -> dist.Store:
@@ -75,30 +77,33 @@ class Watch(threading.Thread):
         self.store, self.rank, self.world_size, self.minutes = store, rank, world_size, minutes
         self.count = self.beats = 0
         atexit.register(self.publish, 2**62)  # a process that has ended is not missing
-        self.start()
 
     def publish(self, count):
         self.beats += 1
         with contextlib.suppress(dist.DistError):  # the process with the store has ended
             self.store.set(str(self.rank), f"{count} {self.beats}")
 
+    def published(self):
+        """[count, beats] of each process, as text."""
+        keys = [str(rank) for rank in range(self.world_size)]
+        return [self.store.get(key).decode().split() if self.store.check([key]) else ["0", "0"] for key in keys]
+
     def missing(self, seen):
-        counts = []
-        for _ in range(2):
-            counts.append([self.store.get(str(rank)).decode().split() for rank in range(self.world_size)])
-            self.publish(seen)
-            time.sleep(3)
-        pairs = enumerate(zip(*counts, strict=True))
+        before = self.published()
+        self.publish(seen)
+        time.sleep(5)
+        pairs = enumerate(zip(before, self.published(), strict=True))
         return [str(rank) for rank, (a, b) in pairs if int(b[0]) < seen or (a == b and int(b[0]) == seen)]
 
     def run(self):
         seen, since = 0, time.monotonic()
-        while time.monotonic() < since + 60 * self.minutes or not (missing := self.missing(seen)):
-            if self.count > seen:
-                seen, since = self.count, time.monotonic()
-            self.publish(seen)
-            time.sleep(1)
-        waited = f"process {self.rank} waited {self.minutes:g} minutes for process {', '.join(missing)}"
-        remedy = "look at its machine and its last lines, or wait longer with --ddp_timeout_minutes"
-        print(f"train.py: {waited} of {self.world_size}, which does not answer or is behind: {remedy}", file=sys.stderr)
-        os._exit(2)
+        with contextlib.suppress(dist.DistError):  # without a store torch's own timeout remains
+            while time.monotonic() < since + 60 * self.minutes or not (missing := self.missing(seen)):
+                if self.count > seen:
+                    seen, since = self.count, time.monotonic()
+                self.publish(seen)
+                time.sleep(1)
+            waited = f"process {self.rank} waited {self.minutes:g} minutes for process {', '.join(missing)}"
+            remedy = "look at its machine and its last lines, or wait longer with --ddp_timeout_minutes"
+            print(f"train.py: {waited} of {self.world_size}, which is stuck or gone: {remedy}", file=sys.stderr)
+            os._exit(2)
