@@ -87,19 +87,20 @@ def find_remote(name: str) -> list[str]:
     """A file, the matches of a glob, or the files below a folder of a store."""
     if name.lower().endswith(SUFFIXES) and not glob.has_magic(name):
         return [name]
-    system, path = connect(name)
-    folder, depth, pattern = path, sys.maxsize, None
+    system, folder = connect(name)
+    depth, pattern = sys.maxsize, None
     if glob.has_magic(name):
         from fsspec.utils import glob_translate
 
+        path, pattern = folder, re.compile(glob_translate(folder))
         folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        depth, pattern = path.count("/") - folder.count("/") if "**" not in path else depth, glob_translate(path)
-    files = sorted(
-        system.unstrip_protocol(file)
-        for file in walk(system, name, folder, depth)
-        if file.lower().endswith(SUFFIXES) and (re.match(pattern, file) if pattern else "/." not in file[len(folder) :])
-    )
-    return files if pattern else only_parquet(name, files)
+        depth = path.count("/") - folder.count("/") if "**" not in path else depth
+    found = []
+    for file in walk(system, name, folder, depth):
+        chosen = pattern.match(file) if pattern else "/." not in file[len(folder) :]  # nothing hidden
+        if chosen and file.lower().endswith(SUFFIXES):
+            found.append(system.unstrip_protocol(file))
+    return sorted(found) if pattern else only_parquet(name, sorted(found))
 
 
 def walk(system: Any, name: str, folder: str, depth: int) -> Iterator[str]:
