@@ -103,9 +103,24 @@ def read_parquet(path: str, unit: dict, settings: dict, skipped: dict) -> Iterat
                     positions, texts = [positions[i] for i in chosen], texts.take(pa.array(chosen, pa.int64()))
                 if len(positions):
                     texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
-                    yield positions, texts.cast(pa.large_binary()).to_pylist()
+                    values = texts.cast(pa.large_binary()).to_pylist()
+                    if settings.get("skip_bad_rows"):
+                        positions, values = without_bad(positions, values, skipped)
+                    yield positions, values
                 if row >= stop:
                     return
+
+
+def without_bad(positions: Sequence[int], values: list, skipped: dict) -> tuple[list[int], list]:
+    """The rows whose text is UTF-8, or that have none. The others are counted."""
+    kept = []
+    for position, value in zip(positions, values, strict=True):
+        try:
+            (value or b"").decode("utf-8", "surrogatepass")
+            kept.append((position, value))
+        except UnicodeDecodeError:
+            skipped["not UTF-8"] = skipped.get("not UTF-8", 0) + 1
+    return [position for position, _ in kept], [value for _, value in kept]
 
 
 def column_of(table: Any, name: str) -> Any:

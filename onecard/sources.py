@@ -240,7 +240,9 @@ def check_texts(path: str, settings: dict, size: int, whole: bool) -> None:
     keys = json_keys(path) if kind_of(path) in ("json", "jsonl") else []
     shown = f"its keys are {', '.join(keys)[:200]}" if keys else "its content has no objects and no strings"
     for name in where.names if where else ():
-        if not lines or name.split(".")[-1] not in keys:
+        if not lines:
+            raise SourceError(f"{path}: has no columns for --where; leave out the file, or --where")
+        if name.split(".")[-1] not in keys:
             raise SourceError(f"{path}: has no {name!r}, which --where names; {shown}")
     has_text, has_rows = False, False
     for _, values in read_texts(path, {"range": [0, None]}, settings, {}):

@@ -120,11 +120,8 @@ def read_documents(job: dict, record: dict) -> Iterator[list[Document]]:
             try:
                 text, content, replaced = decode(value)
             except UnicodeDecodeError as error:
-                if not job.get("skip_bad_rows"):
-                    remedy = "remove it, or leave such rows out with --skip_bad_rows"
-                    raise DamagedError(f"{place} is not UTF-8 ({error.reason}); {remedy}") from error
-                skipped["not UTF-8"] = skipped.get("not UTF-8", 0) + 1
-                continue
+                remedy = "remove it, or leave such rows out with --skip_bad_rows=True"
+                raise DamagedError(f"{place} is not UTF-8 ({error.reason}); {remedy}") from error
             record["replaced"] += replaced
             documents += [Document(place, *part) for part in split_text(text, content, job)]
         yield documents

@@ -129,6 +129,15 @@ def test_a_text_file_that_is_not_utf8_is_named_with_the_byte_or_loses_its_bad_li
     assert b"".join(text for _, text in rows) == (content[:at] + b"end\n" if at else b"")
 
 
+def test_bad_rows_of_parquet_are_left_out_and_counted(tmp_path):
+    texts = [b"fine", b"caf\xe9", None, b"", "\ud800".encode("utf-8", "surrogatepass"), b"\xff", b"last"]
+    pq.write_table(pa.table({"text": pa.array(texts, pa.binary())}), tmp_path / "a.parquet", row_group_size=3)
+    skipped = {}
+    rows, _ = rows_of(tmp_path / "a.parquet", skipped=skipped, skip_bad_rows=True)
+    assert rows == [(i, text) for i, text in enumerate(texts) if i not in (1, 5)] and skipped == {"not UTF-8": 2}
+    assert rows_of(tmp_path / "a.parquet")[0] == list(enumerate(texts))  # units.py names the row
+
+
 # ---- where ---------------------------------------------------------------------------------------------------
 
 DRAW = random.Random(0)
