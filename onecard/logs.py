@@ -43,6 +43,7 @@ COLUMNS = {  # of a CSV, in small letters, without the run's name that wandb put
 RUN_COLUMNS = "run run_name run_id experiment name"
 NEEDED = dict(start="config", event="event", samples="texts")  # what a record of this kind has to hold
 TYPES: dict[str, type] = dict(config=dict, data=dict, device=str, event=str, texts=list, val_groups=list)
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class LogError(UserError):
@@ -94,7 +95,7 @@ def read_metrics(text: str, damaged: Damaged) -> Iterator[dict]:
         try:
             if line.strip():
                 yield checked(json.loads(line))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             if number < len(lines):  # the last line may be incomplete while the run writes it
                 damaged.append(number)
 
@@ -113,6 +114,13 @@ def checked(record: dict) -> dict:
             raise ValueError(f"{name} has another type")
     if not all(isinstance(loss, int | float) and math.isfinite(loss) for loss in record.get("val_groups", [])):
         raise ValueError("losses of groups are not finite")
+    data, memory = record.get("data", {}), record.get("planned_memory") or {}
+    numbers = [data.get("train_tokens"), data.get("val_tokens"), record.get("planned_hours"), record.get("scale")]
+    for number in (*numbers, *memory.values()):
+        if isinstance(number, bool) or not isinstance(number, int | float | None) or (number or 0) < 0:
+            raise TypeError("not a number from 0 on")
+    if record.get("dtype", DTYPES[0]) not in DTYPES or not all(isinstance(t, str) for t in record.get("texts", [])):
+        raise ValueError("not a dtype of torch, or not a text")
     return record | dict(step=int(step))
 
 

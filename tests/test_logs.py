@@ -48,6 +48,12 @@ null
 {"kind": "eval", "step": 3, "val_loss": 4.0, "val_groups": [1e999, 3.0]}
 {"kind": "start", "step": 0, "config": 3}
 {"kind": "start", "step": 0, "config": {}, "data": "text"}
+{"kind": "start", "step": 0, "config": {}, "data": {"train_tokens": "many"}}
+{"kind": "start", "step": 0, "config": {}, "dtype": "torch"}
+{"kind": "start", "step": 0, "config": {}, "planned_memory": [1]}
+{"kind": "start", "step": 0, "config": {}, "planned_hours": "long"}
+{"kind": "event", "step": 0, "event": "skipped", "scale": "x"}
+{"kind": "samples", "step": 0, "texts": [null]}
 {"kind": "event", "step": 0}"""
     bad = [*bad.split("\n"), "[" * 100_000, '{"kind": "train", "step": 4, "loss": 1' + "0" * 400 + "}"]
     good = [json.dumps(dict(kind="eval", step=step, val_loss=5.0)) for step in (0, 10, 20.0)]

@@ -11,6 +11,7 @@ from reports import write_run
 
 import report
 from configurator import ConfigError, run_script
+from onecard import UserError
 from onecard.diagnosis import diagnose
 from train import TrainConfig, learning_rate
 
@@ -65,7 +66,7 @@ def test_the_learning_rates_before_a_resume_are_those_of_then():
 
 @pytest.mark.parametrize(("key", "value"), [("max_iters", 10**12), ("n_head", 0), ("learning_rate", "fast")])
 def test_a_saved_config_that_cannot_be_used_is_named(tmp_path, key, value):
-    with pytest.raises(report.ReportError, match=rf"\A.*{key}.*\Z"):
+    with pytest.raises(UserError, match=rf"\A.*{key}.*\Z"):
         report.read_run(change_config(write_run(tmp_path / "a"), **{key: value}))
 
 
