@@ -546,8 +546,7 @@ def watch(run: Run, loss: float, finite: bool) -> None:
 def main(argv: list[str] | None = None) -> None:
     config = load_config(TrainConfig, argv)
     if config.plan_only:
-        with oom_errors(config):
-            plan_only(config)
+        plan_only(config)
         return
     writes = int(os.environ.get("RANK", 0)) == 0 and config.is_saved
     try:

@@ -234,12 +234,18 @@ def test_eval_tokens_and_nanogpts_eval_iters_choose_evenly_spread_windows(flags,
     assert asked == 2 * ([i * 312 // 10 for i in range(10)] + [i * 92 // 10 for i in range(10)])
 
 
-def test_evaluation_and_samples_do_not_disturb_training(flags, tmp_path, capsys):
+def test_evaluation_and_samples_do_not_disturb_training(flags, tmp_path, monkeypatch, capsys):
     keys = dict(vocab_size=50304, n_embd=8)
     train.main(flags("often", eval_interval=1, sample_interval=6, always_save_checkpoint=False, **keys))
     printed = capsys.readouterr().out
     train.main(flags("never", eval_interval=100, **keys))
     assert_same(*(checkpoint.load(tmp_path / out / "ckpt.pt")["model"] for out in ("often", "never")))
+    broken = lambda *_: {}["\n"]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(train.generation, "sample_texts", broken)
+        train.main(flags("broken", sample_interval=6, eval_interval=100, **keys))
+    assert "step 12: no samples: " in capsys.readouterr().out
+    assert_same(*(checkpoint.load(tmp_path / out / "ckpt.pt")["model"] for out in ("broken", "never")))
     lines = read_metrics(tmp_path / "often", "samples")
     assert [line["step"] for line in lines] == [6, 12] and all(len(line["texts"]) == 3 for line in lines)
     assert lines[0]["texts"][0] in printed
@@ -382,6 +388,8 @@ def test_another_tokenizer_is_refused_in_resuming_and_finetuning_and_both_are_na
         (dict(vocab_size=64), "96 ids.*vocab_size=64"),
         (dict(init_from="resume"), "no checkpoint"),
         (dict(device="cuda"), "no CUDA device; use --device=cpu"),
+        (dict(device="meta"), "device='meta' is not a device for training"),
+        (dict(n_embd=10**9), "n_embd=1000000000: must be an integer, at least 1, at most 1000000"),
         (dict(dataset="cut"), r"val_000000\.bin: 1,222 bytes, expected 1,224"),
     ],
 )
@@ -524,11 +532,14 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(flags, tmp_path
 
 
 @POSIX
-def test_a_second_signal_stops_the_process_at_once(flags, start, tmp_path):
+def test_a_second_signal_stops_at_once_and_the_same_one_twice_counts_once(flags, start, tmp_path):
     training = start("train.py", *flags(gradient_accumulation_steps=100_000, eval_tokens=32))  # a step takes minutes
     training.wait_for("^step 0:")
     training.send(signal.SIGTERM)
     training.wait_for("SIGTERM: finishing the step")
+    training.send(signal.SIGTERM)  # the same one, passed on by torchrun
+    time.sleep(train.Stop.AGAIN)
+    assert training.process.poll() is None
     training.send(signal.SIGINT)
     assert training.end()[0] == 130
     assert not files_of(tmp_path / "run")
