@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 5  # seconds that a message may wait for the other end; then the run goes on without wandb
 LAST_PATIENCE = 60  # seconds that the end of a run waits for the upload; then it goes on in the background
@@ -33,12 +34,13 @@ class Tracker:
         self.print0, self.alive = print0, True
         command = [sys.executable, __file__]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)  # no Ctrl-C
+        self.pipe: Any = self.process.stdin
         self.send(settings)
 
     def send(self, message: dict) -> None:
         if not self.alive:
             return
-        line, pipe = (json.dumps(message) + "\n").encode(), self.process.stdin
+        line, pipe = (json.dumps(message) + "\n").encode(), self.pipe
         try:
             while line:
                 if os.name == "posix":  # Windows cannot wait for a pipe
@@ -61,7 +63,7 @@ class Tracker:
         self.send(dict(end=True, artifact=artifact and str(artifact)))
         if not self.alive:
             return
-        self.process.stdin.close()
+        self.pipe.close()
         try:
             if (code := self.process.wait(LAST_PATIENCE)) not in (0, REPORTED):
                 self.print0(f"wandb's process ended with code {code}; its last numbers may be missing there")
