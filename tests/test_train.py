@@ -39,6 +39,8 @@ from model import GPT, GPTConfig
 from onecard import UserError, checkpoint
 from onecard.windows import Windows, shuffled
 
+EVERYTHING = dict(arch="qwen3", optimizer="muon", dtype="float16", dropout=0.1, lr_schedule="wsd", decay_iters=8)
+EVERYTHING |= dict(dataset="letters", vocab_size=0, sample_interval=5)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and signals as POSIX has them")
 
 
@@ -562,11 +564,14 @@ def test_max_hours_stops_and_saves_and_the_run_can_go_on(flags, tmp_path, monkey
 
 
 @POSIX
-@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_it_is_the_run_that_never_stopped(flags, start, tmp_path, kills):
+@pytest.mark.parametrize("kills, recipe", [(8, {}), pytest.param(100, EVERYTHING, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_and_resumed_it_is_the_run_that_never_stopped(
+    flags, start, tiny_data, tmp_path, kills, recipe
+):
     """A third of the kills come at a random time, the others before a random system call of a save."""
+    write_characters(tiny_data[0] / "letters", TEXT)
     code = f"import sys, test_train; test_train.kill_often({kills}, sys.argv[1], sys.argv[2:])"
-    argv = flags(max_iters=40, lr_decay_iters=40, keep_every=4, n_embd=16)
+    argv = flags(**dict(max_iters=40, lr_decay_iters=40, keep_every=4, n_embd=16) | recipe)
     returned, printed = start("-c", code, tmp_path, *argv).end()
     assert returned == 0, printed
     places = collections.Counter(re.findall(r"^killed (.+)", printed, re.M))
