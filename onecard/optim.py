@@ -13,8 +13,7 @@ import torch.distributed as dist
 from model import GPT, ModelError
 
 SAVED_NAMES = ("muon", "optimizer")  # keys of their states in a checkpoint; "optimizer" is AdamW, as in nanoGPT
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan's quintic iteration
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)]  # coefficients of Jordan's quintic iterations
 STACK_ON_CPU = 192  # with a smaller side above this, matrices are faster one by one on a CPU
 
 
@@ -50,8 +49,7 @@ def configure_optimizers(
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum (Jordan et al. 2024), scaled to the RMS of AdamW's updates (Liu et al. 2025, arXiv
-    2502.16982).
+    """Orthogonalised momentum (Jordan et al. 2024), as large as AdamW's updates (Liu et al. 2025, arXiv 2502.16982).
 
     The same steps as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which does one matrix after the other. Here
     matrices of one shape are stacked and done by batched products, if their smaller side is at most `stack_up_to`. Of
@@ -86,6 +84,7 @@ class Muon(torch.optim.Optimizer):
         updates = self.orthogonalize(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's look ahead
         rms = 0.2 * math.sqrt(max(params[0].shape))  # 0.2 is about the RMS of AdamW's updates (Liu et al., eq. 4)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        updates = updates.to(params[0].dtype, memory_format=torch.contiguous_format)  # so the sum is one kernel
         torch._foreach_add_(params, list(updates), alpha=-lr * rms)
 
     def orthogonalize(self, matrices):
@@ -104,13 +103,12 @@ class Muon(torch.optim.Optimizer):
 
 def newton_schulz(matrices: list[torch.Tensor]) -> torch.Tensor:
     """Matrices of one shape -> (N, rows, columns), with singular values near 1, in bfloat16: Jordan's iteration."""
-    a, b, c = NEWTON_SCHULZ
     one = len(matrices) == 1  # a CPU multiplies matrices faster than stacks of one
     x, add_product = (matrices[0], torch.addmm) if one else (torch.stack(matrices), torch.baddbmm)
     tall = x.shape[-2] > x.shape[-1]
     x = x.bfloat16().mT if tall else x.bfloat16()  # the smaller side first: a smaller Gram matrix
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
         gram = add_product(gram, gram, gram, beta=b, alpha=c)
         x = add_product(x, gram, x, beta=a)
@@ -129,9 +127,8 @@ def load_state_dicts(optimizers: list[torch.optim.Optimizer], saved: dict) -> No
     states = [saved[name] for name in SAVED_NAMES if name in saved]
     for optimizer, state in zip(optimizers, states, strict=True):
         configured = optimizer.state_dict()["param_groups"]
-        groups = [
-            ours | {"params": theirs["params"]} for ours, theirs in zip(configured, state["param_groups"], strict=True)
-        ]
+        pairs = zip(configured, state["param_groups"], strict=True)
+        groups = [ours | {"params": theirs["params"]} for ours, theirs in pairs]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
