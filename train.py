@@ -27,7 +27,8 @@ from configurator import key, load_config, run_script
 from model import GPT, GPT2_IDS, GPTConfig
 from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained, profiling
 from onecard.checkpoint import Progress
-from onecard.runtime import Batches, Runtime, Stop, Stopped, choose_batch_size, compile_model, oom_errors, start_runtime
+from onecard.processes import Stop, Stopped
+from onecard.runtime import Batches, Runtime, choose_batch_size, compile_model, oom_errors, start_runtime
 from onecard.shards import ShardError
 from onecard.tokenizer import Tokenizer, dataset_tokenizer, load_tokenizer
 from onecard.windows import Windows, open_windows
@@ -401,7 +402,7 @@ def save(run: Run, names: list[str]) -> None:
 
 
 def train(config: TrainConfig, stop: Stop) -> int:
-    """Runs until max_iters -> 0, or until a signal or max_hours -> the reason, see runtime.Stop.
+    """Runs until max_iters -> 0, or until a signal or max_hours -> the reason, see processes.Stop.
 
     At the first SIGINT, SIGTERM or SIGHUP the step is finished and saved; a second one ends the process at once.
     """

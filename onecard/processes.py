@@ -1,6 +1,7 @@
-"""Several processes: how they find each other, and which of them is missing.
+"""This process among others: how they find each other, which of them is missing, and why this one is to stop.
 
     watch = join("gloo", device, rank, world_size, minutes=10)
+    with Stop(max_hours=8) as stop: ...
 
 torch waits for a process that is stuck, and then says that a collective timed out, not whose fault it was. A Watch says
 it before that.
@@ -10,6 +11,7 @@ import atexit
 import contextlib
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -23,6 +25,9 @@ from onecard import UserError
 
 class ProcessError(UserError):
     """A process is missing: which, and what to do."""
+
+
+# ---- several processes
 
 
 def join(backend: str, device: torch.device, rank: int, world_size: int, minutes: float) -> "Watch":
@@ -107,3 +112,55 @@ class Watch(threading.Thread):
             remedy = "look at its machine and its last lines, or wait longer with --ddp_timeout_minutes"
             print(f"train.py: {waited} of {self.world_size}, which is stuck or gone: {remedy}", file=sys.stderr)
             os._exit(2)
+
+
+# ---- stopping
+
+
+class Stopped(Exception):
+    """Raised inside an evaluation when the run is to stop; its argument is the reason."""
+
+
+class Stop:
+    """Why a run is to end early: SIGINT, SIGTERM, SIGHUP, or max_hours.
+
+    After the first signal the step is finished and saved; one that comes AGAIN seconds later ends the process at once.
+    An earlier one counts as the same: torchrun passes on a signal that its workers may have got themselves.
+    """
+
+    TIME_IS_UP = 64  # the reason that is no signal
+    AGAIN = 2.0
+
+    def __init__(self, max_hours: float = 0.0):
+        self.signal, self.seconds = 0, 3600 * max_hours or float("inf")
+        self.began = self.asked = self.received = time.monotonic()
+
+    def __enter__(self):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+            numbers.append(signal.SIGHUP)  # the terminal was closed
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number, _):
+        if self.signal:
+            if time.monotonic() >= self.received + self.AGAIN:
+                os._exit(128 + number)
+            return
+        self.signal, self.received, name = number, time.monotonic(), signal.Signals(number).name
+        text = f"finishing the step and saving; {name} again after {self.AGAIN:.0f} s stops at once"
+        os.write(2, f"\n{name}: {text}\n".encode())
+
+    def reason(self, save_seconds: float = 0.0) -> int:
+        """0, the number of a signal, or TIME_IS_UP: another step as long as the last, and a save, would be too late.
+
+        Called once a step.
+        """
+        now = time.monotonic()
+        step, self.asked = now - self.asked, now
+        late = now + step + save_seconds > self.began + self.seconds
+        return int(self.signal) or self.TIME_IS_UP * late

@@ -1,4 +1,4 @@
-"""Where a run runs: device and precision, processes, signals, the compiler, batches prepared ahead.
+"""Where a run runs: device and precision, the compiler, batches prepared ahead.
 
 `start_runtime(config)` resolves what the config leaves open ("auto") once, at start. The result is one frozen object.
 """
@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 import warnings
@@ -309,58 +308,6 @@ def oom_errors(config):
         where = f"batch_size={batch}, block_size={config.block_size}, n_embd={config.n_embd}"
         reason = " ".join(str(error).split())[:200].split(". GPU")[0]
         raise DeviceError(f"memory is full at {where} ({reason}); with the same tokens per step, {remedy}") from None
-
-
-# ---- stopping
-
-
-class Stopped(Exception):
-    """Raised inside an evaluation when the run is to stop; its argument is the reason."""
-
-
-class Stop:
-    """Why a run is to end early: SIGINT, SIGTERM, SIGHUP, or max_hours.
-
-    After the first signal the step is finished and saved; one that comes AGAIN seconds later ends the process at once.
-    An earlier one counts as the same: torchrun passes on a signal that its workers may have got themselves.
-    """
-
-    TIME_IS_UP = 64  # the reason that is no signal
-    AGAIN = 2.0
-
-    def __init__(self, max_hours: float = 0.0):
-        self.signal, self.seconds = 0, 3600 * max_hours or float("inf")
-        self.began = self.asked = self.received = time.monotonic()
-
-    def __enter__(self):
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
-            numbers.append(signal.SIGHUP)  # the terminal was closed
-        self.before = {number: signal.signal(number, self.receive) for number in numbers}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, _):
-        if self.signal:
-            if time.monotonic() >= self.received + self.AGAIN:
-                os._exit(128 + number)
-            return
-        self.signal, self.received, name = number, time.monotonic(), signal.Signals(number).name
-        text = f"finishing the step and saving; {name} again after {self.AGAIN:.0f} s stops at once"
-        os.write(2, f"\n{name}: {text}\n".encode())
-
-    def reason(self, save_seconds: float = 0.0) -> int:
-        """0, the number of a signal, or TIME_IS_UP: another step as long as the last, and a save, would be too late.
-
-        Called once a step.
-        """
-        now = time.monotonic()
-        step, self.asked = now - self.asked, now
-        late = now + step + save_seconds > self.began + self.seconds
-        return int(self.signal) or self.TIME_IS_UP * late
 
 
 # ---- the compiler

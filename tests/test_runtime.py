@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train
-from onecard import runtime
+from onecard import processes, runtime
 from onecard.runtime import DeviceError, Runtime, pick_device, pick_dtype
 
 CPU = torch.device("cpu")
@@ -147,13 +147,13 @@ def test_out_of_memory_names_the_keys_that_keep_the_tokens_per_step(keys, remedy
 
 def test_max_hours_counts_the_step_and_the_save_to_come(monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: clock[0])
-    stop, reasons = runtime.Stop(max_hours=1.0), []
+    monkeypatch.setattr(processes.time, "monotonic", lambda: clock[0])
+    stop, reasons = processes.Stop(max_hours=1.0), []
     for _ in range(36):  # steps of 100 s, saves of 250 s: the save after step 33 ends at 3550 s, after 34 at 3650 s
         clock[0] += 100
         reasons.append(stop.reason(save_seconds=250))
     assert reasons == [0] * 32 + [stop.TIME_IS_UP] * 4
-    assert runtime.Stop().reason(1e9) == 0
+    assert processes.Stop().reason(1e9) == 0
 
 
 def test_without_a_compiler_one_line_says_so_and_the_run_goes_on(flags, start, tmp_path, monkeypatch):
