@@ -292,7 +292,7 @@ def remove_all(out_dir: str | Path, print0) -> None:
     """Removes every checkpoint of a run, for the new run that replaces it."""
     found = candidates(out_dir)
     if found:
-        print0(f"overwrite=True: the run in {out_dir} is replaced; {len(found)} checkpoints are deleted")
+        print0(f"overwrite=True: the run in {out_dir} is replaced; checkpoints deleted: {len(found)}")
     for path in found:
         path.unlink(missing_ok=True)
 

@@ -244,7 +244,7 @@ def eval_line(step: int, numbers: dict, seconds: float, tokenizer: Tokenizer | N
     """
     error = f" +- {numbers['val_error']:.4f}" if "val_error" in numbers else ""
     losses = f"train loss {numbers['train_loss']:.4f}, val loss {numbers['val_loss']:.4f}{error}"
-    parts = [losses, f"perplexity {numbers['perplexity']:.2f}"]
+    parts = [losses, f"perplexity {numbers['perplexity']:{',.2f' if numbers['perplexity'] < 1e6 else '.2g'}}"]
     if "bits_per_byte" in numbers:
         bits = f"{numbers['bits_per_byte']:.4f} bits per byte"
         parts = [f"val {bits}", *parts] if tokenizer and tokenizer.kind != "gpt2" else [*parts, bits]

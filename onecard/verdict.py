@@ -179,7 +179,8 @@ def limits(run) -> Words:
         text = f"The run reads the data {epochs:.1f} times. Beyond 4 passes repeats help little: add text"
         yield "limited by data", f"{text} (Muennighoff et al. 2023)."
     elif expected is None:
-        yield "no expectation", f"No loss to expect: {run.plan['no_loss']}."
+        compare = "Only runs on the same data tell whether it is good: python report.py RUN ANOTHER"
+        yield "no expectation", f"No loss to expect: {run.plan['no_loss']}. {compare}."
     else:
         wanted = f"{expected:.2f} +- {BAND} on FineWeb (law of Hoffmann et al. 2022)"
         ended = f"; it is {run.val.values[-1]:.3f}" if run.finished and len(run.val.steps) else ""
