@@ -128,7 +128,7 @@ def load_state_dicts(optimizers: list[torch.optim.Optimizer], saved: dict) -> No
     for optimizer, state in zip(optimizers, states, strict=True):
         configured = optimizer.state_dict()["param_groups"]
         pairs = zip(configured, state["param_groups"], strict=True)
-        groups = [ours | {"params": theirs["params"]} for ours, theirs in pairs]
+        groups = [ours | {key: theirs[key] for key in ("params", "lr")} for ours, theirs in pairs]
         optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
