@@ -404,7 +404,7 @@ def save(run: Run, names: list[str]) -> None:
 def train(config: TrainConfig, stop: Stop) -> int:
     """Runs until max_iters -> 0, or until a signal or max_hours -> the reason, see processes.Stop.
 
-    At the first SIGINT, SIGTERM or SIGHUP the step is finished and saved; a second one ends the process at once.
+    At the first SIGINT, SIGTERM or SIGHUP the step is finished and saved; one 2 s later ends the process at once.
     """
     run = setup(config, stop)
     config, runtime, progress = run.config, run.runtime, run.progress
