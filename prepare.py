@@ -107,10 +107,8 @@ def inputs_of(config: PrepareConfig, folder: Path) -> tuple[str, ...]:
 def read_done(plan: dict, config: PrepareConfig, folder: Path) -> dict[int, dict]:
     """{unit: record} of the units that are done. Prints why others have to be prepared again."""
     done, problems = records.read_records(plan, folder)
-    for problem in problems[:LINES]:
-        print(f"  {problem}")
-    if len(problems) > LINES:
-        print(f"  and {len(problems) - LINES:,} more like these")
+    for line in problems[:LINES] + [f"and {len(problems) - LINES:,} more like these"] * (len(problems) > LINES):
+        print(f"  {line}")
     if problems:
         records.write_records(done.values(), folder)
     tokens = 0
@@ -128,7 +126,7 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
     it are expected to have fewer tokens. Raises ShardError if a file cannot be written.
     """
     failed: dict[int, str] = {}
-    running: dict[Future, int] = {}
+    running: dict[Future, tuple[int, float]] = {}  # unit, and the tokens that are expected of it
     units, number, tokens = plan["units"], 0, 0.0  # tokens: of the units before `number`; estimated while they run
     most = min(config.workers or workers.cores(), len(units) - len(done))
     pool = workers.cluster(config.cluster, encoder, folder) if config.cluster else workers.processes(most, encoder)
@@ -138,14 +136,15 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
                 if number in done:
                     tokens += done[number]["tokens"]
                 else:
-                    running[submit(make_job(plan, number, folder))] = number
-                    tokens += units[number]["bytes"] / ratio
+                    expected = units[number]["bytes"] / ratio
+                    running[submit(make_job(plan, number, folder))] = number, expected
+                    tokens += expected
                 number += 1
             if not running:
                 return failed
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                ended = running.pop(future)
-                tokens -= units[ended]["bytes"] / ratio
+                ended, expected = running.pop(future)
+                tokens -= expected
                 try:
                     record = done[ended] = future.result()
                 except DamagedError as error:
@@ -155,6 +154,7 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
                     records.append_record(record, folder)
                     tokens += record["tokens"]
                     progress.update(units[ended]["bytes"], record["tokens"])
+                    ratio = progress.done / max(1, progress.tokens)  # as measured, --where included
             progress.update()
 
 
@@ -191,10 +191,7 @@ def prepare(config: PrepareConfig, folder: Path) -> int:
 
 
 def prepare_missing(plan: dict, done: dict, known: dict | None, config: PrepareConfig, folder: Path) -> dict:
-    """Prints what is to be done and does it. Returns {unit: why it failed}. Raises PrepareError if it is impossible.
-
-    known: the manifest.
-    """
+    """Prints and does what is missing; known: the manifest. Returns {unit: why it failed}. Raises PrepareError."""
     tokens, units = sum(record["tokens"] for record in done.values()), plan["units"]
     todo = [number for number in range(len(units)) if number not in done]
     if not todo or 0 < config.max_tokens <= tokens:
@@ -203,7 +200,7 @@ def prepare_missing(plan: dict, done: dict, known: dict | None, config: PrepareC
     tokenizer = job_tokenizer(plan["settings"], folder)
     ratio = sum(len(text.encode()) for text in texts) / sum(map(len, encode_texts(tokenizer, texts)))
     size = sum(units[number]["bytes"] for number in todo)  # of text to read, about
-    if config.max_tokens:
+    if config.max_tokens and not config.where:
         size = min(size, int((config.max_tokens - tokens) * ratio))
     encoder = choose_encoder(config, plan["settings"], texts, size, folder)
     need, free = int(2 * size / ratio), shutil.disk_usage(folder).free
@@ -243,7 +240,8 @@ def finish(plan: dict, done: dict, config: PrepareConfig, folder: Path, failed: 
             kept[number] = record
             tokens += record["tokens"]
     if not any(record["shards"] for record in kept.values()):
-        raise PrepareError(f"{folder}: no document was found; {'; '.join(failed.values()) or 'all rows are empty'}")
+        why = "; ".join(failed.values()) or "all rows are empty or left out"
+        raise PrepareError(f"{folder}: no document was found; {why}")
     val, known = records.join_val(kept, plan["settings"]["shard_tokens"], folder), read_finished(folder)
     manifest = make_manifest(plan, kept, val, config, failed)
     hashes, known_hashes = ([(s["name"], s["sha256"]) for s in m["shards"]] for m in (manifest, known or manifest))

@@ -116,7 +116,7 @@ def load_records(folder: Path) -> tuple[dict[int, dict], list[str]]:
             reason = f"line {number} is damaged ({error})"
             problems.append(f"{path}: {reason}; run prepare.py again to prepare its unit again")
     manifest = read_manifest(folder) or {"shards": []}
-    if (lost := units_of(manifest) - found.keys()) and not problems:
+    if len(lost := units_of(manifest) - found.keys()) > len(problems):
         some = ", ".join(map(str, sorted(lost)[:9]))
         problems.append(f"{path}: has no record of units {some}; run prepare.py again to prepare them again")
     return found, problems

@@ -221,3 +221,25 @@ def test_a_tokenizer_that_loses_the_first_texts_or_has_no_separator_is_refused(t
         with pytest.raises(TokenizerError, match=message):
             plan_dataset([str(tmp_path / "a.txt")], {"tokenizer": str(tmp_path / name)}, tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_files_of_one_footer_are_one_source_only_if_all_their_bytes_are_the_same(tmp_path, capsys):
+    """Without statistics a page is not in the footer: other letters of equal size give an equal footer."""
+    one, other, same = (tmp_path / f"{name}.parquet" for name in ("one", "other", "same"))
+    for path, letter in ((one, "a"), (other, "b"), (same, "a")):
+        texts = [f"{letter * 50} {i}" for i in range(3000)]
+        write_parquet(path, texts, compression="none", use_dictionary=False, write_statistics=False)
+    ids = [examine(str(path), {"text_column": "text"}, 1e9)[0]["id"] for path in (one, other)]
+    assert ids[0] == ids[1] and one.stat().st_size == other.stat().st_size
+    folder = tmp_path / "mine"
+    (folder / STATE).mkdir(parents=True)
+    paths = [str(path) for path in (one, other, same)]
+    plan, _, _ = plan_dataset(paths, {}, folder)
+    assert [source["path"] for source in plan["sources"]] == paths[:2]
+    assert f"{same}: the same as {one}; taken once" in capsys.readouterr().out
+    write_plan(plan, "", None, folder)
+    for some in (paths, paths[1:2], paths[:1]):  # known again, also alone
+        again, _, _ = plan_dataset(some, {}, folder)
+        assert again["sources"] == plan["sources"]
+    one.unlink()
+    assert [source["path"] for source in plan_dataset(paths[1:], {}, folder)[0]["sources"]] == [paths[2], paths[1]]
