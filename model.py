@@ -1,4 +1,4 @@
-"""The network: GPT-2 with nanoGPT's parameter names, or the shape of Qwen3; its loss and its cache for sampling.
+"""The network: GPT-2 with nanoGPT's parameter names, or the shape of Qwen3; and its loss.
 
     model = GPT(GPTConfig(n_layer=12, n_head=6, n_embd=384, bias=False))
     loss = model(inputs, targets)
@@ -10,6 +10,7 @@ Letters in shapes: B batch, T time, C channels (n_embd), H heads, D head size, V
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -58,34 +59,13 @@ class GPTConfig:
         return 4 * self.n_embd if self.arch == "gpt2" else 64 * math.ceil(8 * self.n_embd / 3 / 64)
 
 
-class Cache:
-    """Keys and values of the tokens so far, (L, B, H, T, D) each, preallocated; the first `filled` columns count."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor):
-        self.keys, self.values, self.filled = keys, values, 0
-
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, column=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores k and v (B, H, T, D) of the new columns and returns those of all columns. GPT.hidden sets `filled`.
-
-        column (1,): the new column as a tensor. Then all columns are returned: the same shapes at each step.
-        """
-        if column is not None:
-            self.keys[layer].index_copy_(2, column, k)
-            self.values[layer].index_copy_(2, column, v)
-            return self.keys[layer], self.values[layer]
-        end = self.filled + k.shape[2]
-        self.keys[layer, :, :, self.filled : end] = k
-        self.values[layer, :, :, self.filled : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
 @dataclass
 class Context:
     """What the attention of all layers shares: the mask, the rotary angles, the cache."""
 
     mask: torch.Tensor | None = None  # (B or 1, 1, T, all columns), True where attention is allowed; None: causal
     angles: tuple | None = None  # cos and sin, (B or 1, 1, T, D) each; for qwen3
-    cache: Cache | None = None
+    cache: Any = None  # generation.Cache
     column: torch.Tensor | None = None  # see Cache.append
 
     def attend(self, q, k, v, layer, dropout):
@@ -288,19 +268,13 @@ class GPT(nn.Module):
 
     # ---- forward
 
-    def new_cache(self, batch: int, length: int) -> Cache:
-        """An empty Cache for `batch` sequences of up to `length` tokens (at most block_size)."""
-        c, weight = self.config, self.transformer.wte.weight
-        shape = (c.n_layer, batch, c.n_head, length, c.n_embd // c.n_head)
-        return Cache(*(torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2)))
-
-    def hidden(self, idx: torch.Tensor, cache: Cache | None = None, pads=None, column=None) -> torch.Tensor:
+    def hidden(self, idx: torch.Tensor, cache=None, pads=None, column=None) -> torch.Tensor:
         """idx (B, T) of int64 -> the input of the output head, (B, T, C).
 
-        With a cache, the T columns follow the cache.filled columns in it and are added to it. pads (B,) of int64: the
-        number of padding columns on the left of each sequence, which are masked; positions count from the first real
-        token. All columns together are at most block_size. column (1,) of int64: the single new column as a tensor; the
-        caller counts cache.filled. Nothing then depends on a Python number, so a compiled step is compiled once.
+        With a cache (generation.Cache), the T columns follow the cache.filled columns in it and are added to it. pads
+        (B,) of int64: the number of padding columns on the left of each sequence, which are masked; positions count from
+        the first real token. All columns together are at most block_size. column (1,) of int64: the single new column as
+        a tensor; the caller counts cache.filled. Then no Python number changes, so a compiled step is compiled once.
         """
         first = cache.filled if cache is not None and column is None else 0
         T = idx.shape[1]

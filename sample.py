@@ -25,10 +25,10 @@ from configurator import ConfigError, key, load_config, run_script
 from model import GPT
 from onecard import checkpoint, pretrained
 from onecard.choices import Item, choose, read_items
-from onecard.generation import first_id, score
+from onecard.generation import score
 from onecard.runtime import pick_device, pick_dtype
 from onecard.tokenizer import Tokenizer, from_state
-from onecard.writing import Text, encode, interact, log, prompt_ids, write_batch
+from onecard.writing import Text, encode, first_id, interact, log, prompt_ids, write_batch
 
 ACCURACIES = {"acc": "accuracy", "acc_norm": "by length"}
 

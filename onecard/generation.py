@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from model import GPT, IGNORE, Cache
+from model import GPT, IGNORE
 from onecard import UserError
-from onecard.tokenizer import Tokenizer, TokenizerError
 
 COLUMNS = 256  # a compiled step's cache has a multiple of so many: few shapes, each compiled once
 
@@ -93,6 +92,31 @@ def window_start(length: int, block_size: int) -> int:
     return math.ceil((length - block_size) / period) * period
 
 
+class Cache:
+    """Keys and values of the tokens so far, (L, B, H, T, D) each, preallocated; the first `filled` columns count."""
+
+    def __init__(self, model: GPT, batch: int, length: int):
+        """Empty, for `batch` sequences of up to `length` tokens (at most block_size)."""
+        c, weight = model.config, model.lm_head.weight
+        shape = (c.n_layer, batch, c.n_head, length, c.n_embd // c.n_head)
+        self.keys, self.values = (torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        self.filled = 0
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, column=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores k and v (B, H, T, D) of the new columns and returns those of all columns. GPT.hidden sets `filled`.
+
+        column (1,): the new column as a tensor. Then all columns are returned: the same shapes at each step.
+        """
+        if column is not None:
+            self.keys[layer].index_copy_(2, column, k)
+            self.values[layer].index_copy_(2, column, v)
+            return self.keys[layer], self.values[layer]
+        end = self.filled + k.shape[2]
+        self.keys[layer, :, :, self.filled : end] = k
+        self.values[layer, :, :, self.filled : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
 @dataclass
 class DecodeState:
     """What the network has read: row r of the cache holds sequence rows[r], after pads[r] columns of padding."""
@@ -111,7 +135,7 @@ def prefill(model, sequences, alive, length):
     padding = [longest - len(window) for window in windows]
     idx = torch.tensor([[0] * n + window for n, window in zip(padding, windows, strict=True)], device=device)  # (B, T)
     pads = torch.tensor(padding, device=device) if any(padding) else None
-    cache = model.new_cache(len(alive), max(longest, min(block_size, length)))
+    cache = Cache(model, len(alive), max(longest, min(block_size, length)))
     return DecodeState(cache, alive, pads), model.head(model.hidden(idx, cache, pads)[:, -1])
 
 
@@ -186,27 +210,6 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
         for i, id in new_ids.items():
             sequences[i].append(id)
     return sequences
-
-
-def first_id(tokenizer: Tokenizer) -> int:
-    """The id before a text: the document separator. Characters have none: a line end, as in nanoGPT, or else id 0."""
-    if tokenizer.eot is not None:
-        return tokenizer.eot
-    try:
-        return int(tokenizer.encode("\n")[0])
-    except TokenizerError:
-        return 0
-
-
-def sample_texts(model: GPT, tokenizer: Tokenizer, n: int = 3, max_new_tokens: int = 100) -> list[str]:
-    """n texts from the beginning of a document, with the same seeds every time; no effect on a training run."""
-    training, prompts, seeds = model.training, [[first_id(tokenizer)]] * n, range(1337, 1337 + n)
-    model.eval()
-    try:
-        rows = generate(model, prompts, max_new_tokens, seeds=seeds, stop_id=tokenizer.eot, temperature=0.8, top_k=200)
-    finally:
-        model.train(training)
-    return [tokenizer.decode([id for id in row[1:] if id != tokenizer.eot]) for row in rows]
 
 
 @torch.no_grad()

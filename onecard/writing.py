@@ -12,7 +12,7 @@ from typing import Any
 
 from configurator import ConfigError, changed, load_config
 from model import GPT
-from onecard.generation import first_id, stream
+from onecard.generation import generate, stream
 from onecard.tokenizer import Tokenizer, TokenizerError
 
 HELP = "type the beginning of a text; Enter alone continues the last text; Ctrl-C stops a text; /quit ends"
@@ -34,6 +34,27 @@ def encode(text: str, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:
     for i, part in enumerate(text.split(mark) if special_tokens else [text]):
         ids += [tokenizer.eot] * (i > 0) + tokenizer.encode(part).tolist()
     return ids
+
+
+def first_id(tokenizer: Tokenizer) -> int:
+    """The id before a text: the document separator. Characters have none: a line end, as in nanoGPT, or else id 0."""
+    if tokenizer.eot is not None:
+        return tokenizer.eot
+    try:
+        return int(tokenizer.encode("\n")[0])
+    except TokenizerError:
+        return 0
+
+
+def sample_texts(model: GPT, tokenizer: Tokenizer, n: int = 3, max_new_tokens: int = 100) -> list[str]:
+    """n texts from the beginning of a document, with the same seeds every time; no effect on a training run."""
+    training, prompts, seeds = model.training, [[first_id(tokenizer)]] * n, range(1337, 1337 + n)
+    model.eval()
+    try:
+        rows = generate(model, prompts, max_new_tokens, seeds=seeds, stop_id=tokenizer.eot, temperature=0.8, top_k=200)
+    finally:
+        model.train(training)
+    return [tokenizer.decode([id for id in row[1:] if id != tokenizer.eot]) for row in rows]
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from model import GPT, GPTConfig
-from onecard import generation
+from onecard import generation, writing
 from onecard.runtime import Runtime
 from onecard.tokenizer import load_tokenizer
 
@@ -87,7 +87,7 @@ def test_a_step_waits_for_the_device_once_and_an_evaluation_of_a_split_at_its_en
 def test_sampling_and_scoring_leave_no_tensor_on_the_cpu():
     model = GPT(GPTConfig(block_size=32, n_layer=2, n_head=2, n_embd=32, arch="qwen3", bias=False)).to("meta")
     with StandIn():
-        assert len(generation.sample_texts(model, load_tokenizer(), n=2, max_new_tokens=40)) == 2
+        assert len(writing.sample_texts(model, load_tokenizer(), n=2, max_new_tokens=40)) == 2
         assert generation.score(model, [*range(70)], prefix_id=0).shape == (70,)
 
 

@@ -9,7 +9,7 @@ import torch._dynamo.testing
 from networks import tiny
 from runs import write_characters
 
-from onecard import generation
+from onecard import generation, writing
 from onecard.generation import GenerationError, generate
 from onecard.tokenizer import load_tokenizer
 
@@ -171,8 +171,8 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
 def test_samples_of_a_run_are_the_same_each_time_and_do_not_affect_training():
     model, letters = network(dropout=0.5).train(), SimpleNamespace(eot=0, decode=str)
     before = torch.get_rng_state()
-    texts = generation.sample_texts(model, letters, n=4, max_new_tokens=20)
-    assert texts == generation.sample_texts(model, letters, n=4, max_new_tokens=20) and len(set(texts)) == 4
+    texts = writing.sample_texts(model, letters, n=4, max_new_tokens=20)
+    assert texts == writing.sample_texts(model, letters, n=4, max_new_tokens=20) and len(set(texts)) == 4
     assert model.training and torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
     loss = model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
@@ -191,10 +191,10 @@ def test_only_ids_of_the_tokenizer_are_generated_even_where_padding_is_likelier(
 
 
 def test_a_text_begins_with_the_separator_or_as_in_nanogpt_with_a_line_end(tmp_path):
-    assert generation.first_id(load_tokenizer()) == 50256 and generation.first_id(load_tokenizer("bytes")) == 256
+    assert writing.first_id(load_tokenizer()) == 50256 and writing.first_id(load_tokenizer("bytes")) == 256
     for text, id in (("b\na ", 0), ("b\ta\n", 1), ("ab", 0)):
         write_characters(tmp_path, text)
-        assert generation.first_id(load_tokenizer(tmp_path / "meta.pkl")) == id
+        assert writing.first_id(load_tokenizer(tmp_path / "meta.pkl")) == id
 
 
 def harness_windows(ids, block_size, stride):

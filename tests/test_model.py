@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import GPT, ChunkedCrossEntropy, GPTConfig, ModelError
+from onecard.generation import Cache
 from onecard.pretrained import hf_name, hf_network, transposed
 
 TINY = dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=32)
@@ -100,7 +101,7 @@ def test_the_cache_gives_the_hidden_states_of_the_whole_sequence(network, pads):
     """So no token is influenced by a later one."""
     model, idx = shaken(**network).double(), random_ids(3, 30)
     pads = pads and torch.tensor(pads)
-    cache = model.new_cache(3, 32)
+    cache = Cache(model, 3, 32)
     with torch.no_grad():
         pieces = [model.hidden(part, cache, pads) for part in idx.split([12, 1, 5, 1, 11], dim=1)]
         ours = torch.cat(pieces, dim=1)
