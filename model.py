@@ -272,9 +272,9 @@ class GPT(nn.Module):
         """idx (B, T) of int64 -> the input of the output head, (B, T, C).
 
         With a cache (generation.Cache), the T columns follow the cache.filled columns in it and are added to it. pads
-        (B,) of int64: the number of padding columns on the left of each sequence, which are masked; positions count from
-        the first real token. All columns together are at most block_size. column (1,) of int64: the single new column as
-        a tensor; the caller counts cache.filled. Then no Python number changes, so a compiled step is compiled once.
+        (B,) of int64: the number of padding columns on the left of each sequence, which are masked; positions count
+        from the first real token. All columns together are at most block_size. column (1,) of int64: the single new
+        column as a tensor; the caller counts cache.filled. No Python number changes: a compiled step is compiled once.
         """
         first = cache.filled if cache is not None and column is None else 0
         T = idx.shape[1]
