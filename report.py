@@ -26,7 +26,7 @@ from onecard.diagnosis import PROBLEMS, Finding, diagnose
 from onecard.law import BAND
 from onecard.memory import GiB
 from onecard.page import write_page
-from onecard.run import Run
+from onecard.run import EVALS, Run
 from train import TrainConfig, learning_rate
 
 DEFAULTS = dict(lr_decay_iters=600_000, eval_iters=200, dtype="bfloat16", gelu="none")  # nanoGPT's, other than ours
@@ -101,7 +101,7 @@ def assemble(name: str, records: Sequence[dict]) -> Run:
     names = dict(train="train_loss", val="val_loss")
     return Run(
         name=name,
-        evals={n: column(evals, names.get(n, n)) for n in ("step", "train", "val", "bits_per_byte", "eval_seconds")},
+        evals={n: column(evals, names.get(n, n)) for n in EVALS},
         groups=[record["val_groups"] for record in evals if "val_groups" in record],
         lines={n: column(lines, n) for n in {"step"}.union(*lines)},
         micro=not train and bool(micro),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import key, load_config, run_script
 from model import GPT, GPT2_IDS, GPTConfig
-from onecard import budget, cards, checkpoint, forecast, generation, metrics, optim, plan, pretrained, profiling
+from onecard import budget, cards, checkpoint, choices, forecast, metrics, optim, plan, pretrained, profiling, writing
 from onecard.checkpoint import Progress
 from onecard.processes import Stop, Stopped
 from onecard.runtime import Batches, Runtime, choose_batch_size, compile_model, oom_errors, start_runtime
@@ -44,11 +44,7 @@ class TrainConfig:
     out_dir: str = key("out", "folder for checkpoints and metrics.jsonl")
     data_dir: str = key("data", "folder of all datasets")
     dataset: str = key("fineweb", "name of the dataset, a folder in data_dir")
-    init_from: str = key(
-        "scratch",
-        "scratch: new run; resume: continue the run in out_dir; auto: resume if there is one; gpt2, gpt2-medium, "
-        "gpt2-large, gpt2-xl, a folder in Hugging Face format or a ckpt.pt: new run from these weights",
-    )
+    init_from: str = key("scratch", "scratch; resume; auto: either; or weights: gpt2, a Hugging Face folder, a ckpt.pt")
     resume_from: str = key("", "checkpoint file of another run to continue in this out_dir")
     overwrite: bool = key(False, "let a new run replace the one in out_dir")
     allow_new_data: bool = key(False, "let a resumed run continue with another dataset")
@@ -60,6 +56,7 @@ class TrainConfig:
     eval_interval: int = key(2000, "steps between evaluations", low=1)
     eval_tokens: int = key(0, f"tokens per split in an evaluation; 0: all, at most {EVAL_TOKENS:,}", low=0)
     eval_iters: int = key(0, "nanoGPT's key for eval_tokens: eval_iters x batch_size x block_size", low=0)
+    choices_file: str = key("", ".jsonl file of multiple-choice items for evaluations, as of sample.py --choices")
     eval_only: bool = key(False, "evaluate once and exit")
     profile: bool = key(False, "record ten steps with torch's profiler, list the dearest operators and exit")
     log_interval: int = key(10, "steps between log lines", low=1)
@@ -143,11 +140,8 @@ class TrainConfig:
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
         if self.tokens_per_step % self.block_size:
-            below = self.tokens_per_step // self.block_size * self.block_size
-            found.append(
-                f"tokens_per_step={self.tokens_per_step} is no multiple of block_size={self.block_size}: "
-                f"use {f'{below} or ' if below else ''}{below + self.block_size}"
-            )
+            above = math.ceil(self.tokens_per_step / self.block_size) * self.block_size
+            found.append(f"tokens_per_step={self.tokens_per_step} is no multiple of block_size: use {above}")
         if self.batch_size == 0 and self.tokens_per_step == 0:
             found.append("batch_size=0 needs tokens_per_step: 524288 is usual for 100M parameters")
         return found
@@ -204,6 +198,7 @@ class Run:
     train_windows: Windows
     val_windows: Windows
     tokenizer: Tokenizer | None  # None: not known
+    items: list[choices.Item]  # of choices_file
     model: GPT
     compiled: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
@@ -224,6 +219,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     """Device, data, weights, plan, optimizers, compiler: in the order in which a mistake costs the user least time."""
     runtime = start_runtime(config)
     train_windows, val_windows, tokenizer = open_data(config)
+    items = choices.read_items(config.choices_file) if config.choices_file else []
     data = checkpoint.data_identity(train_windows, val_windows)
     pretrained_model, origin = starting_point(config, runtime.print0)
     config = checkpoint.take_over(config, tokenizer, origin)
@@ -245,8 +241,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     torch.manual_seed(config.seed)
     model = pretrained_model or GPT(GPTConfig(**config.model_args()))
     model.activation_checkpointing = config.activation_checkpointing
-    if tokenizer:
-        model.n_ids = tokenizer.n_vocab
+    model.n_ids = tokenizer.n_vocab if tokenizer else model.n_ids
     model.to(runtime.device)
     optimizers = optim.configure_optimizers(model, config, runtime.device.type, runtime.rank, runtime.world_size)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
@@ -266,8 +261,8 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         if is_new:
             checkpoint.remove_all(config.out_dir, runtime.print0)  # there are some only with overwrite=True
         about: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
-        about |= dict(parameters=model.num_params(positions=False))
-        about |= dict(planned_memory=planned["memory"], planned_hours=planned["hours"])
+        about |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
+        about |= dict(planned_hours=planned["hours"], expected_loss=planned["loss"])
         writer = metrics.start(config, progress, tokenizer, is_new, about, runtime.print0)
     return Run(
         config=config,
@@ -276,6 +271,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         train_windows=train_windows,
         val_windows=val_windows,
         tokenizer=tokenizer,
+        items=items,
         model=model,
         compiled=compiled,
         optimizers=optimizers,
@@ -310,11 +306,7 @@ def starting_point(config, print0):
 
 def plan_only(config: TrainConfig) -> None:
     """Prints the plan of a run without starting it. With gpu=NAME it needs no card."""
-    if known := cards.card(config.gpu):
-        auto = torch.bfloat16 if known.has_bfloat16 else torch.float16
-        facts = dict(device=known.name, dtype=getattr(torch, config.dtype, auto))
-    else:
-        facts = start_runtime(config).plan_facts(config.out_dir)
+    facts = cards.facts(config) or start_runtime(config).plan_facts(config.out_dir)
     windows, tokenizer = (), None
     try:
         *windows, tokenizer = open_data(config)
@@ -338,8 +330,8 @@ def sequence_losses(run, windows):
     n = max(1, min(len(windows), run.config.tokens_to_evaluate(batch_size) // windows.block_size))
     chosen = np.arange(n) * len(windows) // n
     losses = torch.zeros(n, device=runtime.device)
-    first_of_rank = runtime.rank * batch_size
-    rounds = range(first_of_rank, n + first_of_rank, runtime.world_size * batch_size)  # the same number on every rank
+    skip = runtime.rank * batch_size  # before the first batch of this rank; each rank has the same number of rounds
+    rounds = range(skip, n + skip, runtime.world_size * batch_size)
     for first in tqdm(rounds, desc=f"eval {windows.split}", delay=5, leave=False, disable=runtime.rank > 0 or None):
         if reason := runtime.max_over_processes(run.stop.reason(run.save_seconds)):
             raise Stopped(reason)
@@ -368,6 +360,7 @@ def evaluate(run: Run) -> bool:
         print0(f"step {progress.step}: the loss of the evaluation is not finite")
         return False
     numbers = metrics.eval_numbers(train, val, run.val_windows.tokens, run.val_windows.text_bytes)
+    numbers |= choices.evaluate(run) if run.items and run.writer else {}
     is_best = numbers["val_loss"] < progress.best_val_loss
     progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
     run.record("eval", **numbers, eval_seconds=run.eval_seconds)
@@ -493,19 +486,13 @@ def train(config: TrainConfig, stop: Stop) -> int:
             runtime.print0(metrics.log_line(progress.step, config.max_iters, numbers))
             progress.window = {}
         if config.sample_interval and progress.step % config.sample_interval == 0 and run.writer and run.tokenizer:
-            try:
-                with runtime.autocast():
-                    texts = generation.sample_texts(model, run.tokenizer)
-                runtime.print0(f"step {progress.step}: samples\n" + "\n---------------\n".join(texts))
-            except Exception as error:  # samples cannot end a run
-                runtime.print0(f"step {progress.step}: no samples: {' '.join(str(error).split())[:200]!a}")
-            else:
-                run.record("samples", texts=texts)
+            writing.write_samples(run)
     if stop_reason:
         save(run, [])
         runtime.print0(f"stopped at step {progress.step}; to continue, add --init_from=resume to the same command")
     else:
-        runtime.print0(f"done: step {progress.step} of {config.max_iters}; {config.out_dir} has {checkpoint.LATEST}")
+        there = checkpoint.newest(config.out_dir) or "no checkpoint"
+        runtime.print0(f"done: step {progress.step} of {config.max_iters}; {config.out_dir} has {there}")
         runtime.print0(f"next: python sample.py {config.out_dir}, python report.py {config.out_dir}")
     if run.writer:
         run.writer.close(artifact=Path(config.out_dir) / checkpoint.LATEST if config.wandb_artifact else None)
@@ -533,11 +520,9 @@ def watch(run: Run, loss: float, finite: bool) -> None:
     if progress.bad_steps >= BAD_STEPS:
         newest = checkpoint.newest(run.config.out_dir)
         resume = f"--init_from=resume continues from {newest}" if newest else "there is no checkpoint yet"
-        run.runtime.print0(
-            f"train.py: stopped at step {progress.step}: the gradients of {BAD_STEPS} steps in a row were not finite. "
-            f"These steps were not applied; {resume}. Try --dtype=bfloat16, a lower --learning_rate or --grad_clip",
-            file=sys.stderr,
-        )
+        what = f"train.py: stopped at step {progress.step}: the gradients of {BAD_STEPS} steps in a row were not finite"
+        remedy = "try --dtype=bfloat16, a lower --learning_rate or --grad_clip"
+        run.runtime.print0(f"{what}, so these were not applied; {resume}; {remedy}", file=sys.stderr)
         raise SystemExit(3)
 
 

@@ -11,6 +11,8 @@ import difflib
 import re
 from typing import NamedTuple
 
+import torch
+
 # A row: multiprocessors (compute units of AMD's), which tell apart two cards of one name; TFLOPS of dense 16-bit matrix
 # products with 32-bit accumulation; memory in GiB. Sources: NVIDIA's architecture whitepapers (Volta 2017, Turing 2018,
 # GA102 2020, Ada 2022, Hopper 2022, Blackwell 2025) and datasheets; AMD's datasheets. For GeForce cards that the
@@ -130,6 +132,13 @@ def card(name: str, sms: int | None = None, total_bytes: int | None = None) -> C
     if gib:
         rows = [row for row in rows if row.gib == gib]
     return rows[0] if rows else None
+
+
+def facts(config) -> dict:
+    """What plan.plan is told of the card that config.gpu names: its name and dtype; {} without such a name."""
+    found = card(config.gpu)
+    auto = torch.bfloat16 if found and found.has_bfloat16 else torch.float16
+    return dict(device=found.name, dtype=getattr(torch, config.dtype, auto)) if found else {}
 
 
 def similar(name: str) -> list[str]:

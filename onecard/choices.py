@@ -13,7 +13,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from model import GPT, IGNORE
 from onecard import UserError
-from onecard.tokenizer import Tokenizer, TokenizerError
+from onecard.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 
 class ChoicesError(UserError):
@@ -125,6 +125,23 @@ def choose(
         losses = model(inputs.to(device), targets.to(device), reduction="none")  # (B, T)
         likelihoods[batch] = -losses.double().sum(1).cpu()
     return accuracies(items, likelihoods.numpy())
+
+
+def evaluate(run: Any) -> dict:
+    """Accuracies of a training run (train.py's Run) on its items: choices_acc, choices_acc_norm and their errors.
+
+    Empty, with a line, if they cannot be measured: that does not end the run.
+    """
+    run.model.eval()
+    try:
+        with run.runtime.autocast():
+            result = choose(run.model, run.tokenizer or load_tokenizer(), run.items, run.batch_size)
+    except Exception as error:
+        run.runtime.print0(f"choices_file: not measured: {' '.join(str(error).split())[:200]}")
+        return {}
+    finally:
+        run.model.train()
+    return {f"choices_{name}": value for name, value in result.items() if isinstance(value, float)}
 
 
 def accuracies(items: list[Item], likelihoods: np.ndarray) -> dict[str, float | list]:

@@ -248,6 +248,8 @@ def eval_line(step: int, numbers: dict, seconds: float, tokenizer: Tokenizer | N
     if "bits_per_byte" in numbers:
         bits = f"{numbers['bits_per_byte']:.4f} bits per byte"
         parts = [f"val {bits}", *parts] if tokenizer and tokenizer.kind != "gpt2" else [*parts, bits]
+    if "choices_acc" in numbers:
+        parts.append(f"choices {numbers['choices_acc']:.3f} +- {numbers['choices_acc_error']:.3f}")
     return f"step {step}: {', '.join(parts)} ({duration(seconds)})"
 
 

@@ -106,6 +106,8 @@ def all_charts(runs: Sequence[Run]) -> Iterator[dict]:
         ends = [curve for d in drawn for curve in forecast_curves(d)]
         caption = "The loss that was forecast for the end, with its band, over the step of the forecast."
         yield chart("Forecasts of the last val loss", "nats per token", ends, caption, format=".3f", scale="linear")
+    tests = [evaluations(d, "choices_acc_norm") for d in drawn if np.isfinite(d.run.evals["choices_acc_norm"]).any()]
+    yield chart("Multiple choice", "accuracy by length", tests, format=".3f", scale="linear")
     rates = [curve for d in drawn for curve in rate_curves(d)]
     yield chart("Learning rate", "", rates, format=".3~e", scale="linear", zero=True)
     for name, (title, unit, scale) in LINES.items():

@@ -13,6 +13,8 @@ import torch
 from onecard import forecast, plan
 from onecard.curve import Curve, finite, medians, risen
 
+EVALS = ("step", "train", "val", "bits_per_byte", "choices_acc_norm", "eval_seconds")
+
 
 @dataclass
 class Run:
@@ -22,7 +24,7 @@ class Run:
     """
 
     name: str
-    evals: dict[str, np.ndarray]  # (n,) for n evaluations: step, train, val, bits_per_byte, eval_seconds
+    evals: dict[str, np.ndarray]  # (n,) for n evaluations: those of EVALS
     groups: list[list[float]]  # of each evaluation, the mean losses of fixed groups of val windows; may be empty
     lines: dict[str, np.ndarray]  # (m,) for m log lines: step and what else they have
     micro: bool = False  # whether the loss of a log line is that of one micro batch

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -257,7 +258,7 @@ def find_batch_size(model: torch.nn.Module, config, runtime: Runtime) -> int:
     if runtime.device.type == "cuda":
         free = torch.cuda.mem_get_info(runtime.device)[0] + torch.cuda.memory_reserved(runtime.device)
         sizes = batch_sizes_that_fit(config, free, "cuda", runtime.dtype, runtime.world_size)
-        while sizes and trial_peak(model, sizes[-1], config.block_size, runtime) > BUDGET * free:
+        while sizes and trial_peak(model, sizes[-1], config, runtime) > BUDGET * free:
             sizes.pop()
         if not sizes:
             raise DeviceError(
@@ -272,14 +273,18 @@ def find_batch_size(model: torch.nn.Module, config, runtime: Runtime) -> int:
     return batch_size
 
 
-def trial_peak(model, batch_size, block_size, runtime):
-    """Peak bytes of one eager forward and backward, with the two moments that AdamW will add; infinite if it fails."""
+def trial_peak(model, batch_size, config, runtime):
+    """Peak bytes of the eager micro batches of a step, with the moments that AdamW will add; infinite if it fails.
+
+    The second micro batch needs most, because the gradients of the first are there.
+    """
     torch.cuda.reset_peak_memory_stats()
-    zeros = torch.zeros(batch_size, block_size, dtype=torch.int64, device=runtime.device)
+    zeros = torch.zeros(batch_size, config.block_size, dtype=torch.int64, device=runtime.device)
     try:
-        with runtime.autocast():
-            loss = model(zeros, zeros)
-        loss.backward()
+        for _ in range(min(2, micro_steps(config.step_sequences, batch_size, runtime.world_size))):
+            with runtime.autocast():
+                loss = model(zeros, zeros)
+            loss.backward()
         return torch.cuda.max_memory_allocated() + 8 * sum(p.numel() for p in model.parameters())
     except torch.OutOfMemoryError:
         return float("inf")
@@ -327,6 +332,7 @@ def compile_model(model: torch.nn.Module, shape: tuple[int, int], wanted: bool, 
     if wanted:
         began = time.perf_counter()
         runtime.print0("compiling the model, about a minute (--compile=False skips this)")
+        logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # "Not enough SMs": as on every smaller card
         failed = [reason for reason in runtime.gather(first_calls(compiled, shape, runtime)) if reason]
         if not failed:
             runtime.print0(f"compiled in {time.perf_counter() - began:.0f} s")

@@ -64,6 +64,19 @@ def prompt_ids(prompt: str, tokenizer: Tokenizer, special_tokens: bool) -> list[
     return ids if ids and (tokenizer.eot is None or begun) else [first_id(tokenizer), *ids]
 
 
+def write_samples(run: Any) -> None:
+    """Prints three texts of a training run (train.py's Run) and records them. What fails here does not end the run."""
+    step, print0 = run.progress.step, run.runtime.print0
+    try:
+        with run.runtime.autocast():
+            texts = sample_texts(run.model, run.tokenizer)
+        print0(f"step {step}: samples\n" + "\n---------------\n".join(texts))
+    except Exception as error:
+        print0(f"step {step}: no samples: {' '.join(str(error).split())[:200]!a}")
+    else:
+        run.record("samples", texts=texts)
+
+
 class Text:
     """A text that grows by one token at a time and is shown in whole characters."""
 

@@ -1,16 +1,21 @@
 """Multiple-choice items: format, likelihoods as transformers computes them, accuracies."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
 from networks import save, tiny
+from runs import TINY, assert_same, flags_of, read_metrics, write_characters
 
 import convert
+import report
 import sample
+import train
+from onecard import checkpoint, choices
 from onecard.choices import ChoicesError, Item, choose, read_items, rows_of
-from onecard.tokenizer import load_tokenizer
+from onecard.tokenizer import from_state, load_tokenizer
 
 EOT = 50256
 ITEMS = [
@@ -102,3 +107,28 @@ def test_sample_py_prints_both_accuracies_with_and_without_the_separator(items_f
     sample.main([str(run), f"--choices={items_file}", "--device=cpu", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["acc"] == float(lines[0].split()[1]) and "acc_norm" in result["without_separator"]
+
+
+def test_a_run_measures_its_items_at_evaluations_and_the_report_draws_them(tmp_path, capsys, monkeypatch):
+    characters = [chr(32 + i) for i in range(95)]
+    text = "".join(random.Random(0).choices(characters, k=2000))
+    write_characters(tmp_path / "data" / "d", text, characters)
+    items = [dict(prompt="a b", choices=["c", "dd"], answer=0), dict(prompt="x", choices=["y", "z"], answer=1)]
+    path = tmp_path / "items.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    keys = TINY | dict(dataset="d", vocab_size=0, data_dir=tmp_path / "data", max_iters=4, eval_interval=2)
+    train.main(flags_of(**keys, out_dir=tmp_path / "plain"))
+    train.main(flags_of(**keys, out_dir=tmp_path / "run", choices_file=path))
+    rows = read_metrics(tmp_path / "run", "eval")
+    model, about = checkpoint.load_model(tmp_path / "run" / "ckpt.pt")
+    found = choose(model, from_state(about["tokenizer"]), read_items(path))
+    assert rows[-1]["choices_acc"] == found["acc"] and rows[-1]["choices_acc_norm_error"] == found["acc_norm_error"]
+    assert len(rows) == 3 and ", choices " in capsys.readouterr().out
+    assert_same(*(checkpoint.load(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "run")))
+    report.main([str(tmp_path / "run"), f"--out={tmp_path / 'page.html'}"])
+    assert "accuracy by length" in (tmp_path / "page.html").read_text()
+    with pytest.raises(ChoicesError, match="nowhere"):
+        train.main(flags_of(**keys, out_dir=tmp_path / "none", choices_file="nowhere.jsonl"))
+    monkeypatch.setattr(choices, "choose", lambda *_: 1 / 0)
+    train.main(flags_of(**keys, out_dir=tmp_path / "broken", choices_file=path))
+    assert "not measured" in capsys.readouterr().out

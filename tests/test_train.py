@@ -244,7 +244,7 @@ def test_evaluation_and_samples_do_not_disturb_training(flags, tmp_path, monkeyp
     assert_same(*(checkpoint.load(tmp_path / out / "ckpt.pt")["model"] for out in ("often", "never")))
     broken = lambda *_: {}["\n"]  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(train.generation, "sample_texts", broken)
+        patch.setattr(train.writing, "sample_texts", broken)
         train.main(flags("broken", sample_interval=6, eval_interval=100, **keys))
     assert "step 12: no samples: " in capsys.readouterr().out
     assert_same(*(checkpoint.load(tmp_path / out / "ckpt.pt")["model"] for out in ("broken", "never")))
@@ -379,7 +379,7 @@ def test_another_tokenizer_is_refused_in_resuming_and_finetuning_and_both_are_na
     [
         (dict(min_lr=0.1), "min_lr=0.1 is above learning_rate=0.01"),
         (dict(n_head=3), "n_embd=32 is not a multiple of n_head=3"),
-        (dict(tokens_per_step=120), "120 is no multiple of block_size=16: use 112 or 128"),
+        (dict(tokens_per_step=120), "120 is no multiple of block_size: use 128"),
         (dict(batch_size=0), "batch_size=0 needs tokens_per_step"),
         (dict(gpu="RTX 4070"), "gpu='RTX 4070' needs plan_only=True"),
         (dict(keep_every=3), "keep_every=3 has to be a multiple of eval_interval=4"),
@@ -464,7 +464,7 @@ def test_float16_skips_and_counts_until_its_scale_is_below_1_and_then_five_more(
     line = read_metrics(tmp_path / "run", "train")[-1]
     assert line["skipped"] == 3 and line["loss"] is None and line["scale"] in scales
     printed, errors = capsys.readouterr()
-    assert "3 skipped" in printed and "Try --dtype=bfloat16, a lower --learning_rate" in errors
+    assert "3 skipped" in printed and "try --dtype=bfloat16, a lower --learning_rate" in errors
 
 
 def test_a_spike_of_the_loss_is_an_event_with_its_sequences(flags, tiny_data, tmp_path, capsys):
