@@ -21,7 +21,6 @@ import sys
 import textwrap
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +41,7 @@ SMALL_RUN_BYTES = 50_000_000  # config/own_text.py is for less text than this
 UNITS_OF_MAX_TOKENS = 50  # that a new dataset with max_tokens is cut into
 QUEUED = 2  # units that are submitted in addition to those that can run at once
 LINES = 5  # of problems that are printed one by one
+REASONS = {"null": "without text", "where": "by --where"}  # why rows are left out; the others are shown as they are
 QUICKSTART = {"tokenizer": "gpt2-1024", "val_fraction": 0.1}  # its settings
 
 
@@ -288,6 +288,8 @@ def make_manifest(plan: dict, done: dict, val: list[dict], config: PrepareConfig
     tokenizer = settings.pop("tokenizer", None) or {
         name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
     }
+    from importlib.metadata import PackageNotFoundError, version  # here, because each worker imports this module
+
     encoder = "tokenizers" if tokenizer.get("kind") == "bpe" else "tiktoken"
     libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", encoder, "fastokens"))
     for name in libraries:
@@ -333,9 +335,10 @@ def summary(manifest: dict) -> str:
     if all(shard["split"] == "train" for shard in manifest["shards"]):
         remedy = "make another --dataset with --val_fraction=0.1, say, or from more text"
         lines.append(f"  no document is in val, which train.py needs: {remedy}")
-    if any(manifest["skipped"].values()) or manifest["replaced"]:
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["skipped"].items())
-        lines.append(f"  skipped: {skipped}; lone surrogates replaced: {manifest['replaced']:,}")
+    if skipped := [f"{REASONS.get(reason, reason)}: {n:,}" for reason, n in manifest["skipped"].items() if n]:
+        lines.append(f"  rows left out: {', '.join(skipped)}")
+    if manifest["replaced"]:
+        lines.append(f"  lone surrogates, replaced by U+FFFD: {manifest['replaced']:,}")
     if manifest["failed"]:
         lines.append(f"  FAILED: {len(manifest['failed'])} units, the first because {manifest['failed'][0]}")
     return "\n".join(lines)

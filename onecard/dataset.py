@@ -25,7 +25,7 @@ from onecard.shards import other_datasets
 from onecard.sources import examine, find_files
 from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
 from onecard.tokenizer import train_tokenizer as train_bpe
-from onecard.units import decode, first_texts, in_val, make_job, new_record, read_documents, read_unit, whole_jobs
+from onecard.units import decode, first_texts, in_val, make_job, new_record, read_documents, read_unit
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
 RARE_SETTINGS = {"where": "", "skip_bad_rows": False}  # in a plan only if they were given
@@ -127,6 +127,8 @@ def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) ->
             problems.append(str(result))
         elif isinstance(result, SourceError):  # a folder of notes may hold .json files of other programs
             print(f"  left out: {result}")
+        elif not result[1]:
+            print(f"  left out: {path}: has no rows")
         else:
             source, units = result
             source["id"] = own_id(source, first, ids)
@@ -223,7 +225,7 @@ def choose_split(plan: dict, folder: Path, asked: float | None) -> dict:
     """
     size, rows = sum(unit["bytes"] for unit in plan["units"]), sum(source.get("rows", 0) for source in plan["sources"])
     if size < SMALL_BYTES and rows < SMALL_ROWS:
-        return split_small(whole_jobs(plan, folder), asked)
+        return split_small([make_job(plan, number, folder) for number in range(len(plan["units"]))], asked)
     fraction, documents = SETTINGS["val_fraction"] if asked is None else asked, count_documents(plan, folder)
     if fraction * documents >= 2 * FEW_DOCUMENTS:
         return {"val_fraction": fraction}

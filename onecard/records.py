@@ -16,8 +16,6 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 from onecard import UserError
 from onecard.durable import replacing, sha256_of
 from onecard.jsonfiles import ShardError, check, count, parse, read_json, refusals, sealed, text, write_json
@@ -231,8 +229,11 @@ def join_parts(parts: list[dict], path: Path) -> str:
 
 def amount(number: float, unit: str = "B") -> str:
     """1234567 -> "1.23 MB"."""
-    size = tqdm.format_sizeof(number, divisor=1000)
-    return f"{size[:-1]} {size[-1]}{unit}" if size[-1] in "kMGTP" else f"{number:.0f} {unit}".strip()
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}{unit}".strip()
+        number /= 1000
+    return f"{number:.3g} T{unit}"
 
 
 class Progress:
@@ -241,6 +242,8 @@ class Progress:
     def __init__(self, total: float, what: str, unit: str = "B"):
         self.total, self.what, self.unit, self.done, self.tokens = total, what, unit, 0, 0
         self.started = self.shown = time.monotonic()
+        from tqdm import tqdm  # here, because each worker process imports this module
+
         self.bar = tqdm(total=int(total), unit=unit, unit_scale=True, desc=f"  {what}", disable=None, leave=False)
 
     def __enter__(self):

@@ -37,17 +37,6 @@ def make_job(plan: dict, number: int, folder: str | Path) -> dict:
     return plan["settings"] | job
 
 
-def whole_jobs(plan: dict, folder: Path) -> list[dict]:
-    """A job for each file, or for each unit of small files: all rows at once, so that no row group is read twice."""
-    jobs: list[dict] = []
-    for number, unit in enumerate(plan["units"]):
-        if not jobs or jobs[-1]["unit"]["source"] != unit["source"]:
-            jobs.append(make_job(plan, number, folder))
-        places = unit.keys() & {"rows", "row_groups", "range"}
-        jobs[-1]["unit"] = unit | {name: [jobs[-1]["unit"][name][0], unit[name][1]] for name in places}
-    return jobs
-
-
 def job_tokenizer(settings: dict, folder: str | Path, encoder: str = "tiktoken") -> Tokenizer:
     """The tokenizer of a plan's settings, or of a job, of the dataset in this folder. Raises TokenizerError."""
     return from_state(settings.get("tokenizer"), encoder, folder)
@@ -135,7 +124,7 @@ def decode(value: bytes | str) -> tuple[str, bytes, int]:
 
 
 def first_texts(job: dict) -> list[str]:
-    """Up to 100 documents of a unit. None if they cannot be read: the unit itself reports why."""
+    """Up to 100 rows of a unit; [] if they cannot be read: the unit itself reports why."""
     with contextlib.suppress(DamagedError, UnicodeDecodeError):
         for _, _, values in read_unit(job, {}):
             if texts := [decode(value)[0] for value in values[:100] if value]:

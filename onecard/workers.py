@@ -6,7 +6,6 @@
 Futures are those of concurrent.futures. The one thing to know: a process ends by itself when its parent is gone.
 """
 
-import asyncio
 import contextlib
 import functools
 import json
@@ -99,6 +98,8 @@ def cluster(address: str, encoder: str, folder: Path) -> Iterator[Workers]:
 
     Raises PrepareError if the scheduler is not there, or if its workers cannot do a unit.
     """
+    import asyncio  # here, because each worker process imports this module
+
     try:
         from distributed import Client
     except ImportError as error:
@@ -124,6 +125,7 @@ def cluster(address: str, encoder: str, folder: Path) -> Iterator[Workers]:
 
 def check_workers(client: Any, address: str, folder: Path) -> None:
     """Raises PrepareError, a line for each worker that has no onecard, several threads, or another file system."""
+    import asyncio
 
     def problem_of(path):  # sent by value, so it runs where onecard is missing
         import importlib.util

@@ -130,6 +130,15 @@ def test_json_without_text_is_left_out_of_a_folder_but_refused_by_its_name(tmp_p
         plan_dataset([str(tmp_path / "package.json")], {}, NOWHERE)
 
 
+def test_a_parquet_file_without_rows_is_left_out_and_alone_it_is_refused(tmp_path, capsys):
+    none, some = write_parquet(tmp_path / "a.parquet", []), write_parquet(tmp_path / "b.parquet", some_texts(300))
+    plan, damaged, _ = plan_dataset([str(none), str(some)], {}, NOWHERE)
+    assert [source["path"] for source in plan["sources"]] == [str(some)] and not damaged
+    assert f"left out: {none}: has no rows" in capsys.readouterr().out
+    with pytest.raises(PrepareError, match="nothing to prepare; name files that have rows"):
+        plan_dataset([str(none)], {}, NOWHERE)
+
+
 def test_two_processes_that_plan_different_files_do_not_overwrite_each_other(tmp_path):
     folder = tmp_path / "mine"
     (folder / STATE).mkdir(parents=True)
