@@ -325,7 +325,6 @@ def compile_model(model: torch.nn.Module, shape: tuple[int, int], wanted: bool, 
     the compiler. They go through DDP, so that backward is compiled in parts, and gradients are exchanged while it runs.
     If one process cannot compile, none does.
     """
-    logging.getLogger("torch._inductor.utils").setLevel(logging.ERROR)  # "Not enough SMs": true of most cards
     network: Any = torch.compile(model, dynamic=False) if wanted else model
     compiled: Any = network
     if runtime.world_size > 1:
