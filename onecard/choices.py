@@ -30,15 +30,14 @@ class ChoicesError(UserError):
 
 class Item(NamedTuple):
     prompt: str
-    choices: list[str]  # each continues the prompt as it stands, so it begins with a space
-    lengths: list[int]  # characters of each choice, without the space before it
+    choices: list[str]  # each continues the prompt after a space
     answer: int  # number of the right choice
 
 
 def read_items(path: str | Path) -> list[Item]:
     """The items of a .jsonl file. Raises ChoicesError."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise ChoicesError(f"choices: {path} cannot be read ({error}); give a .jsonl file") from None
     items = []
@@ -51,8 +50,10 @@ def read_items(path: str | Path) -> list[Item]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             wanted = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}, or use HellaSwag\'s format'
             raise ChoicesError(f"choices: line {number} of {path} is not an item ({error!r}); {wanted}") from None
-        if not 0 <= item.answer < len(item.choices) or not all(item.choices):
-            raise ChoicesError(f"choices: line {number} of {path}: no choice {item.answer}, or an empty one; mend it")
+        if not 0 <= item.answer < len(item.choices):
+            raise ChoicesError(f"choices: line {number} of {path}: there is no choice {item.answer}; count from 0")
+        if not item.prompt.strip() or not all(item.choices):
+            raise ChoicesError(f"choices: line {number} of {path}: the prompt or a choice is empty; write one")
         items.append(item)
     if not items:
         raise ChoicesError(f"choices: {path} is empty; give a .jsonl file with items")
@@ -60,10 +61,7 @@ def read_items(path: str | Path) -> list[Item]:
 
 
 def plain(found: dict) -> Item:
-    choices = [str(choice) for choice in found["choices"]]
-    return Item(
-        str(found["prompt"]), [f" {choice}" for choice in choices], list(map(len, choices)), int(found["answer"])
-    )
+    return Item(str(found["prompt"]), [str(choice) for choice in found["choices"]], int(found["answer"]))
 
 
 def hellaswag(found: dict) -> Item:
@@ -74,23 +72,18 @@ def hellaswag(found: dict) -> Item:
         return text.replace("  ", " ")
 
     prompt = clean(f"{found['activity_label']}: {found['ctx_a']} {found['ctx_b'].capitalize()}")
-    choices = [clean(ending) for ending in found["endings"]]
-    return Item(prompt, [f" {choice}" for choice in choices], list(map(len, choices)), int(found["label"]))
+    return Item(prompt, [clean(ending) for ending in found["endings"]], int(found["label"]))
 
 
 def rows_of(item: Item, tokenizer: Tokenizer, separator: bool) -> list[tuple[list[int], int]]:
     """For each choice: the ids of prompt and choice, and how many ids at the end are the choice's.
 
-    The prompt's ids and the choice's are those of the whole text, cut where the prompt's own number of ids ends.
+    The whole text is encoded at once. The spaces at the end of a prompt belong to the choice.
     """
     begin = [tokenizer.eot] if separator and tokenizer.eot is not None else []
-    prompt = item.prompt.rstrip()
-    spaces = item.prompt[len(prompt) :]
-    before, rows = len(tokenizer.encode(prompt)), []
-    for choice in item.choices:
-        ids = tokenizer.encode(prompt + spaces + choice).tolist()
-        rows.append((begin + ids, len(ids) - before))
-    return rows
+    before = len(tokenizer.encode(item.prompt.rstrip()))
+    rows = [tokenizer.encode(f"{item.prompt} {choice}").tolist() for choice in item.choices]
+    return [(begin + ids, len(ids) - before) for ids in rows]
 
 
 @torch.no_grad()
@@ -99,15 +92,12 @@ def choose(
 ) -> dict[str, float | list]:
     """acc, acc_norm and their standard errors; choice and choice_norm: of each item the choice that was taken.
 
-    A text longer than block_size loses its beginning. Raises ChoicesError for an item without a prompt, if there is
-    nothing before its choices.
+    A text longer than block_size loses its beginning. Raises ChoicesError for characters that the tokenizer lacks.
     """
     try:
         rows = [row for item in items for row in rows_of(item, tokenizer, separator)]
     except TokenizerError as error:
         raise ChoicesError(f"choices: {error}") from error
-    if any(len(ids) == count for ids, count in rows):
-        raise ChoicesError("choices: an item has no prompt; write one")
     block_size, device = model.config.block_size, model.lm_head.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding
     likelihoods = torch.zeros(len(rows), dtype=torch.float64)
@@ -130,7 +120,7 @@ def choose(
 def evaluate(run: Any) -> dict:
     """Accuracies of a training run (train.py's Run) on its items: choices_acc, choices_acc_norm and their errors.
 
-    Empty, with a line, if they cannot be measured: that does not end the run.
+    If they cannot be measured, a line says so, the result is {} and the run goes on.
     """
     run.model.eval()
     try:
@@ -150,7 +140,7 @@ def accuracies(items: list[Item], likelihoods: np.ndarray) -> dict[str, float | 
         found = likelihoods[start : start + len(item.choices)]
         start += len(found)
         taken.append(int(np.argmax(found)))
-        taken_norm.append(int(np.argmax(found / np.array(item.lengths, dtype=float))))
+        taken_norm.append(int(np.argmax(found / [len(choice) for choice in item.choices])))
     result: dict[str, float | list] = dict(choice=taken, choice_norm=taken_norm)
     for name, chosen in (("acc", taken), ("acc_norm", taken_norm)):
         right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]

@@ -14,7 +14,7 @@ from onecard import logs
 
 CURVE_ROWS = 12  # of the table with the run's evaluations
 SAMPLING = dict(do_sample=True, temperature=0.8, top_k=200)  # sample.py's defaults
-PRIVATE = ("out_dir", "data_dir", "init_from", "resume_from")  # keys with paths
+PRIVATE = ("out_dir", "data_dir", "init_from", "resume_from", "choices_file", "write_config")  # keys with paths
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -30,12 +30,13 @@ pipeline_tag: text-generation
 ```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", "FOLDER", tokenizer_kwargs=dict(padding_side="left"))
+generate = pipeline("text-generation", "FOLDER")
 print(generate({prompt!r}, add_special_tokens=False, max_new_tokens=100)[0]["generated_text"])
 ```
 
 vLLM: `vllm serve FOLDER`. llama.cpp and Ollama read a GGUF file: `python convert.py RUN --to=gguf` in onecard, then
-`llama-completion -m {name}.gguf -p "The"`, or `ollama create {name} -f {name}.Modelfile` and `ollama run {name}`.
+`llama-completion -m {name}.gguf -no-cnv -p "The"`, or `ollama create {name} -f {name}.Modelfile` and
+`ollama run {name} "The"`. Both begin the prompt with the document separator.
 
 {curve}## Settings of the training run
 
@@ -49,6 +50,8 @@ MODELFILE = """FROM ./{file}
 TEMPLATE {{{{ .Prompt }}}}
 PARAMETER temperature {temperature}
 PARAMETER top_k {top_k}
+PARAMETER top_p 1
+PARAMETER repeat_penalty 1
 PARAMETER num_ctx {block_size}
 """
 
