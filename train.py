@@ -221,7 +221,8 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     train_windows, val_windows, tokenizer = open_data(config)
     items = choices.read_items(config.choices_file) if config.choices_file else []
     data = checkpoint.data_identity(train_windows, val_windows)
-    pretrained_model, origin = starting_point(config, runtime.print0)
+    is_new = runtime.gather(checkpoint.is_new(config))[0]  # processes of another machine cannot tell a restart
+    pretrained_model, origin = starting_point(config, is_new, runtime.print0)
     config = checkpoint.take_over(config, tokenizer, origin)
     train_windows.vocab_size = val_windows.vocab_size = config.vocab_size
     saved = None if pretrained_model else origin  # the checkpoint of a run that goes on
@@ -230,7 +231,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     else:
         progress = Progress(began_from=config.init_from if pretrained_model else "")
     runtime.require_same(step=progress.step, **data)
-    is_new, writes = checkpoint.is_new(config), runtime.rank == 0 and config.is_saved
+    writes = runtime.rank == 0 and config.is_saved
     planned: dict = {}
     if runtime.rank == 0:
         facts = runtime.plan_facts(config.out_dir)
@@ -249,7 +250,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         with checkpoint.readable(saved["path"]):
             model.load_state_dict(saved["model"])
             optim.load_state_dicts(optimizers, saved)
-            if scaler.is_enabled() and saved["scaler"]:
+            if saved["scaler"] and scaler.is_enabled():
                 scaler.load_state_dict(saved["scaler"])
     elif origin and "adamw" in origin:  # nanoGPT's
         optim.take_moments(optimizers, origin["adamw"], runtime.print0)
@@ -294,9 +295,9 @@ def open_data(config):
     return train_windows, val_windows, tokenizer
 
 
-def starting_point(config, print0):
+def starting_point(config, is_new, print0):
     """(pretrained model, facts about its weights), or (None, the checkpoint to go on from, if any)."""
-    saved = checkpoint.find(config, print0)
+    saved = checkpoint.find(config, is_new, print0)
     if saved or not config.from_pretrained:
         return None, saved
     model, facts = pretrained.start(config.init_from, config.block_size, config.dropout)
@@ -312,7 +313,7 @@ def plan_only(config: TrainConfig) -> None:
         *windows, tokenizer = open_data(config)
     except ShardError as error:
         print(f"data    unknown: {error}")
-    _, origin = starting_point(config, print)
+    _, origin = starting_point(config, checkpoint.is_new(config), print)
     config = checkpoint.take_over(config, tokenizer, origin)
     if config.budget_hours:
         budget.show(config, facts, windows[0].tokens if windows else None)
@@ -360,7 +361,7 @@ def evaluate(run: Run) -> bool:
         print0(f"step {progress.step}: the loss of the evaluation is not finite")
         return False
     numbers = metrics.eval_numbers(train, val, run.val_windows.tokens, run.val_windows.text_bytes)
-    numbers |= choices.evaluate(run) if run.items and run.writer else {}
+    numbers |= choices.evaluate(run) if run.items and run.runtime.rank == 0 else {}
     is_best = numbers["val_loss"] < progress.best_val_loss
     progress.best_val_loss = min(numbers["val_loss"], progress.best_val_loss)
     run.record("eval", **numbers, eval_seconds=run.eval_seconds)
@@ -395,10 +396,7 @@ def save(run: Run, names: list[str]) -> None:
 
 
 def train(config: TrainConfig, stop: Stop) -> int:
-    """Runs until max_iters -> 0, or until a signal or max_hours -> the reason, see processes.Stop.
-
-    At the first SIGINT, SIGTERM or SIGHUP the step is finished and saved; one 2 s later ends the process at once.
-    """
+    """Runs until max_iters -> 0, or until a signal or max_hours -> the reason, see processes.Stop."""
     run = setup(config, stop)
     config, runtime, progress = run.config, run.runtime, run.progress
     model, compiled, optimizers, scaler = run.model, run.compiled, run.optimizers, run.scaler
@@ -489,11 +487,12 @@ def train(config: TrainConfig, stop: Stop) -> int:
             writing.write_samples(run)
     if stop_reason:
         save(run, [])
-        runtime.print0(f"stopped at step {progress.step}; to continue, add --init_from=resume to the same command")
+    there = checkpoint.newest(config.out_dir) or "no checkpoint"
+    end = f"step {progress.step} of {config.max_iters}; {config.out_dir} has {there}"
+    if stop_reason:
+        runtime.print0(f"stopped at {end}; to continue, add --init_from=resume to the same command")
     else:
-        there = checkpoint.newest(config.out_dir) or "no checkpoint"
-        runtime.print0(f"done: step {progress.step} of {config.max_iters}; {config.out_dir} has {there}")
-        runtime.print0(f"next: python sample.py {config.out_dir}, python report.py {config.out_dir}")
+        runtime.print0(f"done: {end}\nnext: python sample.py {config.out_dir}, python report.py {config.out_dir}")
     if run.writer:
         run.writer.close(artifact=Path(config.out_dir) / checkpoint.LATEST if config.wandb_artifact else None)
     return stop_reason

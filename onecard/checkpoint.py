@@ -36,6 +36,7 @@ OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt") 
 TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: shows a flipped bit in it
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that pretrained weights decide
+PARTS = {"iter_num", "model", "model_args", "config"}  # what every checkpoint has
 DATA = ("train_tokens", "train_fingerprint", "val_tokens", "val_fingerprint")
 NOT_LISTED = ("init_from", "overwrite", "out_dir", "data_dir", "dataset", "allow_new_data", "eval_only", "profile")
 
@@ -63,14 +64,7 @@ class Progress:
 
     @classmethod
     def restore(cls, saved: dict) -> "Progress":
-        """Raises KeyError or TypeError if a value is missing or has another type."""
-        values = {name: saved[name] for name in cls.__dataclass_fields__ if name != "step"}
-        for name, default in asdict(cls()).items():
-            if not isinstance(values.get(name, 0), type(default)):
-                raise TypeError(f"{name}={values[name]!r}")
-        numbers = [*values["window"].values(), *(values["running"][name] for name in ("n", "mean", "variance"))]
-        math.fsum(number for row in (numbers, *values["evals"]) for number in row)  # TypeError if one is no number
-        return cls(step=saved["iter_num"], **values)
+        return cls(saved["iter_num"], **{name: saved[name] for name in cls.__dataclass_fields__ if name != "step"})
 
     def as_saved(self) -> dict:
         """Its values by the names that they have in a checkpoint."""
@@ -154,8 +148,8 @@ def load(path: str | Path) -> dict:
     with readable(path):
         if state["version"] > VERSION:
             raise CheckpointError(f"{path}: version {state['version']}, written by a later onecard: update this one")
-        if type(state["iter_num"]) is not int:
-            raise TypeError("iter_num is not an integer")
+        if missing := PARTS - state.keys():
+            raise KeyError(", ".join(sorted(missing)))
     return state
 
 
@@ -167,7 +161,7 @@ def readable(path: str | Path):
     except (CheckpointError, TokenizerError, torch.OutOfMemoryError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path}: a part is missing, or another program has changed it ({reason}): use another checkpoint"
         ) from error
@@ -181,7 +175,6 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
         model = GPT(GPTConfig(**args | state["model_args"]))
         model.load_state_dict(state.pop("model"))
         model.n_ids = (state.get("tokenizer") or {}).get("n_vocab", model.n_ids)
-        state["config"].get("dataset")
     return model.eval(), state
 
 
@@ -237,7 +230,7 @@ def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0
     With keep_every, one every so many steps is kept for good.
     """
     new, latest, step = Path(out_dir) / NEW, Path(out_dir) / LATEST, state["iter_num"]
-    write(new, state | ({"launch": launch()} if launch() else {}))
+    write(new, state | {"launch": launch()})
     kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
     try:
         if latest.exists():
@@ -328,7 +321,7 @@ def owned(out_dir: str | Path):
             raise ConfigError(f"out_dir={out_dir}: not writable ({error.strerror}); choose another") from None
         durable.remove_leftovers(out_dir)
         new = Path(out_dir) / NEW
-        if (newest(out_dir) or "").startswith(NEW):  # killed after it was written, before it became ckpt.pt
+        if new.exists() and (newest(out_dir) or "").startswith(NEW):  # killed after it was written, before it became ckpt.pt
             os.replace(new, new.with_name(LATEST))
         new.unlink(missing_ok=True)
         try:
@@ -356,40 +349,32 @@ def problems(config) -> list[str]:
 
 
 def is_new(config) -> bool:
-    """Whether this starts a new run in out_dir rather than going on with the one there."""
-    if config.init_from == "auto":
-        return not candidates(config.out_dir)
-    return config.init_from != "resume" and not restarted(config.out_dir)
+    """Whether this starts a new run in out_dir rather than going on with the one there.
+
+    A process that torchrun restarts after a save goes on from that, whatever init_from and overwrite are. The run that
+    overwrite=True replaces may still be there: its checkpoints are of another launch.
+    """
+    if config.init_from in ("auto", "resume"):
+        return config.init_from == "auto" and not candidates(config.out_dir)
+    with contextlib.suppress(CheckpointError):
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return restarts == "0" or load_newest(config.out_dir)[0].get("launch") != launch()
+    return True
 
 
 def launch() -> str:
-    """What all restarts of one torchrun share, and no other torchrun has; "" without torchrun."""
-    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-        return ""
-    folder = os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("attempt_")[0]  # its name is random
-    return folder or f"{os.environ.get('TORCHELASTIC_RUN_ID')} of process {os.getppid()}"
+    """What all restarts of one torchrun share, and no other torchrun has: a folder with a random name; or empty."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE", "").rpartition("attempt_")[0]
 
 
-def restarted(out_dir: str | Path) -> bool:
-    """Whether torchrun has restarted this process after a save: it then goes on from there, not from the beginning.
-
-    The run that overwrite=True replaces may still be there: its checkpoints are of another launch.
-    """
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return False
-    with contextlib.suppress(CheckpointError):
-        return load_newest(out_dir)[0].get("launch") == launch()
-    return False
-
-
-def find(config, print0) -> dict | None:
+def find(config, is_new: bool, print0) -> dict | None:
     """The checkpoint that this run goes on from, None for a new run. Prints which, and damaged newer ones.
 
     Raises ConfigError where a new run would replace another one, CheckpointError where there is nothing to resume.
     """
     existing = candidates(config.out_dir)
     problems: list[str] = []
-    if is_new(config):
+    if is_new:
         if existing and config.is_saved and not (config.overwrite or config.plan_only):
             raise ConfigError(
                 f"{existing[0]} holds a run: resume it with --init_from=resume, replace it with --overwrite=True, or "
@@ -411,8 +396,7 @@ def find(config, print0) -> dict | None:
         saved["model_args"] = {name: saved["model_args"][name] for name in GPTConfig.__dataclass_fields__}
         saved["data"] = {name: saved["data"][name] for name in DATA}
         saved["config"] = asdict(saved_config(type(config), saved["config"], path))
-        Progress.restore(saved)  # raises if it cannot
-        math.fsum(saved["scaler"].values())
+        Progress.restore(saved)  # raises if a part is missing
     print0(f"resuming from {path} at step {saved['iter_num']:,}")
     return saved | {"path": str(path)}
 
@@ -480,15 +464,15 @@ def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
         raise ConfigError(
             f"{saved['path']} cannot be resumed with {values}: use the checkpoint's values, or start a new run{remedy}"
         )
+    progress = Progress.restore(saved)
+    if progress.step > config.max_iters and not config.eval_only:
+        reached = f"{saved['path']} is at step {progress.step}"
+        raise ConfigError(f"nothing to do: {reached}, max_iters={config.max_iters}: to train on, raise --max_iters")
     before, after = asdict(old), asdict(config)
     changed = [name for name in after if before[name] != after[name] and name not in NOT_LISTED]
     if changed:
         values = ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in changed)
         print0(f"resumed with other settings: {values}")
-    progress = Progress.restore(saved)
-    if progress.step > config.max_iters and not config.eval_only:
-        reached = f"{saved['path']} is at step {progress.step}"
-        raise ConfigError(f"nothing to do: {reached}, max_iters={config.max_iters}: to train on, raise --max_iters")
     if saved["data"] != data:
         print0(f"resumed with other data: {data['train_tokens']:,} tokens, before {saved['data']['train_tokens']:,}")
         if saved["data"]["val_fingerprint"] != data["val_fingerprint"]:

@@ -37,9 +37,10 @@ def best_size(parameters: float, tokens: float) -> tuple[float, float]:
 def usual_rate(parameters: float, optimizer: str = "adamw") -> float:
     """The learning rate that suits a network with so many parameters in blocks: AdamW's by Kaplan et al. 2020, D.6.
 
-    Muon's is 5.6 times that: 3.6e-3 at 124M in the public speed runs (modded-nanogpt, track 3).
+    Above 1.5 billion, their largest network, it stays the same: the formula falls below 0 at 12 billion. Muon's is 5.6
+    times that: 3.6e-3 at 124M in the public speed runs (modded-nanogpt, track 3).
     """
-    return (0.003239 - 0.0001395 * math.log(parameters)) * (5.6 if optimizer == "muon" else 1)
+    return (0.003239 - 0.0001395 * math.log(min(parameters, 1.5e9))) * (5.6 if optimizer == "muon" else 1)
 
 
 def critical_batch(loss: float) -> float:

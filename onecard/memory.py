@@ -4,7 +4,7 @@
     sizes = batch_sizes_that_fit(config, free_bytes, device_type="cuda")
 
 Nothing here depends on the network: whoever changes a block in model.py changes the prediction with it. It is for an
-eager step; a compiled one usually needs less.
+eager step; a compiled one needs up to 20% less (qwen3), or up to 4% more (gpt2 in float16).
 """
 
 import bisect

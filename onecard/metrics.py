@@ -96,7 +96,7 @@ def drop_lines_after(path, step, last_eval_step, print0):
     keep, damaged = 0, []
     with open(path, "ab+") as file:
         file.seek(0)
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(file if step >= 0 else (), 1):  # a new run keeps nothing
             if not line.endswith(b"\n"):  # it was being written when the process was killed
                 break
             try:

@@ -96,9 +96,9 @@ class Muon(torch.optim.Optimizer):
         sent = matrices[0].new_zeros((share, *matrices[0].shape), dtype=torch.bfloat16)
         if mine:  # the last processes may have fewer, or none
             sent[: len(mine)] = newton_schulz(mine)
-        everyones = torch.cat([sent] * self.world_size)
-        dist.all_gather_into_tensor(everyones, sent)
-        return everyones[: len(matrices)]
+        shares = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(shares, sent)
+        return torch.cat(shares)[: len(matrices)]
 
 
 def newton_schulz(matrices: list[torch.Tensor]) -> torch.Tensor:

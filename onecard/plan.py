@@ -221,7 +221,7 @@ def memory_lines(found, config):
     free, used = found["free_bytes"], found["used_bytes"]
     if found["memory"]:
         where = f", {free / GiB:.1f} GiB free on {found['device']}" if free else ", besides the process itself"
-        note = "predicted for eager; compiled usually needs less" if config.compile else "predicted"
+        note = "predicted for eager; compiled: 20% less to 4% more" if config.compile else "predicted"
         yield f"memory  {sum(found['memory'].values()) / GiB:.2f} GiB at the peak of a step{where} ({note})"
         yield "        " + ", ".join(f"{name} {n / GiB:.2f}" for name, n in found["memory"].items())
     elif not config.batch_size:

@@ -506,7 +506,8 @@ def test_stopped_by_a_signal_after_each_of_its_steps_it_is_the_run_that_never_st
         assert checkpoint.load(tmp_path / "stopped/ckpt.pt")["iter_num"] == step
         printed, errors = capfd.readouterr()
         assert f"{number.name}: finishing the step and saving" in errors
-        assert f"stopped at step {step}; to continue, add --init_from=resume" in printed
+        there = f"stopped at step {step} of 6; {tmp_path}/stopped has ckpt.pt of step {step}"
+        assert f"{there}; to continue, add --init_from=resume" in printed
     train.main(flags("stopped", **keys))  # the evaluation of the last step
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
@@ -553,7 +554,7 @@ def test_max_hours_stops_and_saves_and_the_run_can_go_on(flags, tmp_path, monkey
         patch.setattr(time, "monotonic", itertools.count().__next__)  # a second passes whenever somebody looks
         train.main(flags(max_iters=10**5, max_hours=60 / 3600, **keys))  # returns: exit code 0
     step = checkpoint.load(tmp_path / "run/ckpt.pt")["iter_num"]
-    assert f"stopped at step {step}; to continue, add --init_from=resume" in capsys.readouterr().out and step > 0
+    assert f"stopped at step {step} of 100000; " in capsys.readouterr().out and step > 0
     for out in ("run", "whole"):
         train.main(flags(out, max_iters=step + 2, **keys))
     states = [checkpoint.load(tmp_path / out / "ckpt.pt") for out in ("run", "whole")]
