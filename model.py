@@ -192,7 +192,7 @@ def logit_gradients(h, w, t, counted):
     """
     logp = torch.log_softmax(h @ w.t(), dim=1, dtype=torch.float32)  # (rows, V)
     loss = -(logp.gather(1, t) * counted).sum()
-    if torch.compiler.is_compiling():  # becomes one kernel, which never writes the softmax in float32; eager: slower
+    if torch.compiler.is_compiling():  # one kernel, which writes no softmax in float32; eager would hold the mask too
         return loss, (logp.exp() - (torch.arange(len(w), device=w.device) == t).float()).to(h.dtype)
     return loss, logp.exp_().scatter_add_(1, t, torch.full_like(counted, -1.0)).to(h.dtype)
 
