@@ -110,7 +110,7 @@ def write_hf(folder: Path, export: Export) -> None:
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(save(theirs, metadata={"format": "pt"}))  # save_file hides a full disk
     special = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot, pad_token_id=tokenizer.eot)
-    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size)
+    words = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=c.block_size, padding_side="left")
     words |= dict(clean_up_tokenization_spaces=False)
     if tokenizer.eot is not None:
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -357,15 +357,14 @@ def main(argv: list[str] | None = None) -> None:
         model = model.to(getattr(torch, config.dtype)).float()  # what is written, and compared, are rounded weights
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
             remedy = "use --dtype=bfloat16" if config.dtype == "float16" else "use an earlier checkpoint"
-            raise ConvertError(
-                f"{source}: weights that are not finite in {config.dtype}; {remedy}"
-            )
+            raise ConvertError(f"{source}: weights are not finite in {config.dtype}; {remedy}")
         rows = modelcard.read_rows(folder / metrics.NAME)
         export = Export(model=model, tokenizer=tokenizer, about=about, rows=rows, name=name, dtype=config.dtype)
         write = dict(hf=write_hf, gguf=write_gguf, nanogpt=write_nanogpt, onecard=write_onecard)[config.to]
         write(temporary, export)
-    if config.to == "gguf":
-        path.with_suffix(".Modelfile").write_text(modelcard.modelfile(path.name, c.block_size))
+        if config.to == "gguf":
+            with new_path(path.with_suffix(".Modelfile")) as beside:
+                beside.write_text(modelcard.modelfile(path.name, c.block_size), encoding="utf-8")
     print(f"{path} is written")
 
 

@@ -168,17 +168,17 @@ def write_choices(model: GPT, tokenizer: Tokenizer, items: list[Item], config: S
 
 def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(SampleConfig, argv)
+    sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
     if config.choices:
         items = read_items(config.choices)
         write_choices(*load(config), items, config)
-    elif config.interactive:
-        interact(*load(config), config)
     elif config.score:
         text = read_text("score", config.score)
         write_score(*load(config), text, config)
+    elif config.interactive:
+        interact(*load(config), config)
     else:
         prompts = read_prompts(config)
-        sys.stdout.reconfigure(errors="replace")  # a character that the terminal cannot show becomes a question mark
         write_texts(*load(config), prompts, config)
 
 

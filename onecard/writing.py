@@ -6,6 +6,8 @@
 config is sample.py's: temperature, top_k, top_p, min_p, max_new_tokens, stop, seed, json, special_tokens, compile.
 """
 
+import contextlib
+import importlib
 import json
 import sys
 from typing import Any
@@ -15,7 +17,7 @@ from model import GPT
 from onecard.generation import generate, stream
 from onecard.tokenizer import Tokenizer, TokenizerError
 
-HELP = "type the beginning of a text; Enter alone continues the last text; Ctrl-C stops a text; /quit ends"
+HELP = "Type the beginning of a text. Enter alone continues the last text, Ctrl-C stops a text, /quit ends."
 COMMANDS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed")
 
 
@@ -138,41 +140,51 @@ def write_batch(model: GPT, texts: list[Text], config: Any) -> None:
 
 def interact(model: GPT, tokenizer: Tokenizer, config: Any) -> None:
     """Reads a line, writes its continuation, and so on, until /quit or the end of the input."""
-    settings = "  ".join(f"/{name} {getattr(config, name):g}" for name in COMMANDS)
-    log(f"{HELP}\nto change a setting: {settings}")
-    text, seed = "", config.seed
+    with contextlib.suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # lets input() edit a line and recall earlier ones
+    log(f"{HELP}\n{settings(config)}")
+    text = ""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
+            log("")
             return
         except KeyboardInterrupt:
             log("\n/quit ends")
             continue
-        if line.strip() in ("/quit", "/exit"):
+        if line.strip() == "/quit":
             return
-        if line.startswith("/") and line[1:].split(" ")[0] in COMMANDS:
+        if line.startswith("/"):
             config = change(config, line)
             continue
         prompt = line or text
         try:
-            grown = Text(prompt, prompt_ids(prompt, tokenizer, config.special_tokens), seed, config, tokenizer)
+            ids = prompt_ids(prompt, tokenizer, config.special_tokens)
         except TokenizerError as error:
             log(str(error))
             continue
+        grown = Text(prompt, ids, config.seed, config, tokenizer)
         try:
             write_batch(model, [grown], config)
         except KeyboardInterrupt:
             print(grown.take_new(), flush=True)
-        text, seed = grown.prompt + grown.text, seed + 1
+        text, config = grown.prompt + grown.text, changed(config, seed=config.seed + 1)
+
+
+def settings(config: Any) -> str:
+    return "Settings: " + "  ".join(f"/{name} {getattr(config, name):g}" for name in COMMANDS)
 
 
 def change(config: Any, line: str) -> Any:
-    """The config after a line such as "/temperature 0.5"; the same, and a message, if the value is impossible."""
+    """The config after a line such as "/temperature 0.5"; the same, and a message, if that is impossible."""
     name, _, value = line[1:].partition(" ")
+    if name not in COMMANDS or not value.strip():
+        log(f"{line} changes nothing. {settings(config)}")
+        return config
     try:
         given = load_config(type(config), [f"--{name}={value.strip()}"])
     except ConfigError as error:
-        log(str(error))
+        log(str(error).removeprefix("command line: --"))
         return config
     return changed(config, **{name: getattr(given, name)})

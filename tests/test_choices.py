@@ -67,6 +67,7 @@ def test_the_likelihoods_are_those_of_transformers_item_by_item(separator, items
         assert found[name] == right.mean()
         assert found[f"{name}_error"] == pytest.approx(right.std(ddof=1) / np.sqrt(len(right)))
 
+
 def test_hellaswags_texts_are_cleaned_as_lm_evaluation_harness_does(tmp_path):
     path = tmp_path / "hellaswag.jsonl"
     path.write_text(json.dumps(HELLASWAG) + "\n\n")

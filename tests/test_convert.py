@@ -227,8 +227,7 @@ def test_a_smaller_dtype_gives_transformers_our_rounded_weights_and_our_logits_i
 
 def test_transformers_pipeline_takes_several_prompts_at_once(exported):
     transformers, (_, run) = pytest.importorskip("transformers"), exported
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "hf", padding_side="left")
-    pipe = transformers.pipeline("text-generation", model=str(run / "hf"), tokenizer=tokenizer, batch_size=2)
+    pipe = transformers.pipeline("text-generation", model=str(run / "hf"), batch_size=2)
     prompts, options = ["The", "A card with more memory"], dict(max_new_tokens=5, do_sample=False)
     together = [texts[0]["generated_text"] for texts in pipe(prompts, **options)]
     assert together == [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
