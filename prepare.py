@@ -365,7 +365,7 @@ def verify(folder: Path, manifest: dict) -> int:
     return 1 if problems else 0
 
 
-def inspect(folder: Path, manifest: dict) -> int:
+def inspect(folder: Path, manifest: dict) -> None:
     """Prints a dataset: counts, lengths of documents, sources, and the first and last documents as text."""
     print(f"{folder}: {manifest['encoder']}, settings {manifest['settings']}")
     print(summary(manifest))
@@ -389,7 +389,6 @@ def inspect(folder: Path, manifest: dict) -> int:
         for document in documents[shown]:
             text = tokenizer.decode(document[document != tokenizer.eot])
             print(f"--- {which}: {textwrap.shorten(text, 400)}")
-    return 0
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
@@ -403,7 +402,9 @@ def main(argv: list[str] | None = None) -> None:
         if manifest is None:
             unfinished = "run prepare.py again to finish it" if read_plan(folder) else other_datasets(folder)
             raise PrepareError(f"{folder}: no finished dataset; {unfinished}")
-        code = inspect(folder, manifest) if config.inspect else verify(folder, manifest)
+        if config.inspect:
+            inspect(folder, manifest)
+        code = verify(folder, manifest) if config.verify else 0
     else:
         try:
             code = prepare(config, folder)

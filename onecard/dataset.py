@@ -23,9 +23,17 @@ from onecard.remote import DamagedError, SourceError, open_file, reading
 from onecard.rows import kind_of
 from onecard.shards import other_datasets
 from onecard.sources import examine, find_files
-from onecard.tokenizer import FILE, Tokenizer, TokenizerError, check_round_trip, load_tokenizer, open_json
+from onecard.tokenizer import (
+    FILE,
+    Tokenizer,
+    TokenizerError,
+    check_round_trip,
+    load_tokenizer,
+    open_json,
+    replace_surrogates,
+)
 from onecard.tokenizer import train_tokenizer as train_bpe
-from onecard.units import decode, first_texts, in_val, make_job, new_record, read_documents, read_unit
+from onecard.units import first_texts, in_val, make_job, new_record, read_documents, read_unit
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
 RARE_SETTINGS = {"where": "", "skip_bad_rows": False}  # in a plan only if they were given
@@ -284,11 +292,9 @@ def readable(job: dict, problems: list[str]) -> Iterator[bytes]:
     try:
         for _, _, values in read_unit(job, {}):
             for value in filter(None, values):
-                yield decode(value)[1]
+                yield replace_surrogates(value)[0].encode()
     except DamagedError as error:
         problems.append(str(error))
-    except UnicodeDecodeError:
-        problems.append(f"{job['paths'][0]} is not UTF-8; save it as UTF-8 text")
 
 
 def val_share(contents: list[bytes], val_fraction: float, seed: int) -> float:

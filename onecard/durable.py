@@ -30,7 +30,7 @@ class OwnedError(UserError):
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path, mode: str = "w+b", check: Callable | None = None) -> Iterator[IO[bytes]]:
+def replacing(path: str | Path, check: Callable | None = None) -> Iterator[IO[bytes]]:
     """Opens a temporary binary file for the body to write, then flushes, syncs and renames it to `path`.
 
     check: called with the temporary path before the rename; it raises if the content is not what was meant.
@@ -38,7 +38,7 @@ def replacing(path: str | Path, mode: str = "w+b", check: Callable | None = None
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
-    file = open(temporary, mode)  # noqa: SIM115 (closed below, in every case)
+    file = open(temporary, "w+b")  # noqa: SIM115 (closed below, in every case)
     try:
         yield file
         file.flush()

@@ -100,7 +100,7 @@ def load_records(folder: Path) -> tuple[dict[int, dict], list[str]]:
     problems, found = [], {}
     for path in sorted((folder / STATE).glob("unit_*.json")):  # of datasets that are older than records.jsonl
         try:
-            record = read_json(path, record_fits, "run prepare.py again to prepare its unit again")
+            record = read_json(path, record_fits, "prepare.py makes its unit again")
             found[record["unit"]] = record
         except ShardError as error:
             problems.append(str(error))
@@ -111,12 +111,11 @@ def load_records(folder: Path) -> tuple[dict[int, dict], list[str]]:
             record = parse(line, record_fits)
             found[record["unit"]] = record
         except ValueError as error:
-            reason = f"line {number} is damaged ({error})"
-            problems.append(f"{path}: {reason}; run prepare.py again to prepare its unit again")
+            problems.append(f"{path}: line {number} is damaged ({error}); prepare.py makes its unit again")
     manifest = read_manifest(folder) or {"shards": []}
     if len(lost := units_of(manifest) - found.keys()) > len(problems):
         some = ", ".join(map(str, sorted(lost)[:9]))
-        problems.append(f"{path}: has no record of units {some}; run prepare.py again to prepare them again")
+        problems.append(f"{path}: has no record of units {some}; prepare.py makes them again")
     return found, problems
 
 

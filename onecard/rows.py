@@ -9,7 +9,7 @@ The one thing to know: rows are read in batches of about BATCH_BYTES of text, so
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,24 +38,26 @@ def open_text(path: str) -> Iterator[io.BufferedIOBase]:
             yield io.BufferedReader(plain, BATCH_BYTES) if is_remote(path) else plain
 
 
-def read_texts(path: str, unit: dict, settings: dict, skipped: dict) -> Iterator[tuple[Sequence[int], list]]:
+def read_texts(path: str, unit: dict, settings: dict, skipped: dict) -> Iterator[tuple[list, list]]:
     """The rows of a unit in batches: (positions, values). settings: of the dataset; skipped: reason -> rows left out.
 
-    A value is bytes, str or None. Its position is its row in a parquet file, its byte in a text. Raises DamagedError
-    if the file cannot be read; for a line that cannot be used too, unless settings["skip_bad_rows"].
+    A value is a str, in which there may be lone surrogates, or None. Its position is its row in a parquet file, its
+    byte in a text. Raises DamagedError if the file cannot be read; for a row that cannot be used too, unless
+    settings["skip_bad_rows"].
     """
 
     def bad(position: int, reason: str, cause: object) -> None:
         if not settings.get("skip_bad_rows"):
+            place = f"row {position:,}" if "row_groups" in unit else f"the line at byte {position:,}"
             remedy = "correct it" if reason != "not UTF-8" else "save it as UTF-8 text"
-            remedy += ", or leave such lines out with --skip_bad_rows=True"
-            raise DamagedError(f"{path}: the line at byte {position:,} is {reason} ({cause}); {remedy}")
+            remedy += ", or leave such rows out with --skip_bad_rows=True"
+            raise DamagedError(f"{path}: {place} is {reason} ({cause}); {remedy}")
         skipped[reason] = skipped.get(reason, 0) + 1
 
     start, stop = unit.get("range", (0, None))
     with reading(path):
         if "row_groups" in unit:
-            yield from read_parquet(path, unit, settings, skipped)
+            yield from in_batches(read_parquet(path, unit, settings, skipped, bad))
         elif kind_of(path) == "json" and not has_lines(path):
             yield from in_batches(read_json(path, settings["text_column"]))
         elif kind_of(path) in ("json", "jsonl"):
@@ -64,12 +66,12 @@ def read_texts(path: str, unit: dict, settings: dict, skipped: dict) -> Iterator
             yield from in_batches(read_txt(path, start, stop, bad))
 
 
-def in_batches(rows: Iterator[tuple[int, str | bytes | None]]) -> Iterator[tuple[list, list]]:
+def in_batches(rows: Iterator[tuple[int, Any]]) -> Iterator[tuple[list, list]]:
     positions, values, size = [], [], 0
     for position, value in rows:
         positions.append(position)
         values.append(value)
-        size += len(value or "")
+        size += 100 + len(value or "")  # a row takes memory without text too
         if size > BATCH_BYTES:
             yield positions, values
             positions, values, size = [], [], 0
@@ -79,8 +81,8 @@ def in_batches(rows: Iterator[tuple[int, str | bytes | None]]) -> Iterator[tuple
 # ---- parquet -----------------------------------------------------------------------------------------------
 
 
-def read_parquet(path: str, unit: dict, settings: dict, skipped: dict) -> Iterator[tuple[Sequence[int], list]]:
-    """The rows of a unit, row group by row group."""
+def read_parquet(path: str, unit: dict, settings: dict, skipped: dict, bad: Callable) -> Iterator:
+    """(row, text) of the rows of a unit."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,7 +95,7 @@ def read_parquet(path: str, unit: dict, settings: dict, skipped: dict) -> Iterat
         for group in range(first, last):
             batches = parquet.iter_batches(rows_per_batch, row_groups=[group], columns=columns, use_threads=False)
             for batch in batches:  # without threads: for one column they only cost memory
-                positions: Sequence[int] = range(max(row, start), min(row + len(batch), stop))
+                positions: Any = range(max(row, start), min(row + len(batch), stop))
                 part = batch.slice(max(row, start) - row, max(0, len(positions)))
                 row += len(batch)
                 texts = column_of(part, columns[0])
@@ -101,26 +103,14 @@ def read_parquet(path: str, unit: dict, settings: dict, skipped: dict) -> Iterat
                     chosen = where.rows({name: column_of(part, name) for name in where.names})
                     skipped["where"] = skipped.get("where", 0) + len(part) - len(chosen)
                     positions, texts = [positions[i] for i in chosen], texts.take(pa.array(chosen, pa.int64()))
-                if len(positions):
-                    texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
-                    values = texts.cast(pa.large_binary()).to_pylist()
-                    if settings.get("skip_bad_rows"):
-                        positions, values = without_bad(positions, values, skipped)
-                    yield positions, values
+                texts = texts.dictionary_decode() if isinstance(texts, pa.DictionaryArray) else texts
+                for position, value in zip(positions, texts.cast(pa.large_binary()).to_pylist(), strict=True):
+                    try:
+                        yield position, None if value is None else value.decode("utf-8", "surrogatepass")
+                    except UnicodeDecodeError as error:
+                        bad(position, "not UTF-8", error.reason)
                 if row >= stop:
                     return
-
-
-def without_bad(positions: Sequence[int], values: list, skipped: dict) -> tuple[list[int], list]:
-    """The rows whose text is UTF-8, or that have none. The others are counted."""
-    kept = []
-    for position, value in zip(positions, values, strict=True):
-        try:
-            (value or b"").decode("utf-8", "surrogatepass")
-            kept.append((position, value))
-        except UnicodeDecodeError:
-            skipped["not UTF-8"] = skipped.get("not UTF-8", 0) + 1
-    return [position for position, _ in kept], [value for _, value in kept]
 
 
 def column_of(table: Any, name: str) -> Any:
@@ -147,23 +137,22 @@ def read_lines(path: str, start: int, stop: int | None) -> Iterator[tuple[int, b
             start += len(line)
 
 
-def read_txt(path: str, start: int, stop: int | None, bad: Callable) -> Iterator[tuple[int, bytes]]:
+def read_txt(path: str, start: int, stop: int | None, bad: Callable) -> Iterator[tuple[int, str]]:
     """Documents of a .txt file: whole lines, up to the first blank one after TXT_BYTES, or to 8 x TXT_BYTES."""
-    lines: list[bytes] = []
+    lines: list[str] = []
     size = begin = 0
     for position, line in read_lines(path, start, stop):
         begin = begin if lines else position
         try:
-            line.decode("utf-8", "surrogatepass")
-            lines.append(line)
+            lines.append(line.decode("utf-8", "surrogatepass"))
             size += len(line)
         except UnicodeDecodeError as error:
             bad(position, "not UTF-8", f"{error.reason} {error.start:,} bytes after it")
         if size >= (8 if line.strip() else 1) * TXT_BYTES:
-            yield begin, b"".join(lines)
+            yield begin, "".join(lines)
             lines, size = [], 0
     if lines:
-        yield begin, b"".join(lines)
+        yield begin, "".join(lines)
 
 
 def read_jsonl(path: str, start: int, stop: int | None, settings: dict, skipped: dict, bad: Callable) -> Iterator:

@@ -94,10 +94,7 @@ class Document(NamedTuple):
 
 
 def read_documents(job: dict, record: dict) -> Iterator[list[Document]]:
-    """The documents of a unit, a list for each batch of rows. Counts what is skipped and replaced in the record.
-
-    Raises DamagedError for a row that is not UTF-8.
-    """
+    """The documents of a unit, a list for each batch of rows. Counts what is skipped and replaced in the record."""
     skipped = record["skipped"]
     for path, positions, values in read_unit(job, skipped):
         documents = []
@@ -106,28 +103,17 @@ def read_documents(job: dict, record: dict) -> Iterator[list[Document]]:
                 skipped["null" if value is None else "empty"] += 1
                 continue
             place = f"{path}: row {position:,}" if "rows" in job["unit"] else f"{path}: the text at byte {position:,}"
-            try:
-                text, content, replaced = decode(value)
-            except UnicodeDecodeError as error:
-                remedy = "remove it, or leave such rows out with --skip_bad_rows=True"
-                raise DamagedError(f"{place} is not UTF-8 ({error.reason}); {remedy}") from error
+            text, replaced = replace_surrogates(value)
             record["replaced"] += replaced
-            documents += [Document(place, *part) for part in split_text(text, content, job)]
+            documents += [Document(place, *part) for part in split_text(text, job)]
         yield documents
-
-
-def decode(value: bytes | str) -> tuple[str, bytes, int]:
-    """(text, its UTF-8 bytes, number of lone surrogates that became U+FFFD). Raises UnicodeDecodeError."""
-    text = value if isinstance(value, str) else value.decode("utf-8", "surrogatepass")
-    text, replaced = replace_surrogates(text)
-    return text, text.encode(), replaced
 
 
 def first_texts(job: dict) -> list[str]:
     """Up to 100 rows of a unit; [] if they cannot be read: the unit itself reports why."""
-    with contextlib.suppress(DamagedError, UnicodeDecodeError):
+    with contextlib.suppress(DamagedError):
         for _, _, values in read_unit(job, {}):
-            if texts := [decode(value)[0] for value in values[:100] if value]:
+            if texts := [replace_surrogates(value)[0] for value in values[:100] if value]:
                 return texts
     return []
 
@@ -165,13 +151,14 @@ def in_val(content: bytes, val_fraction: float, split_seed: int = 0) -> bool:
     return int.from_bytes(drawn, "little") < val_fraction * 2**64
 
 
-def split_text(text: str, content: bytes, settings: dict) -> Iterator[tuple[str, int, str]]:
+def split_text(text: str, settings: dict) -> Iterator[tuple[str, int, str]]:
     """The documents of a row: (text, bytes, split). The row is one document, or it is split by paragraphs.
 
     Then a hash decides for each group of paragraphs, and groups that follow each other in one split are one document.
     """
     rule = settings["val_fraction"], settings.get("split_seed", 0)
     if "paragraph_chars" not in settings:
+        content = text.encode()
         yield text, len(content), "val" if in_val(content, *rule) else "train"
         return
     groups = cut_text(text, settings["paragraph_chars"])

@@ -9,6 +9,7 @@ Futures are those of concurrent.futures. The one thing to know: a process ends b
 import contextlib
 import functools
 import json
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,7 +22,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from onecard import UserError
 from onecard.records import STATE, PrepareError
 from onecard.units import job_tokenizer, prepare_unit
 
@@ -102,25 +102,29 @@ def cluster(address: str, encoder: str, folder: Path) -> Iterator[Workers]:
 
     try:
         from distributed import Client
+
+        client = Client(address, timeout=CLUSTER_SECONDS, set_as_default=False)
     except ImportError as error:
         raise PrepareError(f"cluster: dask.distributed is not available ({error}); {INSTALL}") from error
-    try:
-        with Client(address, timeout=CLUSTER_SECONDS, set_as_default=False) as client:
-            client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 1 << 30))
-            check_workers(client, address, folder.absolute())
-            pool = client.get_executor(pure=False)
-
-            def submit(job):
-                paths = [path if "://" in path else os.path.abspath(path) for path in job["paths"]]
-                return pool.submit(run, job | {"folder": os.path.abspath(job["folder"]), "paths": paths}, encoder)
-
-            yield submit, lambda: len(client.nthreads())
-    except ImportError as error:
-        raise PrepareError(f"cluster: a worker cannot import onecard ({error}); {INSTALL} there") from error
-    except UserError:
-        raise
-    except (CancelledError, OSError, asyncio.TimeoutError, ValueError) as error:
+    except (OSError, asyncio.TimeoutError, ValueError) as error:
         raise PrepareError(f"cluster: {address} cannot be reached ({error}); check that its scheduler runs") from error
+    logging.disable(logging.ERROR)  # Dask logs tracebacks; what ends a run is a line of ours
+    with client:
+        client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 1 << 30))
+        check_workers(client, address, folder.absolute())
+        pool = client.get_executor(pure=False)
+
+        def submit(job):
+            paths = [path if "://" in path else os.path.abspath(path) for path in job["paths"]]
+            return pool.submit(run, job | {"folder": os.path.abspath(job["folder"]), "paths": paths}, encoder)
+
+        try:
+            yield submit, lambda: len(client.nthreads())
+        except ImportError as error:
+            raise PrepareError(f"cluster: a worker cannot import onecard ({error}); {INSTALL} there") from error
+        except (CancelledError, OSError) as error:
+            remedy = "finished units are kept: check the scheduler, and run it again"
+            raise PrepareError(f"cluster: the connection to {address} is lost; {remedy}") from error
 
 
 def check_workers(client: Any, address: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from texts import bytes_for, rows_of, some_texts
+from texts import rows_of, some_texts
 
 from onecard import rows as rows_room
 from onecard.documents import cut_text
@@ -33,8 +33,8 @@ EXPORTS = {
 }
 TEXTS = [*some_texts(50), None, "", "last"]
 COLUMNS = {  # of each kind that holds TEXTS
-    **{kind: pa.array(TEXTS, getattr(pa, kind)()) for kind in ("string", "large_string", "string_view")},
-    **{kind: pa.array(map(bytes_for, TEXTS), getattr(pa, kind)()) for kind in ("binary", "large_binary")},
+    **{kind: pa.array(TEXTS).cast(getattr(pa, kind)()) for kind in ("string", "large_string", "string_view")},
+    **{kind: pa.array(TEXTS).cast(getattr(pa, kind)()) for kind in ("binary", "large_binary")},
     "dictionary": pa.array(TEXTS).dictionary_encode(),
     "meta.text": pa.array([text if text is None else {"text": text, "n": 1} for text in TEXTS]),
     "meta.a.text": pa.array([{"a": {"text": text}} for text in TEXTS]),
@@ -45,9 +45,8 @@ COLUMNS = {  # of each kind that holds TEXTS
 def test_every_kind_of_text_column_and_a_nested_field_give_the_same_texts(tmp_path, kind):
     name = kind if "." in kind else "text"
     pq.write_table(pa.table({name.split(".")[0]: COLUMNS[kind]}), tmp_path / "a.parquet", row_group_size=20)
-    expected = [(row, bytes_for(text)) for row, text in enumerate(TEXTS)]
     for shard_bytes in (1e9, 500):
-        assert rows_of(tmp_path / "a.parquet", shard_bytes, text_column=name)[0] == expected
+        assert rows_of(tmp_path / "a.parquet", shard_bytes, text_column=name)[0] == list(enumerate(TEXTS))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".JSONL.gz", ".jsonl.zst", ".json.gz"])
@@ -80,12 +79,12 @@ def test_text_files_are_cut_into_whole_lines_and_lose_nothing_but_the_byte_order
     content = ("".join(lines) + "no end of line").encode()
     write(path, content)
     rows, units = rows_of(path, len(content) / parts)
-    assert units == parts and b"".join(text for _, text in rows) == content
+    assert units == parts and "".join(text for _, text in rows).encode() == content
     assert rows_of(path, len(content) / parts, skip_bad_rows=True)[0] == rows
-    assert [position for position, _ in rows] == np.cumsum([0, *(len(text) for _, text in rows)]).tolist()[:-1]
+    assert [position for position, _ in rows] == np.cumsum([0, *(len(text.encode()) for _, text in rows)]).tolist()[:-1]
     assert max(len(text) for _, text in rows) <= 8 * 100 + 70 and len(rows) > 5
     write(path, b"\xef\xbb\xbf" + content)
-    assert b"".join(text for _, text in rows_of(path, 1e9)[0]) == content
+    assert "".join(text for _, text in rows_of(path, 1e9)[0]).encode() == content
 
 
 # ---- bad rows ------------------------------------------------------------------------------------------------
@@ -126,16 +125,17 @@ def test_a_text_file_that_is_not_utf8_is_named_with_the_byte_or_loses_its_bad_li
     skipped = {}
     rows, _ = rows_of(tmp_path / "a.txt", skipped=skipped, skip_bad_rows=True)
     assert skipped == {"not UTF-8": 1}
-    assert b"".join(text for _, text in rows) == (content[:at] + b"end\n" if at else b"")
+    assert "".join(text for _, text in rows).encode() == (content[:at] + b"end\n" if at else b"")
 
 
-def test_bad_rows_of_parquet_are_left_out_and_counted(tmp_path):
+def test_bad_rows_of_parquet_are_named_or_left_out_and_counted(tmp_path):
     texts = [b"fine", b"caf\xe9", None, b"", "\ud800".encode("utf-8", "surrogatepass"), b"\xff", b"last"]
     pq.write_table(pa.table({"text": pa.array(texts, pa.binary())}), tmp_path / "a.parquet", row_group_size=3)
     skipped = {}
     rows, _ = rows_of(tmp_path / "a.parquet", skipped=skipped, skip_bad_rows=True)
-    assert rows == [(i, text) for i, text in enumerate(texts) if i not in (1, 5)] and skipped == {"not UTF-8": 2}
-    assert rows_of(tmp_path / "a.parquet")[0] == list(enumerate(texts))  # units.py names the row
+    assert rows == [(0, "fine"), (2, None), (3, ""), (4, "\ud800"), (6, "last")] and skipped == {"not UTF-8": 2}
+    with pytest.raises(DamagedError, match=r"a\.parquet: row 1 is not UTF-8 \(.*--skip_bad_rows=True"):
+        rows_of(tmp_path / "a.parquet")
 
 
 # ---- where ---------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_where_takes_the_same_rows_of_parquet_and_of_json_lines_and_counts_the_o
     for shard_bytes, name in itertools.product((1e9, 9000), ("a.parquet", "a.jsonl")):
         skipped = {}
         rows, _ = rows_of(tmp_path / name, shard_bytes, skipped=skipped, where=where)
-        assert [text.decode() if isinstance(text, bytes) else text for _, text in rows] == [t for _, t in expected]
+        assert [text for _, text in rows] == [text for _, text in expected]
         assert skipped == {"where": len(TABLE) - len(expected)}
         assert name == "a.jsonl" or [row for row, _ in rows] == [row for row, _ in expected]
 

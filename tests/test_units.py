@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from texts import documents_of, expected_documents, some_texts, strings_of_bytes, write_parquet
+from texts import documents_of, expected_documents, some_texts, write_parquet
 
 from onecard.records import STATE
 from onecard.sources import DamagedError, examine
@@ -58,7 +58,7 @@ def test_val_by_paragraphs_keeps_every_character_and_decides_by_the_paragraphs_a
     text = "\n\n".join(f"{i} " + "word " * random.Random(i).randint(5, 100) for i in range(400))
     settings, found = {"val_fraction": 0.2, "paragraph_chars": 500}, []
     for seed in (3, 3, 4):
-        parts = list(split_text(text, text.encode(), settings | {"split_seed": seed}))
+        parts = list(split_text(text, settings | {"split_seed": seed}))
         assert "".join(part for part, _, _ in parts) == text and len(parts) > 20
         assert all(size == len(part.encode()) for part, size, _ in parts)
         assert all(a != b for (_, _, a), (_, _, b) in itertools.pairwise(parts))  # runs of one split are one document
@@ -81,15 +81,6 @@ def test_a_document_that_the_tokenizer_changes_fails_the_unit_and_is_named_by_it
     (job,) = jobs_of(write_parquet(tmp_path / "a.parquet", texts), tmp_path / "docs")
     with pytest.raises(DamagedError, match=r"a\.parquet: row 17: .*'so Much for that'.*at character 3"):
         prepare_unit(job, tokenizer)
-    assert {file.name for file in (tmp_path / "docs").rglob("*")} == {STATE, WRITERS}
-
-
-def test_bytes_that_are_not_utf8_are_named_by_file_and_row_and_leave_nothing(tmp_path):
-    contents = [text.encode() for text in some_texts(120)]
-    contents[77] = b"good \xff\xfe bad"
-    path = write_parquet(tmp_path / "a.parquet", strings_of_bytes(contents))
-    with pytest.raises(DamagedError, match=f"{path.as_posix()}: row 77 is not UTF-8"):
-        prepare_file(path, tmp_path / "docs")
     assert {file.name for file in (tmp_path / "docs").rglob("*")} == {STATE, WRITERS}
 
 

@@ -34,10 +34,6 @@ def strings_of_bytes(contents):
     return pa.Array.from_buffers(pa.string(), len(contents), pa.array(contents, pa.binary()).buffers())
 
 
-def bytes_for(text):
-    return text if text is None else text.encode()
-
-
 def rows_of(path, shard_bytes=1e9, skipped=None, **settings):
     """[(position, value)] of all units of a file, and the number of units."""
     name, settings = str(path), {"text_column": "text"} | settings
