@@ -221,7 +221,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
     train_windows, val_windows, tokenizer = open_data(config)
     items = choices.read_items(config.choices_file) if config.choices_file else []
     data = checkpoint.data_identity(train_windows, val_windows)
-    is_new = runtime.gather(checkpoint.is_new(config))[0]  # processes of another machine cannot tell a restart
+    is_new = runtime.gather(runtime.rank == 0 and checkpoint.is_new(config))[0]
     pretrained_model, origin = starting_point(config, is_new, runtime.print0)
     config = checkpoint.take_over(config, tokenizer, origin)
     train_windows.vocab_size = val_windows.vocab_size = config.vocab_size
@@ -533,7 +533,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.plan_only:
         plan_only(config)
         return
-    writes = int(os.environ.get("RANK", 0)) == 0 and config.is_saved
+    writes = int(os.environ.get("RANK", 0)) == 0 and not config.eval_only
     try:
         lock = checkpoint.owned(config.out_dir) if writes else contextlib.nullcontext()
         with lock, oom_errors(config), Stop(config.max_hours) as stop:

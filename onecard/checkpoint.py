@@ -321,7 +321,7 @@ def owned(out_dir: str | Path):
             raise ConfigError(f"out_dir={out_dir}: not writable ({error.strerror}); choose another") from None
         durable.remove_leftovers(out_dir)
         new = Path(out_dir) / NEW
-        if new.exists() and (newest(out_dir) or "").startswith(NEW):  # killed after it was written, before it became ckpt.pt
+        if new.exists() and (newest(out_dir) or "").startswith(NEW):  # killed before it became ckpt.pt
             os.replace(new, new.with_name(LATEST))
         new.unlink(missing_ok=True)
         try:
@@ -352,7 +352,8 @@ def is_new(config) -> bool:
     """Whether this starts a new run in out_dir rather than going on with the one there.
 
     A process that torchrun restarts after a save goes on from that, whatever init_from and overwrite are. The run that
-    overwrite=True replaces may still be there: its checkpoints are of another launch.
+    overwrite=True replaces may still be there: its checkpoints are of another launch. The first process decides for all
+    machines, because each machine has a torchrun, and so a launch, of its own.
     """
     if config.init_from in ("auto", "resume"):
         return config.init_from == "auto" and not candidates(config.out_dir)

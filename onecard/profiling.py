@@ -4,6 +4,7 @@ Three steps warm up, ten are recorded, then the run ends. The files are in out_d
 https://ui.perfetto.dev, the memory at https://pytorch.org/memory_viz.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ class StepProfiler:
 
     def __init__(self, out_dir: str | Path, runtime: Runtime):
         self.folder, self.runtime, self.steps = Path(out_dir), runtime, 0
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13 prints two lines of its own at level 5
         self.on_card = runtime.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_card
         self.profiler = profile(activities=activities, acc_events=True)  # False: torch 2.11 warns

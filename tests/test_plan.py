@@ -13,7 +13,7 @@ from runs import flags_of
 import train
 from configurator import ConfigError, load_config
 from onecard import plan
-from onecard.law import best_size, law
+from onecard.law import best_size, law, usual_rate
 from onecard.memory import GiB
 
 CONFIGS = Path(__file__).parent.parent / "config"
@@ -42,6 +42,11 @@ def test_the_best_size_is_the_minimum_at_equal_flops():
     sizes = np.geomspace(1e7, 1e9, 20001)
     assert n * d == pytest.approx(41e6 * 10.49e9)
     assert n == pytest.approx(sizes[np.argmin([law(m, n * d / m) for m in sizes])], rel=0.001)
+
+
+def test_the_usual_learning_rate_is_kaplans_formula_up_to_his_largest_network_and_stays_there():
+    assert [usual_rate(n) for n in (1e6, 1.5e9)] == pytest.approx([1.312e-3, 2.92e-4], rel=0.002)
+    assert usual_rate(1e13, "muon") == 5.6 * usual_rate(1.5e9)
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,9 @@ def test_eval_only_evaluates_and_leaves_everything_as_it_was(flags, tmp_path, ca
     assert f"step 3: train loss {at_end['train_loss']:.4f}, val loss {at_end['val_loss']:.4f}" in printed
     train.main(flags(eval_only=True, init_from="scratch"))
     assert "step 0: train loss 4.5" in capsys.readouterr().out
+    (tmp_path / "items.jsonl").write_text('{"prompt": "a", "choices": ["b", "c"], "answer": 0}')
+    train.main(flags("none", eval_only=True, vocab_size=50304, choices_file=tmp_path / "items.jsonl"))
+    assert re.search(r"step 0: .*, choices [01]\.000 \+- 0\.000", capsys.readouterr().out)
     assert files == files_of(tmp_path / "run", "*")
 
 
