@@ -228,9 +228,9 @@ class Tokenizer:
             ids.append(id)
             text = self.decode(ids).rstrip("\ufffd")  # the end of a character that is not complete is held back
             new, shown = text[shown:], max(shown, len(text))
-            if len(ids) > 64:  # the last ones are enough, and a long text takes no longer
+            if len(ids) > 64 and "\ufffd" not in (tail := self.decode(ids[-16:])):  # a long text takes no longer
                 del ids[:-16]
-                shown = len(self.decode(ids).rstrip("\ufffd"))
+                shown = len(tail)
             return new
 
         return step
