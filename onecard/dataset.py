@@ -34,6 +34,7 @@ from onecard.tokenizer import (
 )
 from onecard.tokenizer import train_tokenizer as train_bpe
 from onecard.units import first_texts, in_val, make_job, new_record, read_documents, read_unit
+from onecard.where import parse_where
 
 SETTINGS = {"text_column": "text", "val_fraction": 0.005, "shard_tokens": 100_000_000}  # of a dataset, with defaults
 RARE_SETTINGS = {"where": "", "skip_bad_rows": False}  # in a plan only if they were given
@@ -126,6 +127,7 @@ def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) ->
     known: the sources that are in the plan.
     """
     found: dict[str, tuple] = {}  # by the id of the source
+    parse_where(settings.get("where", ""))  # a mistake in it is reported once
     damaged, problems, paths = [], [], find_files(inputs)
     first, ids = {source["id"]: source["path"] for source in known}, {source["path"]: source["id"] for source in known}
     for path, result in examine_in_threads(paths, settings):

@@ -12,6 +12,7 @@ from texts import some_texts, write_parquet
 from onecard import dataset
 from onecard.dataset import bytes_per_token, plan_dataset
 from onecard.records import STATE, PrepareError, read_plan, stamp, write_plan
+from onecard.remote import SourceError
 from onecard.sources import examine
 from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
 from onecard.units import new_record, read_documents
@@ -126,6 +127,8 @@ def test_json_without_text_is_left_out_of_a_folder_but_refused_by_its_name(tmp_p
     (tmp_path / "package.json").write_text('{"name": "x", "keywords": ["a"]}')
     plan, _, _ = plan_dataset([str(tmp_path)], {}, NOWHERE)
     assert len(plan["sources"]) == 1 and "left out: " in capsys.readouterr().out
+    with pytest.raises(SourceError, match=r"^where: character 3: [^\n]*$"):  # once for all files
+        plan_dataset([str(tmp_path)] * 2, {"where": "x >"}, NOWHERE)
     with pytest.raises(PrepareError, match=r"package\.json: no text in 'text'; its keys are name, keywords"):
         plan_dataset([str(tmp_path / "package.json")], {}, NOWHERE)
 
