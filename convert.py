@@ -19,7 +19,6 @@ import pickle
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -28,7 +27,8 @@ from configurator import key, load_config, run_script
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
 from onecard import checkpoint, durable, metrics, modelcard, pretrained
 from onecard.pretrained import ConvertError
-from onecard.tokenizer import ENDOFTEXT, HARD_STRINGS, Tokenizer, from_state, need
+from onecard.tokenizer import HARD_STRINGS, Tokenizer, from_state, need
+from onecard.vocabulary import gguf_tokenizer, tokenizer_json, vocabulary
 
 TOLERANCE = 1e-4  # largest permitted difference between our logits and transformers'
 GGUF_TYPES = dict(float32=("F32", "ALL_F32"), float16=("F16", "MOSTLY_F16"), bfloat16=("BF16", "MOSTLY_BF16"))
@@ -37,9 +37,7 @@ TEXT = Path(__file__).resolve().parent / "README.md"  # real text to compare ids
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    inputs: tuple[str, ...] = key(
-        (), "a run's folder, a Hugging Face folder, a ckpt.pt of onecard or nanoGPT, or gpt2 ...", inputs=True
-    )
+    inputs: tuple[str, ...] = key((), "folder of a run or in Hugging Face format, a ckpt.pt, or gpt2 ...", inputs=True)
     to: str = key("hf", "format to write", choices=("hf", "gguf", "nanogpt", "onecard"))
     out: str = key("", "folder (gguf: file) to write; empty: in the source's folder, for onecard out/NAME")
     checkpoint: str = key("latest", "which checkpoint of a run's folder", choices=("latest", "best"))
@@ -64,9 +62,6 @@ class Export:
     dtype: str
 
 
-# ---- what Hugging Face and GGUF share
-
-
 def common_weights(model: GPT, n_ids: int) -> dict[str, torch.Tensor]:
     """One table of n_ids rows for embedding and head; zeros for the biases that GPT-2 has and we may not."""
     weights = model.state_dict()
@@ -77,26 +72,6 @@ def common_weights(model: GPT, n_ids: int) -> dict[str, torch.Tensor]:
         elif model.config.arch == "gpt2" and name.endswith(".weight") and not name.endswith("wpe.weight"):
             weights.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(weight)))
     return weights
-
-
-def merges(ids: dict[str, int]) -> list[str]:
-    """{token: id} -> ["left right"] in the order in which byte pair encoding learned them: that of the ids.
-
-    The two parts of a token are what the merges before it make of its letters.
-    """
-    pairs = []
-    for token in ids:
-        parts = list(token)
-        while len(parts) > 2 and token != ENDOFTEXT:
-            ranks = [ids.get(a + b, len(ids)) for a, b in pairwise(parts)]
-            i = ranks.index(min(ranks))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            pairs.append(" ".join(parts))
-    return pairs
-
-
-# ---- Hugging Face: a folder with weights, config, tokenizer, model card
 
 
 def write_hf(folder: Path, export: Export) -> None:
@@ -115,13 +90,12 @@ def write_hf(folder: Path, export: Export) -> None:
     if tokenizer.eot is not None:
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         words |= dict.fromkeys(names, tokenizer.decode([tokenizer.eot]))
-    parameters = sum(weight.numel() for weight in weights.values())
     contents = {
         "config.json": hf_config(c, tokenizer, export.about) | special | dict(dtype=export.dtype),
         "generation_config.json": special | modelcard.SAMPLING,
         "tokenizer.json": tokenizer_json(tokenizer),
         "tokenizer_config.json": words,
-        "README.md": modelcard.model_card(export, parameters),
+        "README.md": modelcard.model_card(export, parameters=sum(weight.numel() for weight in weights.values())),
     }
     for file, content in contents.items():
         text = content if isinstance(content, str) else json.dumps(content, indent=1, ensure_ascii=False)
@@ -141,25 +115,6 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, about: dict) -> dict:
     return pretrained.hf_network(c) | config
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> str:
-    """The text of a tokenizer.json with the same ids: the tokenizer's own, or made from its vocabulary."""
-    if tokenizer.kind == "bpe":
-        return tokenizer.content or ""
-    ids = pretrained.vocabulary(tokenizer)
-    if tokenizer.kind == "chars":
-        split = dict(type="Split", pattern=dict(Regex=r"[\s\S]"), behavior="Isolated", invert=False)
-        steps: dict = dict(added_tokens=[], pre_tokenizer=split, decoder=dict(type="Fuse"))
-        model = dict(type="WordLevel", vocab=ids, unk_token="")  # no token: other characters are an error
-    else:
-        ids |= {ENDOFTEXT: len(ids)}  # its id is eot
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-        flags = dict(special=True, normalized=False, single_word=False, lstrip=False, rstrip=False)
-        special = dict(flags, id=tokenizer.eot, content=ENDOFTEXT)
-        steps = dict(added_tokens=[special], pre_tokenizer=level, post_processor=level, decoder=level)
-        model = dict(type="BPE", vocab=ids, merges=merges(ids))
-    return json.dumps(dict(version="1.0", **steps, model=model), indent=1, ensure_ascii=False)
-
-
 @torch.no_grad()
 def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """Raises ConvertError unless transformers gets our ids and, within TOLERANCE, our logits from this folder.
@@ -168,11 +123,10 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     """
     transformers = need("transformers", "hf")
     transformers.utils.logging.disable_progress_bar()
-    program, text = f"transformers {transformers.__version__}", TEXT.read_text(encoding="utf-8")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    strings = [*HARD_STRINGS, text]
+    program, theirs = f"transformers {transformers.__version__}", transformers.AutoTokenizer.from_pretrained(folder)
+    strings = [*HARD_STRINGS, TEXT.read_text(encoding="utf-8")]
     if tokenizer.kind == "chars":
-        known = pretrained.vocabulary(tokenizer)
+        known = vocabulary(tokenizer)
         strings = ["".join(character for character in string if character in known) for string in strings]
     for string in strings:
         ids = theirs(string, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
@@ -186,15 +140,11 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     T = min(model.config.block_size - len(begin), len(ids))
     starts = range(0, len(ids) - T + 1, max(1, T))[:4]  # the first windows of the text, each as a document begins
     idx = torch.tensor([begin + ids[i : i + T] for i in starts])  # (B, at most block_size)
-    a, b = model(idx)[..., : tokenizer.n_vocab], copy.eval()(idx).logits
-    difference, same = (a - b).abs().max().item(), (a.argmax(-1) == b.argmax(-1)).sum().item()
-    likeliest = f"same most likely token at {same:,} of {idx.numel():,} positions"
-    print(f"{program}: same ids; logits differ by at most {difference:.1e}; {likeliest}")
+    a, b = model(idx)[..., : tokenizer.n_vocab], copy.eval()(idx, torch.ones_like(idx)).logits
+    difference = (a - b).abs().max().item()
+    print(f"{program}: same ids; logits differ by at most {difference:.1e} at {idx.numel():,} positions")
     if not difference <= TOLERANCE:
         raise ConvertError(f"{program}: logits differ by {difference:.1e}, more than {TOLERANCE}; nothing was written")
-
-
-# ---- GGUF: one file
 
 
 def write_gguf(path: Path, export: Export) -> None:
@@ -205,11 +155,10 @@ def write_gguf(path: Path, export: Export) -> None:
         raise ConvertError(f"--to=gguf: {reason}: its loss would differ; use --to=hf, or train with gelu='tanh'")
     kind, files = GGUF_TYPES[export.dtype]
     matrices, vectors = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
-    keys = gguf_network(c, gguf) | gguf_tokenizer(tokenizer, gguf) | dict(file_type=getattr(gguf.LlamaFileType, files))
+    about = dict(name=export.name, file_type=getattr(gguf.LlamaFileType, files))
     writer = gguf.GGUFWriter(path, c.arch)
-    for what, value in keys.items():
+    for what, value in (about | gguf_network(c) | gguf_tokenizer(tokenizer, gguf)).items():
         getattr(writer, f"add_{what}")(value)
-    writer.add_name(export.name)
     arch = {arch: number for number, arch in gguf.MODEL_ARCH_NAMES.items()}[c.arch]
     table, weights = gguf.get_tensor_name_map(arch, c.n_layer), {}  # transformers' names -> GGUF's
     for ours, weight in common_weights(model, tokenizer.n_vocab).items():
@@ -221,47 +170,19 @@ def write_gguf(path: Path, export: Export) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    reader = gguf.GGUFReader(path)
-    there = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    check_same(weights, {name: torch.tensor(array) for name, array in there.items()}, path)
-    for field, what in (("tokens", "token_list"), ("merges", "token_merges")):
-        if reader.fields[f"tokenizer.ggml.{field}"].contents() != keys[what]:
-            raise ConvertError(f"{path}: gguf reads back other {field} than it wrote; install another version of gguf")
+    read = gguf.GGUFReader(path).tensors
+    check_same(weights, {t.name: torch.tensor(gguf.quants.dequantize(t.data, t.tensor_type)) for t in read}, path)
 
 
-def gguf_network(c, gguf):
+def gguf_network(c):
     """The network's keys of the file, as arguments of GGUFWriter's add_ methods."""
     network = dict(context_length=c.block_size, block_count=c.n_layer, embedding_length=c.n_embd, head_count=c.n_head)
-    sizes = dict(feed_forward_length=c.n_inner)
-    D = c.n_embd // c.n_head
+    network |= dict(feed_forward_length=c.n_inner)
     if c.arch == "gpt2":
-        network |= dict(layer_norm_eps=pretrained.LAYER_NORM_EPS)
-    else:
-        network |= dict(head_count_kv=c.n_head, key_length=D, value_length=D)
-        network |= dict(layer_norm_rms_eps=NORM_EPS, rope_freq_base=ROPE_THETA)
-    return network | sizes
-
-
-def gguf_tokenizer(tokenizer, gguf):
-    """The tokenizer's keys of the file. Raises ConvertError unless it is byte-level BPE with GPT-2's splitting: a file
-    names a way to split text, and llama.cpp has code for each name.
-    """
-    content = json.loads(tokenizer_json(tokenizer))
-    model, n_vocab, eot = content["model"], tokenizer.n_vocab, tokenizer.eot
-    if model["type"] != "BPE" or model.get("ignore_merges") or not tokenizer.gpt2_split:
-        reason = "only byte-level BPE with GPT-2's splitting of text can be written"
-        raise ConvertError(f"--to=gguf: {reason}, and the tokenizer {tokenizer.name} is of another kind: use --to=hf")
-    special = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-    tokens = {i: token for token, i in model["vocab"].items()} | special
-    kinds = [gguf.TokenType.CONTROL if i == eot or i in special else gguf.TokenType.NORMAL for i in range(n_vocab)]
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    pairs = pairs or [f"{ENDOFTEXT} {ENDOFTEXT}"]  # llama.cpp needs a merge; bytes have none, and this one never occurs
-    words = dict(token_list=[tokens.get(i, f"[unused {i}]") for i in range(n_vocab)], token_types=kinds)
-    special_ids = dict(bos_token_id=eot, eos_token_id=eot, add_bos_token=True)  # the separator first, as in training
-    return dict(tokenizer_model="gpt2", tokenizer_pre="gpt-2", token_merges=pairs) | words | special_ids
-
-
-# ---- checkpoints
+        return network | dict(layer_norm_eps=pretrained.LAYER_NORM_EPS)
+    D = c.n_embd // c.n_head
+    heads = dict(head_count_kv=c.n_head, key_length=D, value_length=D)
+    return network | heads | dict(layer_norm_rms_eps=NORM_EPS, rope_freq_base=ROPE_THETA)
 
 
 def write_nanogpt(folder: Path, export: Export) -> None:
@@ -280,7 +201,7 @@ def write_nanogpt(folder: Path, export: Export) -> None:
     if tokenizer.kind == "chars":
         n = args["vocab_size"] = tokenizer.n_vocab  # nanoGPT samples from all rows
         weights |= {k: weights[k][:n].clone() for k in ("transformer.wte.weight", "lm_head.weight")}
-        ids = pretrained.vocabulary(tokenizer)
+        ids = vocabulary(tokenizer)
         meta = dict(vocab_size=n, stoi=ids, itos={i: character for character, i in ids.items()})
         (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
         print(f"copy meta.pkl to data/{dataset}/meta.pkl in nanoGPT's folder: its sample.py reads the characters there")
@@ -294,21 +215,17 @@ def write_nanogpt(folder: Path, export: Export) -> None:
 
 def write_onecard(folder: Path, export: Export) -> None:
     """Writes a folder like a run's: for sample.py, for train.py's init_from, and to resume from."""
-    model = export.model
+    path, weights = folder / checkpoint.LATEST, export.model.state_dict()
     state = dict(config={}, iter_num=0, best_val_loss=math.inf) | export.about
-    state |= dict(model=model.state_dict(), model_args=asdict(model.config))
     folder.mkdir()
-    checkpoint.write(folder / checkpoint.LATEST, state)
-    check_same(model.state_dict(), checkpoint.load(folder / checkpoint.LATEST)["model"], folder)
+    checkpoint.write(path, state | dict(model=weights, model_args=asdict(export.model.config)))
+    check_same(weights, checkpoint.load(path)["model"], folder)
 
 
 def check_same(weights, copy, path):
     if weights.keys() != copy.keys() or not all(torch.equal(w, copy[name]) for name, w in weights.items()):
         raise ConvertError(f"{path}: other weights are read back than were written: check the disk and the memory")
     print(f"{len(weights)} tensors read back: identical bit for bit")
-
-
-# ---- main
 
 
 @contextlib.contextmanager
@@ -339,9 +256,8 @@ def output_path(config: ConvertConfig, folder: Path, name: str) -> Path:
         return Path(config.out)
     if config.to == "onecard":
         return Path("out") / name
-    if config.to == "gguf":
-        return (folder if folder.exists() else Path("out")) / f"{name}.gguf"
-    return folder / config.to if folder.exists() else Path("out") / f"{name}-{config.to}"  # those of the hub
+    folder = folder if folder.exists() else Path("out") / name  # of the hub
+    return folder / (f"{name}.gguf" if config.to == "gguf" else config.to)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -75,7 +75,7 @@ def model_card(export: Any, parameters: int) -> str:
         table["val loss"] = describe_loss(last)
     elif math.isfinite(about.get("best_val_loss", math.inf)):
         table["best val loss"] = f"{about['best_val_loss']:.4f} nats per token"
-    if expected := next((row["expected_loss"] for row in rows if row.get("expected_loss")), None):
+    if expected := next((row["expected_loss"] for row in reversed(rows) if row.get("expected_loss")), None):
         table["val loss expected by the scaling law"] = f"{expected:.2f}"
     if about.get("began_from"):
         table["finetuned from"] = Path(about["began_from"]).name

@@ -7,7 +7,6 @@ The one thing to know: a source is refused unless model.py computes exactly what
 tokenizer is known. The names of the weights in other formats stand here once; convert.py writes with the same tables.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +17,8 @@ import torch
 
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
 from onecard import UserError, checkpoint
-from onecard.tokenizer import LETTERS, Tokenizer, from_state, load_tokenizer, need
+from onecard.tokenizer import need
+from onecard.vocabulary import folder_tokenizer
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # OpenAI's weights, downloaded by transformers
 MOST_ROWS = 1.001  # times the vocabulary: it is padded again up to here, where that costs 0.001 of loss at most
@@ -46,9 +46,6 @@ class ConvertError(UserError):
 
 def one_line(error):
     return " ".join(str(error).split())[:300]
-
-
-# ---- read a source
 
 
 def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
@@ -96,10 +93,10 @@ def start(source: str, block_size: int, dropout: float) -> tuple[GPT, dict]:
 
 def build(args, weights, source):
     """The GPT with these arguments of GPTConfig and these weights, in eval mode. ConvertError if they do not fit."""
-    model = GPT(GPTConfig(**args))
     try:
+        model = GPT(GPTConfig(**args))
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: an argument that GPTConfig does not have
         raise ConvertError(f"{source}: the weights do not fit the config beside them: {one_line(error)}") from None
     return model.eval()
 
@@ -113,6 +110,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # without it a pickle can run any code
         args, weights = dict(saved["model_args"]), dict(saved["model"])
         config = dict(dataset=dict(saved.get("config", {})).get("dataset", ""))
+        moments = dict((saved.get("optimizer") or {}).get("state", {}))  # AdamW's: {number of a parameter: tensors}
     except Exception as error:  # torch.load raises any kind for bytes that are no checkpoint
         what = "not a whole checkpoint of onecard, nor one of nanoGPT with only tensors and plain values"
         raise ConvertError(f"{path}: {what} ({type(error).__name__}): copy it again, or give another file") from None
@@ -120,28 +118,13 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
         raise ConvertError(f"{path}: damaged: a onecard checkpoint without its SHA-256 at the end: copy it again")
     weights = {name.removeprefix("module.").removeprefix("_orig_mod."): w for name, w in weights.items()}
     weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}  # masks of old checkpoints
-    unknown = set(args) - set(GPTConfig.__dataclass_fields__)
-    if unknown:
-        raise ConvertError(f"{path}: model_args has {', '.join(sorted(unknown))}, unknown to nanoGPT and onecard")
     defaults = dict(bias="transformer.ln_f.bias" in weights, gelu="none")
-    about: dict[str, Any] = adamw_state(saved.get("optimizer")) | dict(
-        iter_num=saved.get("iter_num", 0), best_val_loss=float(saved.get("best_val_loss", math.inf))
-    )
-    about |= dict(config=config, tokenizer=checkpoint.tokenizer_of(dict(config=config, model_args=args), path).state())
+    about: dict[str, Any] = dict(config=config, iter_num=saved.get("iter_num", 0))
+    about["best_val_loss"] = float(saved.get("best_val_loss", math.inf))
+    about["tokenizer"] = checkpoint.tokenizer_of(dict(config=config, model_args=args), path).state()
+    if moments and all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in moments.values()):
+        about["adamw"] = moments
     return build(defaults | args | saved.get("onecard", {}), weights, path), about
-
-
-def adamw_state(optimizer: Any) -> dict:
-    """{"adamw": {number of a parameter: its moments}} of nanoGPT's optimizer, {} if there are none."""
-    state = optimizer.get("state") if isinstance(optimizer, dict) else None
-    wanted = {"step", "exp_avg", "exp_avg_sq"}
-    for moments in state.values() if isinstance(state, dict) else ({},):
-        if set(moments) != wanted or not all(isinstance(value, torch.Tensor) for value in moments.values()):
-            return {}
-    return {"adamw": state}
-
-
-# ---- Hugging Face format
 
 
 def read_hf(source: str) -> tuple[GPT, dict]:
@@ -155,8 +138,9 @@ def read_hf(source: str) -> tuple[GPT, dict]:
     if args["vocab_size"] < tokenizer.n_vocab:
         reason = f"vocab_size={args['vocab_size']} is less than the {tokenizer.n_vocab} ids of {tokenizer.name}"
         raise ConvertError(f"{source}: {reason}: put its own tokenizer.json beside it")
-    load_weights = transformers.AutoModelForCausalLM.from_pretrained
-    model, found = call_transformers(source, load_weights, output_loading_info=True)
+    model, found = call_transformers(
+        source, transformers.AutoModelForCausalLM.from_pretrained, output_loading_info=True
+    )
     bad = [*found["missing_keys"], *found["mismatched_keys"]]
     if bad:
         raise ConvertError(f"{source}: weights are missing or have the wrong shape, first {bad[0]}: copy it again")
@@ -194,11 +178,9 @@ def network_of(config: Any, source: str) -> tuple[dict, dict]:
     args |= {name: own[name] for name in ("bias", "dropout") if name in own}
     if config.vocab_size < own.get("vocab_size", 0) <= MOST_ROWS * config.vocab_size:
         args["vocab_size"] = own["vocab_size"]
-    wrong = []
-    for name, value in (hf_network(GPTConfig(**args)) | dict(rope_type="default")).items():
-        found = getattr(config, name, value)
-        if found != value:
-            wrong.append(f"{name}={found} (must be {value})")
+    ours = hf_network(GPTConfig(**args)) | dict(rope_type="default")
+    theirs = {name: getattr(config, name, value) for name, value in ours.items()}
+    wrong = [f"{name}={theirs[name]} (must be {value})" for name, value in ours.items() if theirs[name] != value]
     if wrong:
         raise ConvertError(f"{source}: model.py cannot be this {arch} network: {', '.join(wrong)}; use another")
     return args, own
@@ -238,9 +220,6 @@ def pad_rows(table: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat((table, table.mean(0, keepdim=True).expand(max(0, rows - len(table)), -1)))
 
 
-# ---- names and tokens in other formats
-
-
 def hf_name(name: str, arch: str) -> str:
     """Our name of a weight -> transformers'."""
     for ours, theirs in QWEN3_NAMES.items() if arch == "qwen3" else ():
@@ -251,31 +230,3 @@ def hf_name(name: str, arch: str) -> str:
 def transposed(name: str, weight: torch.Tensor, arch: str) -> torch.Tensor:
     """transformers keeps GPT-2's linear layers as (in, out). Ours, and its Qwen3's, are (out, in)."""
     return weight.t() if arch == "gpt2" and ".c_" in name and weight.dim() == 2 else weight
-
-
-def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """{token: id} of characters, of bytes or of GPT-2, the latter two in GPT-2's alphabet and without <|endoftext|>."""
-    if tokenizer.kind == "chars":
-        tokens = json.loads(tokenizer.content or "")
-    else:
-        tokens = ["".join(LETTERS[byte] for byte in token) for token in tokenizer.token_bytes[: tokenizer.eot]]
-    return {token: i for i, token in enumerate(tokens)}
-
-
-def folder_tokenizer(folder: Path, own: dict) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder: the one that the key "onecard" of its config names, GPT-2's (also where
-    there is no file), or any other tokenizer.json. Raises ConvertError and TokenizerError.
-    """
-    tokenizer = from_state(own.get("tokenizer"))
-    path = next((path for name in ("tokenizer.json", "vocab.json") if (path := folder / name).exists()), folder)
-    if path != folder:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            theirs = content["model"]["vocab"] if path.name == "tokenizer.json" else content
-            same = vocabulary(tokenizer).items() <= dict(theirs).items()
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConvertError(f"{path}: has no readable vocabulary ({error!r}): copy the folder again") from None
-        if not same and path.name == "vocab.json":
-            raise ConvertError(f"{path}: not GPT-2's tokenizer; others are read from a tokenizer.json: add that file")
-        tokenizer = tokenizer if same else load_tokenizer(str(path))
-    return tokenizer

@@ -23,7 +23,7 @@ import sample
 from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS
-from onecard import UserError, checkpoint, modelcard, pretrained
+from onecard import UserError, checkpoint, modelcard, pretrained, vocabulary
 from onecard.checkpoint import check_tokenizer
 from onecard.tokenizer import PATTERN, CharTokenizer, JsonTokenizer, from_state, load_tokenizer, train_tokenizer
 
@@ -44,9 +44,9 @@ def greedy(model, ids, n, n_ids=GPT2_IDS):
 @pytest.fixture(scope="module", autouse=True)
 def fast_exports():
     """Merges of the same vocabulary are computed once (1 s each), and gguf reads an array, not a slow memory map."""
-    compute = functools.cache(lambda items, merges=convert.merges: merges(dict(items)))
+    compute = functools.cache(lambda items, merges=vocabulary.merges: merges(dict(items)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "merges", lambda ids: compute(tuple(ids.items())))
+        patch.setattr(vocabulary, "merges", lambda ids: compute(tuple(ids.items())))
         patch.setattr(np, "memmap", lambda path, mode: np.fromfile(path, np.uint8))
         yield
 

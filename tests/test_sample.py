@@ -130,9 +130,8 @@ def test_the_separator_in_a_text_is_a_token_only_where_that_is_asked_for(run, mo
 
 
 def test_interactive_reads_prompts_and_settings_and_continues_the_last_text(run):
-    lines = (
-        b"The\n\n/max_new_tokens 2\n/temperature -1\n/top_k many\n/topk 3\n/seed\nA card\n/seed 1337\nThe\n/quit\nno\n"
-    )
+    lines = b"The\n\n/max_new_tokens 2\n/temperature -1\n/top_k many\n/topk 3\n/seed\nA card\n"
+    lines += b"/seed 1337\nThe\n/quit\nnever read\n"
     shown = run("--interactive=True", max_new_tokens=5, stdin=lines)
     first, second, third, again = texts_of(shown.out)
     assert first.startswith("The") and second.startswith(first) and len(second) > len(first)
