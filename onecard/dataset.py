@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +160,11 @@ def examine_in_threads(paths: list[str], settings: dict) -> Iterator[tuple[str, 
         except SourceError as error:
             return error
 
-    threads = ThreadPoolExecutor(EXAMINERS)
-    try:
-        with Progress(len(paths), "examined", " files") as progress:
-            for path, result in zip(paths, threads.map(look, paths), strict=True):
-                progress.update(1)
-                yield path, result
-    finally:
-        threads.shutdown(cancel_futures=True)
+    # Not a ThreadPoolExecutor, whose end waits for each thread: one that repeats a request would delay Ctrl-C.
+    with ThreadPool(EXAMINERS) as threads, Progress(len(paths), "examined", " files") as progress:
+        for path, result in zip(paths, threads.imap(look, paths), strict=True):
+            progress.update(1)
+            yield path, result
 
 
 def own_id(source: dict, first: dict[str, str], ids: dict[str, str]) -> str:

@@ -4,6 +4,8 @@ import itertools
 import json
 import pickle
 import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,19 @@ def test_a_parquet_file_without_rows_is_left_out_and_alone_it_is_refused(tmp_pat
     assert f"left out: {none}: has no rows" in capsys.readouterr().out
     with pytest.raises(PrepareError, match="nothing to prepare; name files that have rows"):
         plan_dataset([str(none)], {}, NOWHERE)
+
+
+def test_planning_that_is_interrupted_ends_at_once_while_a_request_is_repeated(tmp_path, monkeypatch):
+    paths, waits = [str(write_parquet(tmp_path / f"{name}.parquet", ["x"])) for name in "ab"], threading.Event()
+        [str(write_parquet(tmp_path / name, ["x"])) for name in ("a.parquet", "b.parquet")],
+        threading.Event(),
+    )
+    monkeypatch.setattr(dataset, "examine", lambda path, *_: waits.wait(60) if path == paths[1] else 1 / 0)
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        plan_dataset(paths, {}, NOWHERE)
+    assert time.monotonic() - began < 20
+    waits.set()
 
 
 def test_two_processes_that_plan_different_files_do_not_overwrite_each_other(tmp_path):
