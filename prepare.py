@@ -17,6 +17,7 @@ import math
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -421,4 +422,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the stop of a batch system does what Ctrl-C does
     run_script(main)

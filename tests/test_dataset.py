@@ -146,9 +146,6 @@ def test_a_parquet_file_without_rows_is_left_out_and_alone_it_is_refused(tmp_pat
 
 def test_planning_that_is_interrupted_ends_at_once_while_a_request_is_repeated(tmp_path, monkeypatch):
     paths, waits = [str(write_parquet(tmp_path / f"{name}.parquet", ["x"])) for name in "ab"], threading.Event()
-        [str(write_parquet(tmp_path / name, ["x"])) for name in ("a.parquet", "b.parquet")],
-        threading.Event(),
-    )
     monkeypatch.setattr(dataset, "examine", lambda path, *_: waits.wait(60) if path == paths[1] else 1 / 0)
     began = time.monotonic()
     with pytest.raises(ZeroDivisionError):
