@@ -6,9 +6,7 @@
 A checkpoint is a torch file with the keys that nanoGPT users know (model, optimizer, model_args, iter_num,
 best_val_loss, config) and more; torch.load reads it. It ends in a trailer with its step and the SHA-256 of everything
 before it, because torch.load notices hardly any flipped bit. It holds only tensors and plain Python and is loaded with
-weights_only=True, so nothing in it can run. Its tokenizer is in it, so that sampling does not need the dataset. In
-out_dir: ckpt.pt is the latest, ckpt_previous.pt the one before it, ckpt_best.pt the one with the best val loss,
-ckpt_step_*.pt those that keep_every asks for, ckpt_before_decay.pt the one at the start of a late decay (wsd).
+weights_only=True, so nothing in it can run. Its tokenizer is in it, so that sampling does not need the dataset.
 """
 
 import contextlib
@@ -29,7 +27,10 @@ from onecard import UserError, durable
 from onecard.tokenizer import Tokenizer, TokenizerError, from_state, load_tokenizer
 
 VERSION = 1
-LATEST, PREVIOUS, BEST, STEP = "ckpt.pt", "ckpt_previous.pt", "ckpt_best.pt", "ckpt_step_{:09d}.pt"
+LATEST = "ckpt.pt"
+PREVIOUS = "ckpt_previous.pt"  # the latest before it
+BEST = "ckpt_best.pt"  # lowest val loss
+STEP = "ckpt_step_{:09d}.pt"  # of keep_every
 BEFORE_DECAY = "ckpt_before_decay.pt"  # a longer wsd run can start from it
 NEW = "ckpt_new.pt"  # a save that is not finished
 OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt")  # not a user's own copies
@@ -171,8 +172,8 @@ def load_model(path: str | Path) -> tuple[GPT, dict]:
     """(GPT with the trained weights on the CPU, in eval mode; the rest of the checkpoint)."""
     state = load(path)
     with readable(path):
-        args = {name: state["model_args"][name] for name in GPTConfig.__dataclass_fields__}
-        model = GPT(GPTConfig(**args | state["model_args"]))
+        args = state["model_args"]
+        model = GPT(GPTConfig(**{name: args[name] for name in GPTConfig.__dataclass_fields__}))
         model.load_state_dict(state.pop("model"))
         model.n_ids = (state.get("tokenizer") or {}).get("n_vocab", model.n_ids)
     return model.eval(), state
@@ -397,9 +398,9 @@ def find(config, is_new: bool, print0) -> dict | None:
         saved["model_args"] = {name: saved["model_args"][name] for name in GPTConfig.__dataclass_fields__}
         saved["data"] = {name: saved["data"][name] for name in DATA}
         saved["config"] = asdict(saved_config(type(config), saved["config"], path))
-        Progress.restore(saved)  # raises if a part is missing
+        progress = Progress.restore(saved)
     print0(f"resuming from {path} at step {saved['iter_num']:,}")
-    return saved | {"path": str(path)}
+    return saved | dict(path=str(path), progress=progress)
 
 
 def take_over(config, tokenizer: Tokenizer | None, origin: dict | None):
@@ -465,7 +466,7 @@ def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
         raise ConfigError(
             f"{saved['path']} cannot be resumed with {values}: use the checkpoint's values, or start a new run{remedy}"
         )
-    progress = Progress.restore(saved)
+    progress = saved["progress"]
     if progress.step > config.max_iters and not config.eval_only:
         reached = f"{saved['path']} is at step {progress.step}"
         raise ConfigError(f"nothing to do: {reached}, max_iters={config.max_iters}: to train on, raise --max_iters")

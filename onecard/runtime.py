@@ -52,8 +52,8 @@ class Runtime:
     @property
     def precision(self) -> str:
         """Of matrix products, for people."""
-        tf32 = torch.get_float32_matmul_precision() == "high" and self.device.type == "cuda"
-        return self.dtype_name + (f"; TF32 {'on' if tf32 else 'off'}" if self.device.type == "cuda" else "")
+        tf32 = f"; TF32 {'off' if self.dtype == torch.float32 else 'on'}" if self.device.type == "cuda" else ""
+        return self.dtype_name + tf32
 
     def plan_facts(self, out_dir: str) -> dict:
         """What plan.plan wants to know of the device and of the disk of out_dir: keyword arguments for it."""
@@ -202,8 +202,8 @@ def start_runtime(config) -> Runtime:
             )
         torch.cuda.set_device(device)
         tf32 = pick_dtype(config.dtype, device) != torch.float32
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")  # TF32 for what remains float32
-        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # dtype=float32 means float32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")  # dtype=float32 means float32
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # which advises the opposite
         driver = torch.cuda.get_device_properties(device)
         found = card(driver.name, driver.multi_processor_count)
         peak_flops = found.tflops * 1e12 if found else None

@@ -110,7 +110,7 @@ def main() -> None:
         follow(messages)
     except Exception as error:
         reason = "it is not installed (pip install wandb)" if isinstance(error, ImportError) else str(error)
-        reason = " ".join(reason.split())[:200] or type(error).__name__
+        reason = " ".join(reason.split("[type=")[0].split())[:200] or type(error).__name__  # then pydantic's links
         with contextlib.suppress(OSError):
             print(f"wandb does not work: {reason}; continuing without it", flush=True)
         os._exit(REPORTED)  # at a usual exit wandb would wait for its dead child

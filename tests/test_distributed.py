@@ -134,7 +134,7 @@ def test_more_processes_have_the_losses_of_one_and_after_kills_and_a_signal_thei
 def test_gradients_of_a_compiled_model_are_exchanged_while_backward_runs(torchrun):
     run = torchrun([], code=WHEN_GRADIENTS_ARE_READY)
     shares = [float(share) for share in run.wait_for("^ready at").split()[2:]]
-    assert len(shares) == 39 and shares[0] < 0.4 and shares[19] < 0.8, shares  # before: all at 0.98
+    assert len(shares) == 39 and shares[0] < 0.7 and shares[19] < 0.9, shares  # 0.2 and 0.6 if idle; else all at 0.98
     assert run.end()[0] == 0
 
 
