@@ -140,7 +140,7 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     T = min(model.config.block_size - len(begin), len(ids))
     starts = range(0, len(ids) - T + 1, max(1, T))[:4]  # the first windows of the text, each as a document begins
     idx = torch.tensor([begin + ids[i : i + T] for i in starts])  # (B, at most block_size)
-    a, b = model(idx)[..., : tokenizer.n_vocab], copy.eval()(idx, torch.ones_like(idx)).logits
+    a, b = model(idx)[..., : tokenizer.n_vocab], copy.eval()(idx, attention_mask=torch.ones_like(idx)).logits
     difference = (a - b).abs().max().item()
     print(f"{program}: same ids; logits differ by at most {difference:.1e} at {idx.numel():,} positions")
     if not difference <= TOLERANCE:

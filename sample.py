@@ -62,7 +62,7 @@ class SampleConfig:
     choices: str = key("", ".jsonl file of multiple-choice items, HellaSwag's or prompt, choices, answer: accuracy")
     # system
     device: str = key("auto", "auto, cpu, cuda, cuda:1, mps")
-    compile: bool = key(False, "torch.compile the generation of a token: the same text, sooner after a minute")
+    compile: bool = key(False, "torch.compile the step of a token: faster after a minute, for long texts on a card")
     dtype: str = key(
         "auto", "auto: the fastest; for score and choices float32", choices=("auto", "float32", "bfloat16", "float16")
     )

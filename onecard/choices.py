@@ -39,7 +39,8 @@ def read_items(path: str | Path) -> list[Item]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
-        raise ChoicesError(f"choices: {path} cannot be read ({error}); give a .jsonl file") from None
+        reason = getattr(error, "strerror", error)  # of an OSError
+        raise ChoicesError(f"choices: {path} cannot be read ({reason}); give a .jsonl file") from None
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

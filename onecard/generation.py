@@ -146,7 +146,10 @@ def decode_one_token(model, sequences, alive, state, compiled_step):
     if compiled_step:
         column = torch.full((1,), state.cache.filled, device=device)
         state.cache.filled += 1
-        logits = compiled_step(model, idx, state.cache, state.pads, column)
+        try:
+            logits = compiled_step(model, idx, state.cache, state.pads, column)
+        except torch._dynamo.exc.TorchDynamoException as error:  # a compiler is missing, for example
+            raise GenerationError(f"compile failed: {str(error).splitlines()[0]}; leave out --compile") from error
     else:
         logits = step_logits(model, idx, state.cache, state.pads)
     return logits if alive == state.rows else logits[[state.rows.index(i) for i in alive]]
