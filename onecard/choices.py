@@ -93,7 +93,7 @@ def choose(
 ) -> dict[str, float | list]:
     """acc, acc_norm and their standard errors; choice and choice_norm: of each item the choice that was taken.
 
-    A text longer than block_size loses its beginning. Raises ChoicesError for characters that the tokenizer lacks.
+    A text longer than block_size loses its beginning. Raises ChoicesError if the tokenizer lacks a character.
     """
     try:
         rows = [row for item in items for row in rows_of(item, tokenizer, separator)]
@@ -136,15 +136,13 @@ def evaluate(run: Any) -> dict:
 
 
 def accuracies(items: list[Item], likelihoods: np.ndarray) -> dict[str, float | list]:
-    taken, taken_norm, start = [], [], 0
-    for item in items:
-        found = likelihoods[start : start + len(item.choices)]
-        start += len(found)
+    taken, taken_norm = [], []
+    ends = np.cumsum([len(item.choices) for item in items])
+    for item, found in zip(items, np.split(likelihoods, ends[:-1]), strict=True):
         taken.append(int(np.argmax(found)))
         taken_norm.append(int(np.argmax(found / [len(choice) for choice in item.choices])))
     result: dict[str, float | list] = dict(choice=taken, choice_norm=taken_norm)
     for name, chosen in (("acc", taken), ("acc_norm", taken_norm)):
-        right = [choice == item.answer for choice, item in zip(chosen, items, strict=True)]
-        mean, n = sum(right) / len(right), len(right)
-        result |= {name: mean, f"{name}_error": math.sqrt(mean * (1 - mean) / max(1, n - 1))}
+        mean = sum(choice == item.answer for choice, item in zip(chosen, items, strict=True)) / len(items)
+        result |= {name: mean, f"{name}_error": math.sqrt(mean * (1 - mean) / max(1, len(items) - 1))}
     return result

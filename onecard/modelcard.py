@@ -35,8 +35,7 @@ print(generate({prompt!r}, add_special_tokens=False, max_new_tokens=100)[0]["gen
 ```
 
 vLLM: `vllm serve FOLDER`. llama.cpp and Ollama read a GGUF file: `python convert.py RUN --to=gguf` in onecard, then
-`llama-completion -m {name}.gguf -no-cnv -p "The"`, or `ollama create {name} -f {name}.Modelfile` and
-`ollama run {name} "The"`. Both begin the prompt with the document separator.
+`llama-completion -m {name}.gguf -no-cnv -p "The"`, or `ollama create {name} -f {name}.Modelfile`, `ollama run {name}`.
 
 {curve}## Settings of the training run
 

@@ -7,7 +7,6 @@ config is sample.py's: temperature, top_k, top_p, min_p, max_new_tokens, stop, s
 """
 
 import contextlib
-import importlib
 import json
 import sys
 from typing import Any
@@ -33,9 +32,9 @@ def encode(text: str, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:
     if mark in text and not special_tokens:
         log(f"{mark} is read as {len(tokenizer.encode(mark))} tokens of text; with --special_tokens=True it is one")
     ids: list[int] = []
-    for i, part in enumerate(text.split(mark) if special_tokens else [text]):
-        ids += [tokenizer.eot] * (i > 0) + tokenizer.encode(part).tolist()
-    return ids
+    for part in text.split(mark) if special_tokens else [text]:
+        ids += [tokenizer.eot, *tokenizer.encode(part).tolist()]
+    return ids[1:]  # the separator stands between the parts
 
 
 def first_id(tokenizer: Tokenizer) -> int:
@@ -112,10 +111,8 @@ class Text:
 
     def partial_stop(self) -> int:
         """The length of the longest end of the text that is a beginning of `stop`."""
-        for n in range(min(len(self.stop), len(self.text)), 0, -1):
-            if self.text.endswith(self.stop[:n]):
-                return n
-        return 0
+        lengths = range(len(self.stop), 0, -1)
+        return next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
 
     def json_line(self) -> str:
         return json.dumps({name: getattr(self, name) for name in ("prompt", "text", "tokens", "end", "seed")})
@@ -141,7 +138,7 @@ def write_batch(model: GPT, texts: list[Text], config: Any) -> None:
 def interact(model: GPT, tokenizer: Tokenizer, config: Any) -> None:
     """Reads a line, writes its continuation, and so on, until /quit or the end of the input."""
     with contextlib.suppress(ImportError):  # Windows has none
-        importlib.import_module("readline")  # lets input() edit a line and recall earlier ones
+        import readline  # noqa: F401 (with it, input() edits a line and recalls earlier ones)
     log(f"{HELP}\n{settings(config)}")
     text = ""
     while True:
@@ -160,11 +157,10 @@ def interact(model: GPT, tokenizer: Tokenizer, config: Any) -> None:
             continue
         prompt = line or text
         try:
-            ids = prompt_ids(prompt, tokenizer, config.special_tokens)
+            grown = Text(prompt, prompt_ids(prompt, tokenizer, config.special_tokens), config.seed, config, tokenizer)
         except TokenizerError as error:
             log(str(error))
             continue
-        grown = Text(prompt, ids, config.seed, config, tokenizer)
         try:
             write_batch(model, [grown], config)
         except KeyboardInterrupt:

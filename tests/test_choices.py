@@ -68,14 +68,11 @@ def test_the_likelihoods_are_those_of_transformers_item_by_item(separator, items
         assert found[f"{name}_error"] == pytest.approx(right.std(ddof=1) / np.sqrt(len(right)))
 
 
-def test_hellaswags_texts_are_cleaned_as_lm_evaluation_harness_does(tmp_path):
+def test_hellaswags_texts_are_cleaned_and_an_item_is_encoded_as_lm_evaluation_harness_does(tmp_path):
     path = tmp_path / "hellaswag.jsonl"
     path.write_text(json.dumps(HELLASWAG) + "\n\n")
     prompt = "Removing ice: How to go. Start early. The man"
     assert read_items(path) == [Item(prompt, ["walks away.", "scrapes the ice."], 1)]
-
-
-def test_an_item_begins_with_the_separator_and_counts_the_tokens_of_its_choice():
     tokenizer = load_tokenizer()
     ids, count = rows_of(Item("The card ", ["is here"], 0), tokenizer, separator=True)[0]
     assert ids[0] == EOT and tokenizer.decode(ids[1:]) == "The card  is here"

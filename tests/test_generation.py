@@ -2,6 +2,7 @@ import functools
 import math
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -243,16 +244,11 @@ def test_a_compiled_step_gives_the_same_text_and_is_compiled_once():
     assert found == generate(model, [[1], [2, 3]], 60, seeds=[1, 2]) and counter.frame_count == 1
 
 
-def test_a_compiler_that_does_not_work_is_reported_in_one_line(monkeypatch):
-    def fail(*_):
-        raise torch._dynamo.exc.TorchDynamoException("no compiler\nat line 3")
-
-    monkeypatch.setattr(torch, "compile", lambda step, **_: fail)
+def test_impossible_input_and_a_compiler_that_fails_are_reported_in_one_line(monkeypatch):
+    failing = Mock(side_effect=torch._dynamo.exc.TorchDynamoException("no compiler\nat line 3"))
+    monkeypatch.setattr(torch, "compile", lambda step, **_: failing)
     with pytest.raises(GenerationError, match="compile failed: no compiler; leave out --compile"):
         generate(network(), [[1]], 5, compile=True)
-
-
-def test_impossible_input_is_refused():
     with pytest.raises(GenerationError, match="prompt"):
         generate(network(), [[1], []], 5)
     with pytest.raises(GenerationError, match="empty"):
