@@ -22,6 +22,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -181,8 +182,7 @@ def prepare(config: PrepareConfig, folder: Path) -> int:
             print(f"  left out: {problem}", file=sys.stderr)
         known, done = read_finished(folder), read_done(plan, config, folder)
         if known and 0 < config.max_tokens < min(known["tokens"], known["settings"].get("max_tokens") or math.inf):
-            remedy = "leave it out, or use another --dataset"
-            raise PrepareError(f"max_tokens: {folder} holds {known['tokens']:,} tokens already; {remedy}")
+            raise PrepareError(f"max_tokens: {folder} has {known['tokens']:,} tokens already; use another --dataset")
         try:
             failed = prepare_missing(plan, done, known, config, folder)
         finally:
@@ -209,8 +209,7 @@ def prepare_missing(plan: dict, done: dict, known: dict | None, config: PrepareC
     print(f"  to do: {amount(size)} of text, about {amount(need / 2, '')} tokens ({tokenizer.name}, by {encoder})")
     print(f"  disk:  {amount(need)} needed, {amount(free)} free")
     if need > free:
-        remedy = "make room, use another --data_dir, or take fewer tokens with --max_tokens"
-        raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; {remedy}")
+        raise PrepareError(f"{folder}: {need:,} bytes are needed and {free:,} are free; make room, or use --max_tokens")
     records.write_records(done.values(), folder)
     if known and records.units_of(known) & set(todo):  # until they are done again the dataset is incomplete
         (folder / MANIFEST).unlink()
@@ -289,8 +288,6 @@ def make_manifest(plan: dict, done: dict, val: list[dict], config: PrepareConfig
     tokenizer = settings.pop("tokenizer", None) or {
         name: getattr(GPT2Tokenizer, name) for name in ("name", "sha256", "n_vocab", "eot")
     }
-    from importlib.metadata import PackageNotFoundError, version  # here, because each worker imports this module
-
     encoder = "tokenizers" if tokenizer.get("kind") == "bpe" else "tiktoken"
     libraries: dict[str, str | None] = dict.fromkeys(("numpy", "pyarrow", encoder, "fastokens"))
     for name in libraries:
@@ -320,8 +317,7 @@ def read_finished(folder: Path) -> dict | None:
     """The manifest of a finished dataset, or None. Raises ShardError if it is damaged, or not made by prepare.py."""
     manifest = read_manifest(folder)
     if manifest and (missing := MANIFEST_KEYS - manifest.keys()):
-        what = f"has no {', '.join(sorted(missing))}"
-        raise ShardError(f"{folder / MANIFEST}: {what}; delete it and run prepare.py again")
+        raise ShardError(f"{folder / MANIFEST}: has no {', '.join(sorted(missing))}; delete it, run prepare.py again")
     return manifest
 
 
@@ -334,8 +330,7 @@ def summary(manifest: dict) -> str:
         ratio = size / max(1, tokens - documents)
         lines.append(f"  {split:5} {documents:>11,} {tokens:>17,} {ratio:>12.2f} {len(shards):>7,}")
     if all(shard["split"] == "train" for shard in manifest["shards"]):
-        remedy = "make another --dataset with --val_fraction=0.1, say, or from more text"
-        lines.append(f"  no document is in val, which train.py needs: {remedy}")
+        lines.append("  no document is in val, which train.py needs: use another --dataset with --val_fraction=0.1")
     if skipped := [f"{REASONS.get(reason, reason)}: {n:,}" for reason, n in manifest["skipped"].items() if n]:
         lines.append(f"  rows left out: {', '.join(skipped)}")
     if manifest["replaced"]:
@@ -388,8 +383,7 @@ def inspect(folder: Path, manifest: dict) -> None:
     for which, tokens, shown in (("first", first[:10_000], slice(3)), ("last", last[-10_000:], slice(-3, None))):
         documents = np.split(tokens, np.flatnonzero(tokens == tokenizer.eot))[1:] or [tokens]
         for document in documents[shown]:
-            text = tokenizer.decode(document[document != tokenizer.eot])
-            print(f"--- {which}: {textwrap.shorten(text, 400)}")
+            print(f"--- {which}: {textwrap.shorten(tokenizer.decode(document[document != tokenizer.eot]), 400)}")
 
 
 # ---- the command ---------------------------------------------------------------------------------------------
