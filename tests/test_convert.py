@@ -233,14 +233,11 @@ def test_transformers_pipeline_takes_several_prompts_at_once(exported):
     assert together == [pipe(prompt, **options)[0]["generated_text"] for prompt in prompts]
 
 
-def test_a_context_of_one_token_is_exported(tmp_path):
-    pytest.importorskip("transformers")
-    convert.main([str(save(tiny(block_size=1), tmp_path / "run")), "--to=hf"])
-
-
 @pytest.mark.parametrize("value, dtype, remedy", [(math.nan, "float32", "earlier"), (1e6, "float16", "bfloat16")])
-def test_weights_that_give_no_text_are_refused(value, dtype, remedy, tmp_path):
-    model = tiny()
+def test_a_context_of_one_token_is_exported_and_weights_that_give_no_text_are_refused(value, dtype, remedy, tmp_path):
+    pytest.importorskip("transformers")
+    model = tiny(block_size=1)
+    convert.main([str(save(model, tmp_path / "good")), "--to=hf"])
     model.lm_head.weight.data[3, 3] = value
     run = save(model, tmp_path / "run")
     with pytest.raises(ConvertError, match=f"not finite.*{remedy}"):
@@ -334,6 +331,10 @@ def test_the_vocabulary_of_a_gguf_file_gives_our_ids_in_tiktoken(kind, tmp_path)
     """tiktoken needs no merges: their order is that of the tokens. So they are compared with those of the tokenizer."""
     gguf, ours = pytest.importorskip("gguf"), tokenizer_of(kind)
     _, run = run_with(ours, tmp_path / "run", arch="qwen3")
+    (run / "run.Modelfile").touch()
+    with pytest.raises(ConvertError, match="there already"):
+        convert.main([str(run), "--to=gguf"])
+    (run / "run.Modelfile").unlink()
     convert.main([str(run), "--to=gguf"])
     keys = {name: field.contents() for name, field in gguf.GGUFReader(run / "run.gguf").fields.items()}
     tokens, alphabet = keys["tokenizer.ggml.tokens"], bytes_to_unicode()

@@ -287,12 +287,11 @@ def test_weights_that_overflow_float16_are_refused(run, tmp_path):
         run(out_dir=save(model, tmp_path / "large"), dtype="float16")
 
 
-def test_the_score_of_equal_odds_is_the_logarithm_of_the_vocabulary(run, tmp_path):
+def test_the_score_of_equal_odds_is_the_logarithm_of_the_vocabulary_and_others_depend_on_the_stride(run, tmp_path):
     model = tiny(n_embd=8)
     with torch.no_grad():
         model.transformer.wte.weight.zero_()
-    text = "Some text, in UTF-8: ü 日本.\r\n" * 20
-    (tmp_path / "text.txt").write_bytes(text.encode())
+    (tmp_path / "text.txt").write_bytes((text := "Some text, in UTF-8: ü 日本.\r\n" * 20).encode())
     options = dict(out_dir=save(model, tmp_path / "even"), score=tmp_path / "text.txt")
     found = json.loads(run("--json", **options).out)
     n, size = len(ids(text, end=False)), len(text.encode())
@@ -302,9 +301,6 @@ def test_the_score_of_equal_odds_is_the_logarithm_of_the_vocabulary(run, tmp_pat
     assert found["bits_per_byte"] == pytest.approx(math.log2(50304) * n / size, rel=1e-5)
     printed = run(**options).out
     assert f"loss {math.log(50304):.4f}" in printed and f"over {n:,} tokens, {size:,} bytes" in printed
-
-
-def test_the_score_of_standard_input_depends_on_the_stride(run):
     text = Path(sample.__file__).read_bytes()[:1000]
     losses = [json.loads(run("--json", score="-", stdin=text, stride=n).out)["loss"] for n in (0, 32, 8)]
     assert losses[0] == losses[1] and abs(losses[2] - losses[0]) > 1e-4
