@@ -73,11 +73,11 @@ def test_a_cluster_makes_the_bytes_of_one_machine_and_a_file_is_added_later(clus
 
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_workers_of_a_cluster_are_killed_and_nothing_is_lost(cluster, run, tmp_path, kills, monkeypatch):
-    path = write_parquet(tmp_path / "a.parquet", some_texts(300 * kills, words=300), 50)
+    path = write_parquet(tmp_path / "a.parquet", some_texts(600 * kills, words=300), 50)
     draw, killed, done = random.Random(kills), [], threading.Event()
 
     def kill():
-        while len(killed) < kills and not done.wait(draw.uniform(0.2, 0.7)):
+        while len(killed) < kills and not done.wait(draw.uniform(0.1, 0.4)):
             pids = [worker.pid for worker in cluster.workers.values() if getattr(worker, "pid", None)]
             with contextlib.suppress(ProcessLookupError):
                 os.kill(draw.choice(pids), signal.SIGKILL)
