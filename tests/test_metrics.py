@@ -220,8 +220,8 @@ def test_offline_wandb_has_config_metrics_samples_and_checkpoint_and_a_resumed_r
 
 def kill_wandb_core(tracker):
     """kill -9 of the process of wandb's own that its library starts."""
-    for _ in range(2400):
-        listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    for _ in range(1200):
+        listed = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
         for pid, parent, *command in map(str.split, listed.splitlines()[1:]):
             if int(parent) == tracker.process.pid and "wandb-core" in " ".join(command):
                 return os.kill(int(pid), signal.SIGKILL)
