@@ -134,9 +134,10 @@ def test_the_second_owner_is_told_the_firsts_process_id_and_a_kill_frees_the_fol
 
 def test_shared_owners_hold_a_lock_together_and_one_that_holds_it_alone_excludes_them(tmp_path):
     lock = tmp_path / ".lock"
-    with durable.owned(lock, "it", shared=True), durable.owned(lock, "it", shared=True):
-        with pytest.raises(durable.OwnedError, match="in use by another process"), durable.owned(lock, "it"):
-            pass
+    refused = pytest.raises(durable.OwnedError, match="in use by another process")
+    shared = (durable.owned(lock, "it", shared=True) for _ in range(2))
+    with next(shared), next(shared), refused, durable.owned(lock, "it"):
+        pass
     with durable.owned(lock, "it"):
         refused = pytest.raises(durable.OwnedError, match=f"in use by process {os.getpid()} on ")
         with refused, durable.owned(lock, "it", shared=True):
