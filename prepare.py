@@ -247,7 +247,7 @@ def finish(plan: dict, done: dict, config: PrepareConfig, folder: Path, failed: 
     hashes, known_hashes = ([(s["name"], s["sha256"]) for s in m["shards"]] for m in (manifest, known or manifest))
     if known and hashes == known_hashes and manifest["failed"] == known["failed"]:
         manifest["libraries"] = known["libraries"]  # the versions that made the shards
-        print(f"{folder} is finished; nothing to do")
+        print(f"{folder} is as before: the same units failed" if failed else f"{folder} is finished; nothing to do")
     else:
         print(f"{folder} is ready, in {seconds:.1f} s by {manifest['encoder']}")
     if config.max_tokens and tokens != config.max_tokens:

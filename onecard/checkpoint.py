@@ -471,9 +471,9 @@ def resumed(saved: dict, config, data: dict, learning_rate, print0) -> Progress:
         reached = f"{saved['path']} is at step {progress.step}"
         raise ConfigError(f"nothing to do: {reached}, max_iters={config.max_iters}: to train on, raise --max_iters")
     before, after = asdict(old), asdict(config)
-    changed = [name for name in after if before[name] != after[name] and name not in NOT_LISTED]
-    if changed:
-        values = ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in changed)
+    differing = [name for name in after if before[name] != after[name] and name not in NOT_LISTED]
+    if differing:
+        values = ", ".join(f"{name} {before[name]!r} -> {after[name]!r}" for name in differing)
         print0(f"resumed with other settings: {values}")
     if saved["data"] != data:
         print0(f"resumed with other data: {data['train_tokens']:,} tokens, before {saved['data']['train_tokens']:,}")
