@@ -51,12 +51,10 @@ def processes(most: int, encoder: str) -> Iterator[Workers]:
     pool = ProcessPoolExecutor(most, context, initializer=start_process, initargs=(max(1, cores() // most),))
 
     def submit(job):
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the main process alone
-        try:
-            return pool.submit(run, job, encoder)
-        finally:
-            signal.signal(signal.SIGINT, handler)
+        with no_interrupt():
+            future = pool.submit(run, job, encoder)
             started.update(set(multiprocessing.active_children()) - others)
+        return future
 
     try:
         yield submit, lambda: most
@@ -71,6 +69,19 @@ def processes(most: int, encoder: str) -> Iterator[Workers]:
         remedy = "finished units are kept: run it again with fewer --workers"
         raise PrepareError(f"a worker process died ({why}); {remedy}") from error
     pool.shutdown()
+
+
+@contextlib.contextmanager
+def no_interrupt():
+    """Ctrl-C waits until the end. Processes that are started here never get it: it is for the main process alone."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def cores() -> int:

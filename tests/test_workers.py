@@ -40,6 +40,16 @@ def run(tmp_path):
     return run
 
 
+def test_ctrl_c_while_a_unit_is_given_to_the_processes_is_not_lost(monkeypatch):
+    monkeypatch.setattr(workers.ProcessPoolExecutor, "submit", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # `pytest &` has it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt), workers.processes(1, "tiktoken") as (submit, _):
+            submit({})
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     distributed = pytest.importorskip("distributed")
