@@ -76,7 +76,7 @@ def apply_update(change):
 
 
 def cautious():
-    """Weight decay only where it has the sign of the update (Chen et al. 2025, arXiv 2510.12402); matrices in blocks."""
+    """Weight decay only where it has the sign of the update (Chen et al. 2025, arXiv 2510.12402); of matrices."""
     with_optimizers(lambda config, muon, adamw: muon.param_groups[0].update(weight_decay=0.0))
 
     def change(muon, params, updates, states, lr):
