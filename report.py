@@ -23,7 +23,6 @@ from onecard import UserError, logs, plan
 from onecard.checkpoint import saved_config
 from onecard.compare import compare, last_losses
 from onecard.diagnosis import PROBLEMS, Finding, diagnose
-from onecard.law import BAND
 from onecard.memory import GiB
 from onecard.page import write_page
 from onecard.run import EVALS, Run
@@ -166,7 +165,7 @@ def plan_beside(run: Run) -> list[tuple[str, str, str]]:
         error = np.std(run.groups[-1], ddof=1) / math.sqrt(len(run.groups[-1]))
         rows.append(("standard error of val", f"{found['eval_error']:.4f}", f"{error:.4f}"))
     if len(run.evals["step"]):
-        expected = f"{found['loss']:.2f} +- {BAND} at the end" if found["loss"] else "no expectation"
+        expected = f"{found['loss']} at the end" if found["loss"] else "no expectation"
         rows.append(("val loss", expected, f"{run.evals['val'][-1]:.4f}"))
     return rows
 

@@ -263,7 +263,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
             checkpoint.remove_all(config.out_dir, runtime.print0)  # there are some only with overwrite=True
         about: dict = dict(torch=torch.__version__, device=runtime.device_name, dtype=runtime.dtype_name, data=data)
         about |= dict(parameters=model.num_params(positions=False), planned_memory=planned["memory"])
-        about |= dict(planned_hours=planned["hours"], expected_loss=planned["loss"])
+        about |= dict(planned_hours=planned["hours"], expected_loss=planned["loss"] and planned["loss"].loss)
         writer = metrics.start(config, progress, tokenizer, is_new, about, runtime.print0)
     return Run(
         config=config,
@@ -316,7 +316,7 @@ def plan_only(config: TrainConfig) -> None:
     _, origin = starting_point(config, checkpoint.is_new(config), print)
     config = checkpoint.take_over(config, tokenizer, origin)
     if config.budget_hours:
-        budget.show(config, facts, windows[0].tokens if windows else None)
+        budget.show(config, facts, windows)
     else:
         plan.show(config, learning_rates(config), facts, windows, tokenizer, origin)
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from onecard import UserError
 from onecard.cards import Card, card, similar
 from onecard.durable import replacing
-from onecard.law import BAND, critical_batch, expected_loss, law, usual_rate
+from onecard.law import Expected, critical_batch, expected_loss, law, usual_rate
 from onecard.memory import BUDGET, GiB, network, trace_memory
-from onecard.plan import DESKTOP, utilisation
+from onecard.plan import DESKTOP, bytes_per_token, utilisation
 
 SHAPES = ((6, 384), (8, 512), (12, 512), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048))  # layers, width
 HEAD = 64
@@ -41,7 +41,7 @@ class Row(NamedTuple):
     tokens: int
     memory: float  # bytes at the peak of a step
     hours: float
-    loss: float | None  # expected, where the law is validated
+    loss: Expected | None  # on FineWeb, where the law is validated
     rank: float  # the law's value for this size and these tokens, whatever the recipe: lower is better
 
 
@@ -67,16 +67,17 @@ def problems(config) -> list[str]:
     return found
 
 
-def show(config, facts: dict, train_tokens: int | None) -> None:
+def show(config, facts: dict, windows) -> None:
     """Prints the table for config.budget_hours, and writes the best row as a config if config.write_config names one.
 
-    facts: of the device, as plan.plan has them; train_tokens: of the dataset, if there is one. Raises BudgetError.
+    facts: of the device, as plan.plan has them; windows: of train and val, if there is a dataset. Raises BudgetError.
     """
     found = card(facts["device"], facts.get("sms"), facts.get("total_bytes"))
     if not found:
         raise BudgetError(f"budget_hours: the speed of {facts['device']} is not known; give --gpu='RTX 4070', say")
     free = facts.get("free_bytes") or DESKTOP * found.gib * GiB
-    rows = choices(config, config.budget_hours, found, free, facts["dtype"], train_tokens)
+    data = (windows[0].tokens, bytes_per_token(windows)) if windows else ()
+    rows = choices(config, config.budget_hours, found, free, facts["dtype"], *data)
     chosen = best(rows)
     print(
         f"{config.budget_hours:g} hours on {found.name}, {free / GiB:.1f} GiB free; {config.arch}, {config.optimizer}"
@@ -90,14 +91,16 @@ def show(config, facts: dict, train_tokens: int | None) -> None:
         print("add --write_config=config/mine.py to write it as a config")
 
 
-def choices(config, hours: float, found: Card, free_bytes: float, dtype: torch.dtype, train_tokens=None) -> list[Row]:
+def choices(
+    config, hours: float, found: Card, free_bytes: float, dtype: torch.dtype, train_tokens=None, bytes_per_token=None
+) -> list[Row]:
     """The best rows that fit, by size. config gives arch, optimizer, schedule and block_size.
 
     The loss to expect does not depend on memory, which takes seconds to predict: it is predicted for the best networks
     only. Raises BudgetError if nothing fits.
     """
     shapes = [replace(config, n_layer=layers, n_embd=width, n_head=width // HEAD) for layers, width in SHAPES]
-    runs = [run for shape in shapes if (run := longest_run(shape, hours, found, dtype, train_tokens))]
+    runs = [run for shape in shapes if (run := longest_run(shape, hours, found, dtype, train_tokens, bytes_per_token))]
     rows: list[Row] = []
     for run in tqdm(sorted(runs, key=lambda run: run.rank), desc="networks", leave=False, delay=2):
         row = with_micro_batch(run, free_bytes, dtype)
@@ -113,7 +116,7 @@ def choices(config, hours: float, found: Card, free_bytes: float, dtype: torch.d
     return sorted(rows, key=lambda row: row.parameters)
 
 
-def longest_run(config, hours, found, dtype, train_tokens) -> Row | None:
+def longest_run(config, hours, found, dtype, train_tokens, bytes_per_token) -> Row | None:
     """This network on as many tokens as the hours allow, without a micro batch yet. None: they are too few."""
     model = network(config)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
@@ -142,7 +145,8 @@ def longest_run(config, hours, found, dtype, train_tokens) -> Row | None:
         dtype=str(dtype).removeprefix("torch."),
     )
     rates = [rate, config.min_lr]  # the law asks for the first and the last one
-    loss, _ = expected_loss(config, rates, tokens / train_tokens if train_tokens else None)
+    epochs = tokens / train_tokens if train_tokens else None
+    loss, _ = expected_loss(config, rates, epochs, bytes_per_token)
     seconds = steps * step_tokens * flops_per_token / speed / 0.97
     return Row(config, counts["total"], steps * step_tokens, 0.0, seconds / 3600, loss, rank)
 
@@ -174,7 +178,7 @@ def table(rows: list[Row], chosen: int) -> list[str]:
     lines = ["  layers x width  parameters   tokens  a parameter  micro batch   memory  hours  val loss"]
     for i, row in enumerate(rows):
         c = row.config
-        loss = f"{row.loss:.2f} +- {BAND}" if row.loss else "not known"
+        loss = row.loss or "not known"
         lines.append(
             f"{'*' if i == chosen else ' '} {c.n_layer:>6} x {c.n_embd:<6} {row.parameters / 1e6:>9.1f}M "
             f"{row.tokens / 1e9:>7.2f}B {row.tokens / row.parameters:>11.0f} {c.batch_size:>12} "
@@ -186,7 +190,7 @@ def table(rows: list[Row], chosen: int) -> list[str]:
 def write_config(path: str, row: Row, card_name: str) -> None:
     """Writes the row as a config file. Raises BudgetError if it cannot be written."""
     c, file = row.config, Path(path)
-    loss = f"Expect a val loss of {row.loss:.2f} +- {BAND} on FineWeb." if row.loss else "No loss is expected."
+    loss = f"Expect a val loss of {row.loss} on FineWeb." if row.loss else "No loss is expected."
     text = f'''"""{row.parameters / 1e6:.1f}M parameters on {row.tokens / 1e9:.2f}B tokens.
 
     python train.py {file.as_posix()}

@@ -1,18 +1,53 @@
 """The loss to expect of a run before it starts, and other rules from the literature on scaling.
 
-    loss, reason = expected_loss(config, rates)   # None and the reason where no figure supports an expectation
+    expected, reason = expected_loss(config, rates)   # None and the reason where no figure supports an expectation
 
-`law` is the scaling law of Hoffmann et al. 2022, shifted to meet a public run of GPT-2 on FineWeb.
+`law` is the scaling law of Hoffmann et al. 2022, shifted to meet a public run of GPT-2 on FineWeb. A newer recipe
+counts as one that has seen MULTIPLIER times the tokens.
 """
 
 import math
+from typing import NamedTuple
 
 from onecard.memory import network
 
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28  # Hoffmann et al. 2022, arXiv 2203.15556
 ANCHOR = (124_475_904, 10.26e9, 3.2722)  # GPT-2 with AdamW on FineWeb by llm.c: parameters, tokens, val loss
 BAND = 0.08  # error of the law, in nats
-MULTIPLIER = {("gpt2", "adamw"): 1.0}  # tokens of GPT-2's recipe that one token is worth, by network and optimizer
+MULTIPLIER = {  # tokens of GPT-2's recipe that one token is worth, by network and optimizer: lowest, middle, highest
+    ("gpt2", "adamw"): (1.0, 1.0, 1.0),
+    ("qwen3", "muon"): (3.5, 5.5, 8.5),  # docs/recipe.md: extrapolated between tiny networks and 124M
+}
+GPT2_BYTES = 4.67  # bytes of text in a token, with GPT-2's tokenizer on FineWeb
+SMALLEST_VOCABULARY = 8192  # of those for which a loss is expected
+FEWEST_A_PARAMETER = 10  # tokens; with the newer recipe
+OTHER_VOCABULARY = 0.1  # added to the band, in nats per 4.67 bytes: that vocabularies differ little is an assumption
+
+
+class Expected(NamedTuple):
+    """The loss to expect, in nats per token of the run's tokenizer, and what it is probably off by at most."""
+
+    loss: float
+    band: float
+    bits_per_byte: float | None  # None: the tokens are GPT-2's, for which the loss says as much
+    parameters: int  # of the run
+    tokens: int
+    multiplier: float  # tokens of GPT-2's recipe that one token is worth
+    size: float  # of a token: its bytes of text, in those of GPT-2's
+
+    def __str__(self) -> str:
+        bits = f" ({self.bits_per_byte:.3f} bits per byte)" if self.bits_per_byte else ""
+        return f"{self.loss:.2f} +- {self.band:.2f}{bits}"
+
+    @property
+    def source(self) -> str:
+        worth = "" if self.multiplier == 1 else f", a token counted as {self.multiplier:g}: docs/recipe.md"
+        return f"law of Hoffmann et al. 2022{worth}"
+
+    def gain(self, parameters: float, tokens: float) -> float:
+        """By how many nats a token another network on other tokens would end lower, by the law."""
+        worth = self.multiplier * self.size
+        return self.size * (law(self.parameters, self.tokens * worth) - law(parameters, tokens * worth))
 
 
 def law(parameters: float, tokens: float) -> float:
@@ -28,7 +63,10 @@ def law(parameters: float, tokens: float) -> float:
 
 
 def best_size(parameters: float, tokens: float) -> tuple[float, float]:
-    """(N, D) with the lowest loss by the law for the same FLOPs, which are taken as 6 x parameters x tokens."""
+    """(N, D) with the lowest loss by the law for the same FLOPs, which are taken as 6 x parameters x tokens.
+
+    For every recipe, because whether a newer one moves the best size is not known.
+    """
     product = parameters * tokens
     n = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * product ** (BETA / (ALPHA + BETA))
     return n, product / n
@@ -48,23 +86,37 @@ def critical_batch(loss: float) -> float:
     return 2.1e8 / loss ** (1 / 0.21)
 
 
-def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | None, str | None]:
-    """(val loss on FineWeb at the end of the run, None), or (None, the reason why there is no expectation)."""
+def multiplier(config) -> tuple[float, float, float] | None:
+    """Lowest, middle and highest number of the old recipe's tokens that one token is worth; None: not known."""
+    return MULTIPLIER.get((config.arch, config.optimizer))
+
+
+def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: float | None = None):
+    """(Expected on FineWeb at the end of the run, None), or (None, the reason why there is no expectation).
+
+    bytes_per_token: of text, in the dataset; needed where the tokens are not GPT-2's.
+    """
     model, tokens = network(config), config.step_tokens * config.max_iters
     counts, vocab_size = model.parameter_counts(), model.config.vocab_size
-    n, usual = counts["total"], usual_rate(counts["blocks"])
-    multiplier = MULTIPLIER.get((config.arch, config.optimizer))
+    n, usual = counts["total"], usual_rate(counts["blocks"], config.optimizer)
+    worth, gpt2s = multiplier(config), 50257 <= vocab_size <= 51200
+    size = 1.0 if gpt2s else (bytes_per_token or 0.0) / GPT2_BYTES  # of a token, in GPT-2's
     end = config.lr_decay_iters or config.max_iters
     if config.from_pretrained:
         reason = f"the scaling law holds for random initial weights, not for those of {config.init_from}"
-    elif multiplier is None:
-        reason = f"the scaling law is for GPT-2's network with AdamW, not for {config.arch} with {config.optimizer}"
-    elif not 50257 <= vocab_size <= 51200:
-        reason = f"the scaling law is for GPT-2's tokens, not for a vocabulary of {vocab_size:,}"
+    elif worth is None:
+        known = " and ".join(" with ".join(pair) for pair in MULTIPLIER)
+        reason = f"the scaling law is for {known}, not for {config.arch} with {config.optimizer}"
+    elif not gpt2s and vocab_size < SMALLEST_VOCABULARY:
+        reason = f"the scaling law is for GPT-2's tokens and similar ones, not for a vocabulary of {vocab_size:,}"
+    elif not size:
+        reason = f"the bytes of a token are not known, of a vocabulary of {vocab_size:,} that is not GPT-2's"
     elif not 2e7 <= n <= 1.6e9:
         reason = f"the scaling law is not validated for {n / 1e6:,.0f}M parameters"
-    elif not 5e8 <= tokens <= 5e11:
+    elif not 5e8 <= tokens * size * worth[1] <= 5e11:
         reason = f"the scaling law is not validated for {tokens / 1e6:,.1f}M tokens"
+    elif worth[1] > 1 and tokens < FEWEST_A_PARAMETER * n:
+        reason = f"what the newer recipe gains is not known for less than {FEWEST_A_PARAMETER} tokens a parameter"
     elif (epochs or 0) > 4.05:
         reason = "the scaling law is for new tokens; beyond 4 epochs a repeated token is worth less"
     elif config.decay_lr and config.warmup_iters > 0.2 * config.max_iters:
@@ -74,5 +126,8 @@ def expected_loss(config, rates, epochs: float | None = None) -> tuple[float | N
     elif not usual / 5 <= config.learning_rate <= 5 * usual:
         reason = f"the scaling law is for a good learning rate, about {usual:.1g}, not {config.learning_rate:g}"
     else:
-        return law(n, tokens * multiplier), None
+        highest, middle, lowest = (law(n, tokens * size * share) for share in worth)
+        band = math.hypot(BAND, (highest - lowest) / 2) + (0.0 if gpt2s else OTHER_VOCABULARY)
+        bits = None if gpt2s else middle / math.log(2) / GPT2_BYTES
+        return Expected(middle * size, band * size, bits, n, tokens, worth[1], size), None
     return None, reason

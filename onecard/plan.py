@@ -20,7 +20,7 @@ from configurator import describe
 from model import GPT, GPTConfig
 from onecard.advice import warnings
 from onecard.cards import card
-from onecard.law import BAND, expected_loss
+from onecard.law import expected_loss
 from onecard.memory import CPU_BATCH_TOKENS, GiB, network, trace_memory
 from onecard.optim import configure_optimizers
 
@@ -44,6 +44,7 @@ def plan(
     rates,
     train_tokens: int | None = None,
     val_tokens: int | None = None,
+    bytes_per_token: float | None = None,
     eval_tokens: int = 10_485_760,
     device: str = "cpu",
     sms: int | None = None,
@@ -57,10 +58,10 @@ def plan(
 ) -> dict:
     """All that can be known of a run beforehand; None where it cannot.
 
-    train_tokens, val_tokens: in the dataset; eval_tokens: of each split in an evaluation; device: "cpu", or the name
-    of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes, total_bytes: of the card's
-    memory; gpu_processes: the other processes on it; trace: predict the memory of a step, and measure the speed of a
-    small network on a CPU, which takes seconds; None: the memory only where it may be short.
+    train_tokens, val_tokens, bytes_per_token: in the dataset; eval_tokens: of each split in an evaluation; device:
+    "cpu", or the name of a card with `sms` multiprocessors; dtype: of the matrix products; free_bytes, total_bytes: of
+    the card's memory; gpu_processes: the other processes on it; trace: predict the memory of a step, and measure the
+    speed of a small network on a CPU, which takes seconds; None: the memory only where it may be short.
     """
     model, known = network(config), card(device, sms, total_bytes)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
@@ -102,7 +103,7 @@ def plan(
     elif small_on_cpu and trace is not False and tokens:
         token_seconds, update_seconds = measured_seconds(config, dtype)
         found["hours"] = ((tokens + evaluated) * token_seconds / world_size + config.max_iters * update_seconds) / 3600
-    found["loss"], found["no_loss"] = expected_loss(config, rates, found["epochs"])
+    found["loss"], found["no_loss"] = expected_loss(config, rates, found["epochs"], bytes_per_token)
     found["warnings"] = list(warnings(config, found))
     return found
 
@@ -163,6 +164,7 @@ def show(config, rates, facts: dict, windows, tokenizer, origin: dict | None) ->
     began_from = (origin or {}).get("began_from") or config.init_from  # also where the run is resumed
     planned = replace(config, init_from=began_from)
     facts = facts | {f"{split.split}_tokens": split.tokens for split in windows}
+    facts["bytes_per_token"] = bytes_per_token(windows)
     trace = None  # the memory only where it may be short
     if config.plan_only or config.eval_only:
         trace = config.plan_only
@@ -174,6 +176,11 @@ def show(config, rates, facts: dict, windows, tokenizer, origin: dict | None) ->
         print(f"ids     {ids}; vocab_size={config.vocab_size}")
     print(*lines(found, planned), sep="\n", flush=True)
     return found
+
+
+def bytes_per_token(windows) -> float | None:
+    """Of the train text; windows as in show."""
+    return windows[0].text_bytes / windows[0].tokens if windows and windows[0].text_bytes else None
 
 
 def lines(found: dict, config):
@@ -205,8 +212,8 @@ def lines(found: dict, config):
         yield f"time    {found['flops']:.2e} FLOP; the log lines show the hours left, from the measured speed"
     if found["disk_free"]:
         yield f"disk    {found['disk_need'] / 1e9:.2f} GB for checkpoints, {found['disk_free'] / 1e9:,.1f} GB free"
-    if found["loss"]:
-        yield f"loss    expect val {found['loss']:.2f} +- {BAND} on FineWeb at the end (law of Hoffmann et al. 2022)"
+    if expected := found["loss"]:
+        yield f"loss    expect val {expected} on FineWeb at the end ({expected.source})"
     else:
         yield f"loss    no expectation: {found['no_loss']}"
     for text in found["warnings"]:

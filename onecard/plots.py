@@ -15,7 +15,6 @@ import numpy as np
 
 from onecard import forecast
 from onecard.compare import measure
-from onecard.law import BAND
 from onecard.run import Run
 
 POINTS = 2400  # of one kind of curve, for all runs together
@@ -164,10 +163,10 @@ def end_curves(d: Drawn) -> Iterator[dict]:
         ahead = np.unique(np.linspace(fit["step"], fit["end"], 60).astype(int))
         half = fit["band"] * (ahead - ahead[0]) / max(1, ahead[-1] - ahead[0])
         yield from d.band("forecast", ahead, forecast.follow(fit, run.rates)[ahead], half)
-    if loss := run.plan["loss"]:
-        end: dict = dict(mode="markers", error_y=dict(array=[BAND], width=9, thickness=2))
+    if expected := run.plan["loss"]:
+        end: dict = dict(mode="markers", error_y=dict(array=[expected.band], width=9, thickness=2))
         end["marker"] = dict(symbol="line-ew-open", size=12)
-        yield d.curve("expected before the run", [run.end], [loss], 3, **end)
+        yield d.curve("expected before the run", [run.end], [expected.loss], 3, **end)
 
 
 def forecast_curves(d: Drawn) -> Iterator[dict]:

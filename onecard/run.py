@@ -3,6 +3,7 @@
 report.py makes a Run from what onecard/logs.py reads. diagnosis.py, verdict.py and the page read it.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -62,10 +63,17 @@ class Run:
         """What was planned (plan.plan), without the memory of a step, which takes seconds."""
         c, data = self.config, self.about.get("data", {})
         facts = {name: data.get(name) for name in ("train_tokens", "val_tokens")}
+        facts["bytes_per_token"] = self.bytes_per_token
         if eval_tokens := c.eval_tokens or c.eval_iters * c.batch_size * c.block_size:
             facts["eval_tokens"] = eval_tokens
         dtype = getattr(torch, self.about.get("dtype", "bfloat16"))
         return plan.plan(c, self.rates, **facts, device=self.about.get("device", "cpu"), dtype=dtype, trace=False)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the val text, from its loss in nats per token and in bits per byte."""
+        ratios = self.evals["val"] / self.evals["bits_per_byte"] / math.log(2)
+        return float(ratios[np.isfinite(ratios)][-1]) if np.isfinite(ratios).any() else None
 
     @cached_property
     def val(self) -> Curve:

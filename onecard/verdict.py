@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from onecard.curve import noise
-from onecard.law import BAND, best_size, law
+from onecard.law import best_size
 from onecard.metrics import duration
 from onecard.run import Run
 
@@ -69,9 +69,10 @@ def against(run):
         end, error = fit["loss"], fit["band"]
         yield f"forecast of the end {end:.3f} +- {error:.3f}"
     if end is not None and (expected := run.plan["loss"]):
-        away = end - expected
-        words = f"{abs(away):.2f} {'above' if away > 0 else 'below'} what" if abs(away) > BAND + error else "as"
-        yield f"{words} was expected before it ({expected:.2f} +- {BAND})"
+        away = end - expected.loss
+        off = abs(away) > expected.band + error
+        words = f"{abs(away):.2f} {'above' if away > 0 else 'below'} what" if off else "as"
+        yield f"{words} was expected before it ({expected})"
 
 
 # ---- the change that would bring most
@@ -108,12 +109,12 @@ def best_change(run, findings):
 
 def by_the_law(run):
     """Another size for the same compute, or twice the parameters or tokens; or why the run misses its expectation."""
-    n, d = run.plan["parameters"]["total"], run.plan["tokens"]
-    missing = run.val.values[-1] - run.plan["loss"] if run.finished and len(run.val.steps) else 0.0
-    if missing > BAND:
+    n, d, expected = run.plan["parameters"]["total"], run.plan["tokens"], run.plan["loss"]
+    missing = run.val.values[-1] - expected.loss if run.finished and len(run.val.steps) else 0.0
+    if missing > expected.band:
         return f"First find what costs {missing:.2f} nats: check the learning rate, the data and the val set."
     size, tokens = best_size(n, d)
-    same, larger, longer = (law(n, d) - law(*other) for other in ((size, tokens), (2 * n, d), (n, 2 * d)))
+    same, larger, longer = expected.gain(size, tokens), expected.gain(2 * n, d), expected.gain(n, 2 * d)
     if same > 0.05:
         text = f"{size / 1e6:.0f}M parameters on {tokens / 1e9:.2f}B tokens would bring most: {same:.2f} nats"
         return f"{text} for the same {hours(run, run.end)}, by the scaling law."
@@ -182,10 +183,10 @@ def limits(run) -> Words:
         compare = "Only runs on the same data tell whether it is good: python report.py RUN ANOTHER"
         yield "no expectation", f"No loss to expect: {run.plan['no_loss']}. {compare}."
     else:
-        wanted = f"{expected:.2f} +- {BAND} on FineWeb (law of Hoffmann et al. 2022)"
+        wanted = f"{expected} on FineWeb ({expected.source})"
         ended = f"; it is {run.val.values[-1]:.3f}" if run.finished and len(run.val.steps) else ""
         yield "expected", f"Val loss at the end should be {wanted}{ended}."
-        size, data = law(n, d) - law(2 * n, d), law(n, d) - law(n, 2 * d)
+        size, data = expected.gain(2 * n, d), expected.gain(n, 2 * d)
         name = "size" if size > 1.5 * data else "tokens" if data > 1.5 * size else ""
         text = f"Loss would fall by {size:.2f} with twice the {n / 1e6:.0f}M parameters"
         yield f"limited by {name}" if name else "balanced", f"{text}, {data:.2f} with twice the tokens."
