@@ -96,7 +96,7 @@ def normuon():
             state["rows"] = state["rows"].lerp(square, 0.05) if "rows" in state else square
             before = update.norm()
             update.div_(state["rows"].sqrt() + 1e-8)
-            update.mul_(before / update.norm())
+            update.mul_(before / update.norm().clamp(min=1e-7))  # zeros at first, below branches that start at zero
         return updates
 
     apply_update(change)
@@ -117,7 +117,7 @@ def muonh():
     def changed_step(self, params, group):
         step_together(self, params, group)
         for p in params:
-            p.mul_(norms[p] / p.norm())
+            p.mul_(norms.get(p, p.norm()) / p.norm())  # plan.py times an optimizer of its own
 
     with_optimizers(change)
     Muon.step_together = changed_step
@@ -240,6 +240,8 @@ CANDIDATES = {
     "growing_batch": growing_batch,
     "none": lambda: None,
 }
+
+SHORTER_STEPS = ("growing_batch",)  # called with half of the tokens in a step
 
 if __name__ == "__main__":
     CANDIDATES[sys.argv.pop(1)]()
