@@ -85,7 +85,7 @@ class TrainConfig:
     # optimizer
     optimizer: str = key("adamw", "muon: for matrices in blocks, adamw for the rest", choices=("adamw", "muon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
-    embedding_lr_scale: float = key(1.0, "with muon: the embedding's learning rate, over that of the rest", low=0.0, high=1000.0)
+    embedding_lr_scale: float = key(1.0, "with muon: the embedding's learning rate over that of the rest", low=0.0, high=1e3)
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0, high=10**7)
     max_hours: float = key(0.0, "save and stop before this process has run for N hours; 0: no limit", low=0.0)
     weight_decay: float = key(1e-1, "for tensors of two or more dimensions", low=0.0)
