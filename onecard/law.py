@@ -17,6 +17,7 @@ BAND = 0.08  # error of the law, in nats
 MULTIPLIER = {  # tokens of GPT-2's recipe that one token is worth, by network and optimizer: lowest, middle, highest
     ("gpt2", "adamw"): (1.0, 1.0, 1.0),
     ("qwen3", "muon"): (3.5, 5.5, 8.5),  # docs/recipe.md: extrapolated between tiny networks and 124M
+    ("qwen3", "normuon"): (3.5, 5.5, 8.5),
 }
 GPT2_BYTES = 4.67  # bytes of text in a token, with GPT-2's tokenizer on FineWeb
 SMALLEST_VOCABULARY = 8192  # of those for which a loss is expected
@@ -78,7 +79,7 @@ def usual_rate(parameters: float, optimizer: str = "adamw") -> float:
     Above 1.5 billion, their largest network, it stays the same: the formula falls below 0 at 12 billion. Muon's is 5.6
     times that: 3.6e-3 at 124M in the public speed runs (modded-nanogpt, track 3).
     """
-    return (0.003239 - 0.0001395 * math.log(min(parameters, 1.5e9))) * (5.6 if optimizer == "muon" else 1)
+    return (0.003239 - 0.0001395 * math.log(min(parameters, 1.5e9))) * (1 if optimizer == "adamw" else 5.6)
 
 
 def critical_batch(loss: float) -> float:

@@ -14,26 +14,28 @@ from model import GPT, ModelError
 
 SAVED_NAMES = ("muon", "optimizer")  # keys of their states in a checkpoint; "optimizer" is AdamW, as in nanoGPT
 NEWTON_SCHULZ = 5 * [(3.4445, -4.7750, 2.0315)]  # coefficients of Jordan's quintic iterations
+ROWS_DECAY = 0.95  # of NorMuon's running mean of squares
 STACK_ON_CPU = 192  # with a smaller side above this, matrices are faster one by one on a CPU
 
 
 def configure_optimizers(
     model: GPT, config, device_type: str, rank: int = 0, world_size: int = 1
 ) -> list[torch.optim.Optimizer]:
-    """[AdamW] (Loshchilov & Hutter 2019), or [Muon, AdamW] with config.optimizer="muon".
+    """[AdamW] (Loshchilov & Hutter 2019), or [Muon, AdamW] with config.optimizer "muon" or "normuon".
 
     config has optimizer, learning_rate, embedding_lr_scale, weight_decay, beta1, beta2. Matrices and embeddings decay,
     vectors do not. Muon takes the matrices inside the blocks, with AdamW's learning rate, and shares its work among
     world_size processes.
     Raises ModelError for Muon with a network that it does not fit.
     """
-    if config.optimizer == "muon" and model.config.arch == "gpt2":
+    has_muon = config.optimizer != "adamw"
+    if has_muon and model.config.arch == "gpt2":
         raise ModelError(
-            "optimizer='muon' needs arch='qwen3': GPT-2 keeps query, key and value in one matrix, and Muon would "
-            "orthogonalise them together"
+            f"optimizer={config.optimizer!r} needs arch='qwen3': GPT-2 keeps query, key and value in one matrix, and "
+            "Muon would orthogonalise them together"
         )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]  # a tied tensor comes once
-    is_muons = {name: config.optimizer == "muon" and p.dim() == 2 and ".h." in name for name, p in named}
+    is_muons = {name: has_muon and p.dim() == 2 and ".h." in name for name, p in named}
     matrices = [p for name, p in named if is_muons[name]]
     rest = [p for name, p in named if not is_muons[name]]
     groups = [
@@ -48,7 +50,9 @@ def configure_optimizers(
     if not matrices:
         return [adamw]
     stack_up_to = STACK_ON_CPU if device_type == "cpu" else math.inf
-    return [Muon(matrices, config.learning_rate, config.weight_decay, stack_up_to, rank, world_size), adamw]
+    muon = Muon(matrices, config.learning_rate, config.weight_decay, stack_up_to, rank, world_size)
+    muon.even_rows = config.optimizer == "normuon"
+    return [muon, adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -57,7 +61,12 @@ class Muon(torch.optim.Optimizer):
     The same steps as torch.optim.Muon with adjust_lr_fn="match_rms_adamw", which does one matrix after the other. Here
     matrices of one shape are stacked and done by batched products, if their smaller side is at most `stack_up_to`. Of
     several processes each does a share of the matrices and sends it to the others.
+
+    With even_rows it is NorMuon (Li et al. 2025, arXiv 2510.05491): the rows of an update are divided by the root of
+    their running mean square, and the whole is as large as before.
     """
+
+    even_rows = False
 
     def __init__(self, params, lr: float, weight_decay: float, stack_up_to: float, rank: int = 0, world_size: int = 1):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
@@ -80,15 +89,27 @@ class Muon(torch.optim.Optimizer):
         """One step of matrices of one shape."""
         lr, momentum = group["lr"], group["momentum"]
         for p in params:
-            if not self.state[p]:
+            if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            if self.even_rows and "row_squares" not in self.state[p]:
+                self.state[p]["row_squares"] = torch.zeros_like(p[:, :1])
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = self.orthogonalize(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's look ahead
+        if self.even_rows:
+            updates = self.with_even_rows(updates.float(), [self.state[p]["row_squares"] for p in params])
         rms = 0.2 * math.sqrt(max(params[0].shape))  # 0.2 is about the RMS of AdamW's updates (Liu et al., eq. 4)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         updates = updates.to(params[0].dtype, memory_format=torch.contiguous_format)  # so the sum is one kernel
         torch._foreach_add_(params, list(updates), alpha=-lr * rms)
+
+    @staticmethod
+    def with_even_rows(updates, squares):
+        """updates (N, rows, columns) -> the same divided by the roots of the rows' squares, N of (rows, 1)."""
+        torch._foreach_lerp_(squares, list(updates.square().mean(-1, keepdim=True)), 1 - ROWS_DECAY)
+        even = updates / (torch.stack(squares).sqrt() + 1e-8)
+        size = updates.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        return even * size
 
     def orthogonalize(self, matrices):
         """Matrices of one shape -> (N, rows, columns) of bfloat16. This process computes a share of them."""
