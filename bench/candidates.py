@@ -238,7 +238,6 @@ CANDIDATES = {
     "momentum": lambda: momentum(0.85, 0.1),
     "documents": documents,
     "growing_batch": growing_batch,
-    "none": lambda: None,
 }
 
 SHORTER_STEPS = ("growing_batch",)  # called with half of the tokens in a step

@@ -221,7 +221,10 @@ def gpu(options):
         "memory": ["bench/train.py", "--memory"],
         "sample": ["bench/sample.py", "--tokens=500"],
         "scaling": ["bench/train.py", "--scaling"],
-        "speedrun": ["bench/speedrun.py", f"--results={out.resolve()}/speedrun.jsonl", *options.speedrun],
+        "recipe": [
+            *("bench/scaling.py", f"--results={out.resolve()}/recipe.jsonl", f"--runs={out.resolve()}/runs"),
+            *(f"--figure={out.resolve()}/recipe.png", f"--budget_hours={options.minutes / 60}", *options.recipe),
+        ],
     }
     for name, command in commands.items():
         part, left = out / f"{name}.part", end - time.monotonic()
@@ -249,7 +252,7 @@ def main():
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--out", default="out/gpu", help="with --gpu: folder for what the commands print")
     parser.add_argument("--minutes", type=float, default=9.0, help="with --gpu: stop after this time")
-    parser.add_argument("speedrun", nargs="*", help="with --gpu, after --: options of bench/speedrun.py")
+    parser.add_argument("recipe", nargs="*", help="with --gpu, after --: options of bench/scaling.py, say --dataset")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

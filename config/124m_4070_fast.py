@@ -1,4 +1,4 @@
-"""A faster recipe with 124M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
+"""A faster recipe with 124M parameters for one RTX 4070 (12 GB): Qwen3's shape, NorMuon, linear decay to zero.
 
     python train.py config/124m_4070_fast.py
 
@@ -21,7 +21,8 @@ tokens_per_step = 2**19  # 524,288
 batch_size = 8
 max_iters = 3500  # 1.84B tokens
 
-optimizer = "muon"  # for the matrices in the blocks; AdamW for the rest
+optimizer = "normuon"  # for the matrices in the blocks; AdamW for the rest
+embedding_lr_scale = 2.0
 learning_rate = 3.6e-3
 lr_schedule = "linear"
 min_lr = 0.0

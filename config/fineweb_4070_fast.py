@@ -1,4 +1,4 @@
-"""A faster recipe with 40.6M parameters for one RTX 4070 (12 GB): Qwen3's shape, Muon, linear decay to zero.
+"""A faster recipe with 40.6M parameters for one RTX 4070 (12 GB): Qwen3's shape, NorMuon, linear decay to zero.
 
     python train.py config/fineweb_4070_fast.py
 
@@ -24,7 +24,8 @@ tokens_per_step = 2**18  # 262,144; a network of this size gains little from mor
 batch_size = 16
 max_iters = 10000  # 2.62B tokens
 
-optimizer = "muon"  # for the matrices in the blocks; AdamW for the rest
+optimizer = "normuon"  # for the matrices in the blocks; AdamW for the rest
+embedding_lr_scale = 2.0
 learning_rate = 4e-3
 lr_schedule = "linear"
 min_lr = 0.0

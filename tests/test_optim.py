@@ -128,7 +128,7 @@ def test_normuon_is_the_algorithm_of_its_paper(shape):
         update = even * 0.2 * math.prod(shape) ** 0.5 / even.norm()  # an RMS of 0.2
         expected = (1 - 0.02 * 0.1) * expected - 0.02 * update
     assert torch.equal(*stacked) and set(muon.state[stacked[0]]) == {"momentum_buffer", "row_squares"}
-    assert (stacked[0] - expected).norm() < 0.2 * (expected - start).norm()  # Jordan's factor is 0.7 to 1.2 of it; Muon: 0.35 if tall
+    assert (stacked[0] - expected).norm() < 0.2 * (expected - start).norm()  # Jordan's factor: 0.7 to 1.2 of it
 
 
 @pytest.mark.parametrize("stack_up_to", [0, 10**9], ids=["one by one", "stacked"])

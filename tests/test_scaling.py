@@ -1,0 +1,72 @@
+"""bench/scaling.py: its arithmetic, on made-up losses whose law and multiplier are known."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.fixture
+def scaling(monkeypatch):
+    """bench/scaling.py as a module."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield importlib.import_module("scaling")
+    for name in ("scaling", "candidates", "common"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def options(scaling):
+    return SimpleNamespace(dataset="made", dtype="float32", **scaling.PRESETS["cpu"])
+
+
+def loss_of(n, d):
+    return 1.1 + 9.0 / n**0.3 + 20.0 / d**0.35
+
+
+@pytest.fixture
+def losses(scaling, options):
+    """Of the whole study, as if a token of the new recipe were worth five, with seeds that differ by 0.01."""
+    known = {}
+    for keys in scaling.all_runs(options):
+        tokens = keys["max_iters"] * options.sequences * options.block_size
+        worth = 1 if keys["arch"] == "gpt2" else 5
+        loss = loss_of(scaling.parameters(options, scaling.size_of(keys)), worth * tokens) + 0.01 * (keys["seed"] - 1)
+        known[scaling.name_of(keys)] = dict(keys=keys, val_loss=loss, ms_per_step=40 * worth)
+    return scaling.Losses(options, known)
+
+
+def test_no_run_reads_a_token_twice_and_none_is_done_twice(scaling, options):
+    runs = {scaling.name_of(keys): keys for keys in scaling.all_runs(options)}
+    assert max(keys["max_iters"] for keys in runs.values()) * 2048 < 84e6  # bytes of ../shared/corpus
+    assert len([k for k in runs.values() if k["n_layer"] == 4 and k["n_embd"] == 96]) == 7  # one seed
+    sizes = [scaling.parameters(options, size) for size in options.sizes.split(",")]
+    assert sizes == sorted(sizes)
+
+
+def test_a_known_multiplier_is_found_at_every_size_and_does_not_change_with_it(scaling, options, losses, capsys):
+    found = scaling.print_multipliers(options, losses)
+    values = [value for by_size in found.values() for value, _ in by_size.values()]
+    assert len(values) > 8 and values == pytest.approx([5.0] * len(values), rel=0.05)
+    scaling.print_trend(options, found)
+    trend = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert abs(float(trend[3].split()[0])) < 0.1 and float(trend[4].split()[0]) == pytest.approx(5, rel=0.2)
+
+
+def test_a_loss_beyond_the_longest_run_has_no_multiplier(scaling):
+    curve = [(10, 3.0), (20, 2.5), (40, 2.0)]
+    assert scaling.crossing(curve, 2.5) == 20 and scaling.crossing(curve, 2.75) == pytest.approx(200**0.5)
+    assert scaling.crossing(curve, 3.5) == 10 and scaling.crossing(curve, 1.9) is None
+
+
+def test_the_fit_of_the_smaller_sizes_predicts_the_largest(scaling, options, losses):
+    *smaller, largest = options.sizes.split(",")
+    n = scaling.parameters(options, largest)
+    for recipe, worth in (("old", 1), ("new", 5)):
+        fitted = scaling.fit_of(options, losses, recipe, smaller)
+        for tokens in scaling.TOKENS[recipe]:
+            assert scaling.law(fitted, n, tokens * n) == pytest.approx(loss_of(n, worth * tokens * n), abs=0.02)
