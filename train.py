@@ -87,9 +87,6 @@ class TrainConfig:
         "adamw", "muon, normuon: for matrices in blocks, adamw for the rest", choices=("adamw", "muon", "normuon")
     )
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
-    embedding_lr_scale: float = key(
-        1.0, "with muon and normuon: the learning rate of the embedding, as a multiple", low=0.0
-    )
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0, high=10**7)
     max_hours: float = key(0.0, "save and stop before this process has run for N hours; 0: no limit", low=0.0)
     weight_decay: float = key(1e-1, "for tensors of two or more dimensions", low=0.0)
@@ -144,8 +141,6 @@ class TrainConfig:
             found.append("wandb_artifact=True needs wandb_log=True")
         if self.decay_lr and self.min_lr > self.learning_rate:
             found.append(f"min_lr={self.min_lr:g} is above learning_rate={self.learning_rate:g}: lower min_lr")
-        if self.embedding_lr_scale != 1 and self.optimizer == "adamw":
-            found.append(f"embedding_lr_scale={self.embedding_lr_scale:g} needs optimizer='normuon' or 'muon'")
         if self.tokens_per_step % self.block_size:
             above = math.ceil(self.tokens_per_step / self.block_size) * self.block_size
             found.append(f"tokens_per_step={self.tokens_per_step} is no multiple of block_size: use {above}")
@@ -437,7 +432,7 @@ def train(config: TrainConfig, stop: Stop) -> int:
         torch.manual_seed(runtime.dropout_seed(config.seed, step))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.get("lr_scale", 1.0) * learning_rate(step, config)
+                group["lr"] = learning_rate(step, config)
         loss_sum = torch.zeros((), device=runtime.device)
         for micro_step in range(run.micro_steps):
             inputs, targets = batches.next()  # (B, T) each

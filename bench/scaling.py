@@ -31,7 +31,7 @@ from train import TrainConfig
 
 OLD = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", beta2=0.95, min_lr_share=0.1)
 BEFORE = dict(arch="qwen3", optimizer="muon", lr_schedule="linear", beta2=0.95, min_lr_share=0.0)
-NEW = BEFORE | dict(optimizer="normuon", embedding_lr_scale=2.0)  # with the candidates that survived
+NEW = BEFORE | dict(optimizer="normuon")  # with the candidate that survived
 RECIPES = {"old": OLD, "before": BEFORE, "new": NEW}
 PRESETS = {  # sizes: layers x width, the smallest first; head: the head size
     "cpu": dict(sizes="2x48,2x64,2x96,4x96", head=32, vocab_size=320, block_size=256, batch_size=8, sequences=8),

@@ -22,7 +22,6 @@ batch_size = 8
 max_iters = 3500  # 1.84B tokens
 
 optimizer = "normuon"  # for the matrices in the blocks; AdamW for the rest
-embedding_lr_scale = 2.0
 learning_rate = 3.6e-3
 lr_schedule = "linear"
 min_lr = 0.0

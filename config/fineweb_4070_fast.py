@@ -25,7 +25,6 @@ batch_size = 16
 max_iters = 10000  # 2.62B tokens
 
 optimizer = "normuon"  # for the matrices in the blocks; AdamW for the rest
-embedding_lr_scale = 2.0
 learning_rate = 4e-3
 lr_schedule = "linear"
 min_lr = 0.0

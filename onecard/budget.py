@@ -27,8 +27,7 @@ SHOWN = 4  # networks in the table: the one with the lowest loss to expect and i
 EPOCHS = 4  # beyond so many passes over the data repeats help little (Muennighoff et al. 2023, arXiv 2305.16264)
 WRITTEN = (  # keys of a written config
     "dataset arch n_layer n_head n_embd bias block_size activation_checkpointing tokens_per_step batch_size max_iters "
-    "optimizer learning_rate embedding_lr_scale lr_schedule min_lr warmup_iters weight_decay beta2 dropout "
-    "eval_interval eval_tokens dtype"
+    "optimizer learning_rate lr_schedule min_lr warmup_iters weight_decay beta2 dropout eval_interval eval_tokens dtype"
 )
 
 

@@ -23,7 +23,7 @@ def configure_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """[AdamW] (Loshchilov & Hutter 2019), or [Muon, AdamW] with config.optimizer "muon" or "normuon".
 
-    config has optimizer, learning_rate, embedding_lr_scale, weight_decay, beta1, beta2. Matrices and embeddings decay,
+    config has optimizer, learning_rate, weight_decay, beta1, beta2. Matrices and embeddings decay,
     vectors do not. Muon takes the matrices inside the blocks, with AdamW's learning rate, and shares its work among
     world_size processes.
     Raises ModelError for Muon with a network that it does not fit.
@@ -43,8 +43,6 @@ def configure_optimizers(
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if matrices:  # then the first group is the embedding alone
-        groups[0]["lr_scale"] = config.embedding_lr_scale  # train.py multiplies the learning rate with it
     betas, fused = (config.beta1, config.beta2), device_type in ("cuda", "mps", "cpu")
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     if not matrices:
