@@ -106,7 +106,7 @@ def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: f
     if config.from_pretrained:
         reason = f"the scaling law holds for random initial weights, not for those of {config.init_from}"
     elif worth is None:
-        known = " and ".join(" with ".join(pair) for pair in MULTIPLIER)
+        known = ", ".join(" with ".join(pair) for pair in MULTIPLIER)
         reason = f"the scaling law is for {known}, not for {config.arch} with {config.optimizer}"
     elif not gpt2s and vocab_size < SMALLEST_VOCABULARY:
         reason = f"the scaling law is for GPT-2's tokens and similar ones, not for a vocabulary of {vocab_size:,}"

@@ -17,7 +17,7 @@ from onecard.runtime import Runtime
 from onecard.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # into one that has no content
-QWEN3 = dict(arch="qwen3", optimizer="muon", activation_checkpointing=True)
+QWEN3 = dict(arch="qwen3", optimizer="normuon", activation_checkpointing=True)
 
 
 class StandIn(TorchDispatchMode):

@@ -25,7 +25,7 @@ GiB = 2**30
 M40 = dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=2)
 M124 = M40 | dict(n_head=12, n_embd=768)
 SMALL = dict(n_layer=2, n_head=2, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=4)
-QWEN3 = dict(arch="qwen3", optimizer="muon")
+QWEN3 = dict(arch="qwen3", optimizer="normuon")
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 from onecard import UserError, checkpoint
 from onecard.windows import Windows, shuffled
 
-EVERYTHING = dict(arch="qwen3", optimizer="muon", dtype="float16", dropout=0.1, lr_schedule="wsd", decay_iters=8)
+EVERYTHING = dict(arch="qwen3", optimizer="normuon", dtype="float16", dropout=0.1, lr_schedule="wsd", decay_iters=8)
 EVERYTHING |= dict(dataset="letters", vocab_size=0, sample_interval=5)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="kills and signals as POSIX has them")
 
@@ -173,7 +173,7 @@ def test_activation_checkpointing_changes_memory_and_not_the_gradients(gradients
     assert saved[1] < 0.7 * saved[0], saved
 
 
-@pytest.mark.parametrize("recipe", [dict(), dict(dtype="float16", arch="qwen3", optimizer="muon")])
+@pytest.mark.parametrize("recipe", [dict(), dict(dtype="float16", arch="qwen3", optimizer="normuon")])
 def test_a_step_whose_gradients_are_not_finite_changes_no_tensor_of_any_optimizer_and_is_counted(
     flags, tmp_path, during_step, recipe
 ):
@@ -493,7 +493,7 @@ def test_a_spike_of_the_loss_is_an_event_with_its_sequences(flags, tiny_data, tm
     [
         (signal.SIGTERM, dict()),
         (signal.SIGINT, dict(dtype="float16", lr_schedule="wsd", decay_iters=2)),
-        (signal.SIGHUP, dict(dtype="bfloat16", arch="qwen3", optimizer="muon")),
+        (signal.SIGHUP, dict(dtype="bfloat16", arch="qwen3", optimizer="normuon")),
     ],
 )
 def test_stopped_by_a_signal_after_each_of_its_steps_it_is_the_run_that_never_stopped(
