@@ -41,16 +41,25 @@ PRESETS = {  # sizes: layers x width, the smallest first; head: the head size
 TOKENS = {"old": (20, 40, 80), "new": (20, 10, 5, 2.5)}  # a parameter
 LONGEST = 160  # of the old recipe, at the two smallest sizes
 SEEDS = 3  # below the largest size
+ROOT2 = math.sqrt(2)
 RATES = {"old": (0.001, 0.001414, 0.002, 0.002828, 0.004), "before": (0.005657, 0.008, 0.011314, 0.016)}
 NEXT_RATES = {("old", 80): (0.002, 0.004, 0.005657, 0.008), ("before", 20): (0.005657, 0.008, 0.011314, 0.016)}
+WIDER_RATES = (0.005657, 0.008, 0.011314)  # of the new recipe at the third size, on 20 tokens a parameter
 EXTRAPOLATED = (40e6, 124e6)  # parameters
 COMPILED_FROM = 4000  # steps; on a CPU shorter runs end before compiling pays
 
 
-def rate(recipe, per_parameter):
-    """The rule by which a learning rate is carried over: the same at every size; the old recipe's grows with the square
-    root of the tokens a parameter, because at 80 the best one is twice that at 20."""
-    return round(0.002 * math.sqrt(per_parameter / 20), 6) if recipe == "old" else 0.011314
+def rate(recipe, size, per_parameter):
+    """The rule by which a learning rate is carried over, in steps of the root of 2.
+
+    The old recipe's is the same at every size, and grows with the root of the tokens a parameter: at 80 the best one is
+    twice that at 20. The new one's falls with the root of the width: then an update of Muon's size changes what a layer
+    does by the same (Yang et al. 2023, arXiv 2310.17813). From 48 to 96 channels the best one falls by a step.
+    """
+    if recipe == "old":
+        return round(0.002 * math.sqrt(per_parameter / 20), 6)
+    steps = round(math.log2(int(size.split("x")[1]) / 48))
+    return round(0.011314 / ROOT2**steps, 6)
 
 
 # ---- runs
@@ -75,7 +84,7 @@ def keys_of(options, size, recipe, per_parameter, learning_rate=None, seed=0, ca
     """The keys of train.py of a run. They identify it in the results too."""
     keys, step_tokens = dict(RECIPES[recipe]), options.sequences * options.block_size
     steps = round(per_parameter * parameters(options, size) / step_tokens)
-    learning_rate = learning_rate or rate(recipe, per_parameter)
+    learning_rate = learning_rate or rate(recipe, size, per_parameter)
     keys |= shape(options, size) | dict(block_size=options.block_size, batch_size=options.batch_size)
     keys |= dict(gradient_accumulation_steps=options.sequences // options.batch_size, dataset=options.dataset)
     keys |= dict(learning_rate=learning_rate, max_iters=steps, seed=seed, dtype=options.dtype)
@@ -98,6 +107,8 @@ def all_runs(options):
         for learning_rate in rates:
             for size in sizes[:2]:
                 yield keys_of(options, size, recipe, tokens, learning_rate)
+    for learning_rate in WIDER_RATES:
+        yield keys_of(options, sizes[2], "new", 20, learning_rate)
     for seed in range(SEEDS):
         for size in sizes[:2]:
             for candidate in CANDIDATES:
@@ -263,6 +274,7 @@ def print_rates(options, known):
     for (recipe, tokens), rates in NEXT_RATES.items():
         searched[recipe, smallest, tokens] = searched.get((recipe, smallest, tokens), rates)
         searched[recipe, second, tokens] = rates
+    searched["new", options.sizes.split(",")[2], 20] = WIDER_RATES
     for (recipe, size, tokens), rates in searched.items():
         cells = []
         for learning_rate in rates:

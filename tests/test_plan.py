@@ -79,7 +79,7 @@ def test_the_usual_learning_rate_is_kaplans_formula_up_to_his_largest_network_an
 @pytest.mark.parametrize(
     "keys, epochs, why",
     [
-        (dict(arch="qwen3"), None, "for gpt2 with adamw, qwen3 with muon, qwen3 with normuon, not for qwen3 with adamw"),
+        (dict(arch="qwen3"), None, "qwen3 with muon, qwen3 with normuon, not for qwen3 with adamw"),
         (dict(vocab_size=256), None, "vocabulary of 256"),
         (dict(n_layer=1, n_embd=64, n_head=1), None, "validated for 3M parameters"),
         (dict(max_iters=100), None, "validated for 52.4M tokens"),
