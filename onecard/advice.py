@@ -6,7 +6,7 @@ for text in warnings(config, found): print("WARNING", text)     # found: of plan
 import math
 from dataclasses import replace
 
-from onecard.law import best_size, critical_batch, usual_rate
+from onecard.law import best_size, critical_tokens, law, usual_rate
 from onecard.memory import GiB, batch_sizes_that_fit
 
 
@@ -32,7 +32,7 @@ def warnings(config, found):
         )
     if found["card"] and config.dtype == "bfloat16" and not found["card"].has_bfloat16:
         yield f"{found['card'].name} has no bfloat16 arithmetic and emulates it slowly; use --dtype=float16"
-    critical = critical_batch(found["loss"].loss) if found["loss"] else math.inf
+    critical = critical_tokens(found["loss"]) if found["loss"] else math.inf
     if config.step_tokens > 2 * critical:
         yield (
             f"{config.step_tokens:,} tokens a step: above {critical:,.0f}, more help little (Kaplan et al. 2020); "
@@ -108,7 +108,8 @@ def size_advice(found):
     if not expected:
         unusual = found["tokens"] > 1e7 and not 1 <= ratio <= 1000  # with fewer tokens it is a try
         return f"{ratio:.2g} tokens a parameter; about 20 are compute-optimal" if unusual else ""
-    n, d = best_size(expected.parameters, expected.tokens)
-    gain = expected.gain(n, d)
+    size, tokens = expected.parameters, expected.tokens
+    n, d = best_size(size, tokens)
+    gain = law(size, tokens) - law(n, d)
     text = f"for the same compute, {n / 1e6:.0f}M parameters on {d / 1e9:.2f}B tokens should end {gain:.2f} lower"
     return text if gain > 0.05 else ""

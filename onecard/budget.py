@@ -169,8 +169,8 @@ def with_micro_batch(row: Row, free_bytes: float, dtype: torch.dtype) -> Row | N
 
 
 def best(rows: list[Row]) -> int:
-    """The number of the row with the lowest loss to expect."""
-    return min(range(len(rows)), key=lambda i: rows[i].rank)
+    """The number of the row with the lowest loss to expect; a row for which none is known counts by its rank."""
+    return min(range(len(rows)), key=lambda i: rows[i].loss.loss if rows[i].loss else rows[i].rank)
 
 
 def table(rows: list[Row], chosen: int) -> list[str]:

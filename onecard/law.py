@@ -34,7 +34,7 @@ class Expected(NamedTuple):
     parameters: int  # of the run
     tokens: int
     multiplier: float  # tokens of GPT-2's recipe that one token is worth
-    size: float  # of a token: its bytes of text, in those of GPT-2's
+    token_size: float  # bytes of text in a token, over those in GPT-2's
 
     def __str__(self) -> str:
         bits = f" ({self.bits_per_byte:.3f} bits per byte)" if self.bits_per_byte else ""
@@ -47,8 +47,8 @@ class Expected(NamedTuple):
 
     def gain(self, parameters: float, tokens: float) -> float:
         """By how many nats a token another network on other tokens would end lower, by the law."""
-        worth = self.multiplier * self.size
-        return self.size * (law(self.parameters, self.tokens * worth) - law(parameters, tokens * worth))
+        worth = self.multiplier * self.token_size
+        return self.token_size * (law(self.parameters, self.tokens * worth) - law(parameters, tokens * worth))
 
 
 def law(parameters: float, tokens: float) -> float:
@@ -92,6 +92,11 @@ def multiplier(config) -> tuple[float, float, float] | None:
     return MULTIPLIER.get((config.arch, config.optimizer))
 
 
+def critical_tokens(expected: Expected) -> float:
+    """critical_batch in the run's own tokens."""
+    return critical_batch(expected.loss / expected.token_size) / expected.token_size
+
+
 def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: float | None = None):
     """(Expected on FineWeb at the end of the run, None), or (None, the reason why there is no expectation).
 
@@ -101,7 +106,8 @@ def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: f
     counts, vocab_size = model.parameter_counts(), model.config.vocab_size
     n, usual = counts["total"], usual_rate(counts["blocks"], config.optimizer)
     worth, gpt2s = multiplier(config), 50257 <= vocab_size <= 51200
-    size = 1.0 if gpt2s else (bytes_per_token or 0.0) / GPT2_BYTES  # of a token, in GPT-2's
+    token_size = 1.0 if gpt2s else (bytes_per_token or 0.0) / GPT2_BYTES
+    gpt2_tokens = tokens * token_size  # of as many bytes
     end = config.lr_decay_iters or config.max_iters
     if config.from_pretrained:
         reason = f"the scaling law holds for random initial weights, not for those of {config.init_from}"
@@ -110,13 +116,13 @@ def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: f
         reason = f"the scaling law is for {known}, not for {config.arch} with {config.optimizer}"
     elif not gpt2s and vocab_size < SMALLEST_VOCABULARY:
         reason = f"the scaling law is for GPT-2's tokens and similar ones, not for a vocabulary of {vocab_size:,}"
-    elif not size:
-        reason = f"the bytes of a token are not known, of a vocabulary of {vocab_size:,} that is not GPT-2's"
+    elif not token_size:
+        reason = f"a vocabulary of {vocab_size:,} needs the bytes of text per token, which this dataset does not record"
     elif not 2e7 <= n <= 1.6e9:
         reason = f"the scaling law is not validated for {n / 1e6:,.0f}M parameters"
-    elif not 5e8 <= tokens * size * worth[1] <= 5e11:
+    elif not 5e8 <= gpt2_tokens * worth[1] <= 5e11:
         reason = f"the scaling law is not validated for {tokens / 1e6:,.1f}M tokens"
-    elif worth[1] > 1 and tokens < FEWEST_A_PARAMETER * n:
+    elif worth[1] > 1 and gpt2_tokens < FEWEST_A_PARAMETER * n:
         reason = f"what the newer recipe gains is not known for less than {FEWEST_A_PARAMETER} tokens a parameter"
     elif (epochs or 0) > 4.05:
         reason = "the scaling law is for new tokens; beyond 4 epochs a repeated token is worth less"
@@ -127,8 +133,8 @@ def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: f
     elif not usual / 5 <= config.learning_rate <= 5 * usual:
         reason = f"the scaling law is for a good learning rate, about {usual:.1g}, not {config.learning_rate:g}"
     else:
-        highest, middle, lowest = (law(n, tokens * size * share) for share in worth)
+        highest, middle, lowest = (law(n, gpt2_tokens * share) for share in worth)
         band = math.hypot(BAND, (highest - lowest) / 2) + (0.0 if gpt2s else OTHER_VOCABULARY)
         bits = None if gpt2s else middle / math.log(2) / GPT2_BYTES
-        return Expected(middle * size, band * size, bits, n, tokens, worth[1], size), None
+        return Expected(middle * token_size, band * token_size, bits, n, tokens, worth[1], token_size), None
     return None, reason

@@ -48,9 +48,8 @@ def configure_optimizers(
     if not matrices:
         return [adamw]
     stack_up_to = STACK_ON_CPU if device_type == "cpu" else math.inf
-    muon = Muon(matrices, config.learning_rate, config.weight_decay, stack_up_to, rank, world_size)
-    muon.even_rows = config.optimizer == "normuon"
-    return [muon, adamw]
+    even_rows = config.optimizer == "normuon"
+    return [Muon(matrices, config.learning_rate, config.weight_decay, stack_up_to, rank, world_size, even_rows), adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,11 +63,11 @@ class Muon(torch.optim.Optimizer):
     their running mean square, and the whole is as large as before.
     """
 
-    even_rows = False
-
-    def __init__(self, params, lr: float, weight_decay: float, stack_up_to: float, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, params, lr: float, weight_decay: float, stack_up_to: float, rank=0, world_size=1, even_rows=False
+    ):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
-        self.stack_up_to, self.rank, self.world_size = stack_up_to, rank, world_size
+        self.stack_up_to, self.rank, self.world_size, self.even_rows = stack_up_to, rank, world_size, even_rows
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -94,11 +93,11 @@ class Muon(torch.optim.Optimizer):
         grads, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         updates = self.orthogonalize(torch._foreach_lerp(grads, buffers, momentum))  # Nesterov's look ahead
+        updates = updates.to(params[0].dtype, memory_format=torch.contiguous_format)  # so the sum is one kernel
         if self.even_rows:
-            updates = self.with_even_rows(updates.float(), [self.state[p]["row_squares"] for p in params])
+            updates = self.with_even_rows(updates, [self.state[p]["row_squares"] for p in params])
         rms = 0.2 * math.sqrt(max(params[0].shape))  # 0.2 is about the RMS of AdamW's updates (Liu et al., eq. 4)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        updates = updates.to(params[0].dtype, memory_format=torch.contiguous_format)  # so the sum is one kernel
         torch._foreach_add_(params, list(updates), alpha=-lr * rms)
 
     @staticmethod
@@ -106,8 +105,8 @@ class Muon(torch.optim.Optimizer):
         """updates (N, rows, columns) -> the same divided by the roots of the rows' squares, N of (rows, 1)."""
         torch._foreach_lerp_(squares, list(updates.square().mean(-1, keepdim=True)), 1 - ROWS_DECAY)
         even = updates / (torch.stack(squares).sqrt() + 1e-8)
-        size = updates.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-        return even * size
+        scale = updates.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        return even * scale
 
     def orthogonalize(self, matrices):
         """Matrices of one shape -> (N, rows, columns) of bfloat16. This process computes a share of them."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from onecard.curve import noise
-from onecard.law import best_size
+from onecard.law import best_size, law
 from onecard.metrics import duration
 from onecard.run import Run
 
@@ -114,7 +114,7 @@ def by_the_law(run):
     if missing > expected.band:
         return f"First find what costs {missing:.2f} nats: check the learning rate, the data and the val set."
     size, tokens = best_size(n, d)
-    same, larger, longer = expected.gain(size, tokens), expected.gain(2 * n, d), expected.gain(n, 2 * d)
+    same, larger, longer = law(n, d) - law(size, tokens), expected.gain(2 * n, d), expected.gain(n, 2 * d)
     if same > 0.05:
         text = f"{size / 1e6:.0f}M parameters on {tokens / 1e9:.2f}B tokens would bring most: {same:.2f} nats"
         return f"{text} for the same {hours(run, run.end)}, by the scaling law."

@@ -110,8 +110,7 @@ def test_normuon_is_the_algorithm_of_its_paper(shape):
     start, grads = torch.randn(shape), torch.randn(4, *shape) * torch.logspace(-2, 0, shape[0])[:, None]
     momentum, squares, expected = torch.zeros(shape), torch.zeros(shape[0], 1), start
     stacked = [start.clone() for _ in range(2)]
-    muon = Muon(stacked, 0.02, 0.1, stack_up_to=10**9)
-    muon.even_rows = True
+    muon = Muon(stacked, 0.02, 0.1, stack_up_to=10**9, even_rows=True)
     for grad in grads:
         for matrix in stacked:
             matrix.grad = grad.clone()
@@ -126,8 +125,11 @@ def test_normuon_is_the_algorithm_of_its_paper(shape):
     assert (stacked[0] - expected).norm() < 0.2 * (expected - start).norm()  # Jordan's factor: 0.7 to 1.2 of it
 
 
+@pytest.mark.parametrize("even_rows", [False, True], ids=["muon", "normuon"])
 @pytest.mark.parametrize("stack_up_to", [0, 10**9], ids=["one by one", "stacked"])
-def test_three_processes_that_share_the_matrices_get_the_weights_of_one_bit_for_bit(monkeypatch, stack_up_to):
+def test_three_processes_that_share_the_matrices_get_the_weights_of_one_bit_for_bit(
+    monkeypatch, stack_up_to, even_rows
+):
     """Threads stand for the processes. There are 3, 1, 2 and 1 matrices of a shape."""
     parts, ranks, barrier = {}, threading.local(), threading.Barrier(3, timeout=30)
 
@@ -140,7 +142,7 @@ def test_three_processes_that_share_the_matrices_get_the_weights_of_one_bit_for_
 
     def two_steps(rank, world_size, matrices):
         ranks.rank = rank
-        muon = Muon(matrices, 0.02, 0.1, stack_up_to, rank, world_size)
+        muon = Muon(matrices, 0.02, 0.1, stack_up_to, rank, world_size, even_rows)
         muon.step()
         muon.step()
         return matrices

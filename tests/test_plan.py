@@ -61,7 +61,7 @@ def test_of_another_vocabulary_the_loss_is_expected_by_the_bytes_of_its_tokens()
     bits = law(n, tokens * 4.0 / 4.67) / 4.67 / math.log(2)
     assert expected.bits_per_byte == pytest.approx(bits) and expected.band > BAND * 4.0 / 4.67
     assert expected.loss / 4.0 / math.log(2) == pytest.approx(bits) and f"({bits:.3f} bits per byte)" in str(expected)
-    assert "bytes of a token are not known" in plan.expected_loss(config, rates)[1]
+    assert "needs the bytes of text per token" in plan.expected_loss(config, rates)[1]
 
 
 def test_the_best_size_is_the_minimum_at_equal_flops():
