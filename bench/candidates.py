@@ -53,6 +53,8 @@ def rate(group, factor):
 
 
 def weight_decay(value):
+    """Another decay of the matrices in blocks."""
+
     def change(config, muon, adamw):
         muon.param_groups[0]["weight_decay"] = value
 
@@ -88,7 +90,10 @@ def cautious():
 
 
 def normuon():
-    """Rows divided by their running RMS, the whole as large as before (Li et al. 2025, arXiv 2510.05491)."""
+    """Rows divided by their running RMS, the whole as large as before (Li et al. 2025, arXiv 2510.05491).
+
+    Went into onecard/optim.py, where the running mean starts at zero; here it starts at the first squares.
+    """
 
     def change(muon, params, updates, states, lr):
         for update, state in zip(updates, states, strict=True):
@@ -189,39 +194,31 @@ def documents():
 
 def growing_batch():
     """Called with half of the tokens in a step and twice as many steps: from half of the run on, two steps are one."""
-    zero_grad, waiting = GPT.zero_grad, [False]
+    clip, zero_grad, waiting, steps = torch.nn.utils.clip_grad_norm_, GPT.zero_grad, [False], iter(range(10**9))
+    half = [0]
 
     def change(config, muon, adamw):
-        steps = iter(range(10**9))
+        half[0] = config.max_iters // 4 * 2
+        for optimizer in (muon, adamw):
+            optimizer.step = unless_waiting(optimizer.step)
 
-        def run_or_wait(step, optimizer):
-            def changed():
-                if waiting[0]:
-                    return
-                if now[0] >= config.max_iters / 2:
-                    for group in optimizer.param_groups:
-                        for p in group["params"]:
-                            p.grad *= 0.5
-                step()
+    def unless_waiting(step):
+        return lambda: None if waiting[0] else step()
 
-            return changed
-
-        now = [0]
-        inner_muon, inner_adamw = run_or_wait(muon.step, muon), run_or_wait(adamw.step, adamw)
-
-        def first():
-            now[0] = next(steps)
-            waiting[0] = now[0] >= config.max_iters / 2 and now[0] % 2 == 0
-            inner_muon()
-
-        muon.step, adamw.step = first, inner_adamw
+    def changed_clip(parameters, max_norm):  # train.py calls it before the optimizers
+        parameters, step = list(parameters), next(steps)
+        waiting[0] = step >= half[0] and step % 2 == 0
+        if step >= half[0] and not waiting[0]:
+            for p in parameters:
+                p.grad *= 0.5  # the mean of two
+        return clip(parameters, math.inf if waiting[0] else max_norm)
 
     def changed_zero_grad(self, set_to_none=True):
         if not waiting[0]:
             zero_grad(self, set_to_none)
 
     with_optimizers(change)
-    GPT.zero_grad = changed_zero_grad
+    torch.nn.utils.clip_grad_norm_, GPT.zero_grad = changed_clip, changed_zero_grad
 
 
 CANDIDATES = {

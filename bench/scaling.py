@@ -26,6 +26,7 @@ import torch
 from candidates import CANDIDATES, SHORTER_STEPS
 from common import ROOT, commit, header, machine, row
 
+from onecard.law import usual_rate
 from onecard.memory import network
 from train import TrainConfig
 
@@ -33,33 +34,40 @@ OLD = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", beta2=0.95, min
 BEFORE = dict(arch="qwen3", optimizer="muon", lr_schedule="linear", beta2=0.95, min_lr_share=0.0)
 NEW = BEFORE | dict(optimizer="normuon")  # with the candidate that survived
 RECIPES = {"old": OLD, "before": BEFORE, "new": NEW}
-PRESETS = {  # sizes: layers x width, the smallest first; head: the head size
-    "cpu": dict(sizes="2x48,2x64,2x96,4x96", head=32, vocab_size=320, block_size=256, batch_size=8, sequences=8),
+PRESETS = {  # sizes: layers x width, the smallest first; head: the head size; old_rate: 0 takes the usual one
+    "cpu": dict(sizes="2x48,2x64,2x96,4x96", head=32, vocab_size=320, block_size=256, batch_size=8, sequences=8)
+    | dict(old_rate=0.002),
     "card": dict(sizes="6x256,8x384,12x512,12x768", head=64, vocab_size=50304, block_size=1024, batch_size=8)
-    | dict(sequences=128),
+    | dict(sequences=128, old_rate=0),
 }
 TOKENS = {"old": (20, 40, 80), "new": (20, 10, 5, 2.5)}  # a parameter
 LONGEST = 160  # of the old recipe, at the two smallest sizes
 SEEDS = 3  # below the largest size
 ROOT2 = math.sqrt(2)
-RATES = {"old": (0.001, 0.001414, 0.002, 0.002828, 0.004), "before": (0.005657, 0.008, 0.011314, 0.016)}
-NEXT_RATES = {("old", 80): (0.002, 0.004, 0.005657, 0.008), ("before", 20): (0.005657, 0.008, 0.011314, 0.016)}
-WIDER_RATES = (0.005657, 0.008, 0.011314)  # of the new recipe at the third size, on 20 tokens a parameter
+SEARCHED = {"old": range(-2, 3), "before": range(-2, 2)}  # rates over the rule's, in steps of the root of 2, all seeds
+SEARCHED_ONCE = {  # recipe, number of the size, tokens a parameter: the same, one seed
+    **{("old", size, 80): (-2, 0, 1, 2) for size in (0, 1)},
+    ("before", 1, 20): range(-2, 2),
+    ("new", 2, 20): range(-1, 2),
+}
 EXTRAPOLATED = (40e6, 124e6)  # parameters
 COMPILED_FROM = 4000  # steps; on a CPU shorter runs end before compiling pays
 
 
-def rate(recipe, size, per_parameter):
-    """The rule by which a learning rate is carried over, in steps of the root of 2.
+def rate(options, size, recipe, per_parameter, steps=0):
+    """The learning rate of a size and a number of tokens, extrapolated from those that were searched; or one that is so
+    many steps of the root of 2 above it.
 
-    The old recipe's is the same at every size, and grows with the root of the tokens a parameter: at 80 the best one is
-    twice that at 20. The new one's falls with the root of the width: then an update of Muon's size changes what a layer
-    does by the same (Yang et al. 2023, arXiv 2310.17813). From 48 to 96 channels the best one falls by a step.
+    The old recipe's is the same at every size of the CPU, and grows with the root of the tokens a parameter: at 80 the
+    best one is twice that at 20. On a card it is that of Kaplan et al. (onecard/law.py) at 20. The new one's falls with
+    the root of the width: then an update of Muon's size changes what a layer does by the same (Yang et al. 2023, arXiv
+    2310.17813). From 48 to 96 channels the best one falls by a step.
     """
     if recipe == "old":
-        return round(0.002 * math.sqrt(per_parameter / 20), 6)
-    steps = round(math.log2(int(size.split("x")[1]) / 48))
-    return round(0.011314 / ROOT2**steps, 6)
+        base = options.old_rate or usual_rate(blocks(options, size))
+        return round(base * math.sqrt(per_parameter / 20) * ROOT2**steps, 6)
+    narrower = round(math.log2(int(size.split("x")[1]) / 48))
+    return round(0.011314 * ROOT2 ** (steps - narrower), 6)
 
 
 # ---- runs
@@ -74,25 +82,33 @@ def size_of(keys):
     return f"{keys['n_layer']}x{keys['n_embd']}"
 
 
+def old_network(options, size):
+    keys = dict(vocab_size=options.vocab_size, block_size=options.block_size)
+    return network(TrainConfig(**shape(options, size), **keys))
+
+
 def parameters(options, size):
     """Of GPT-2's network, without positions."""
-    config = TrainConfig(**shape(options, size), vocab_size=options.vocab_size, block_size=options.block_size)
-    return network(config).num_params(positions=False)
+    return old_network(options, size).num_params(positions=False)
 
 
-def keys_of(options, size, recipe, per_parameter, learning_rate=None, seed=0, candidate=""):
-    """The keys of train.py of a run. They identify it in the results too."""
+def blocks(options, size):
+    return old_network(options, size).parameter_counts()["blocks"]
+
+
+def keys_of(options, size, recipe, per_parameter, *, steps=0, seed=0, candidate=""):
+    """The keys of train.py of a run, which identify it in the results too; steps: see rate."""
     keys, step_tokens = dict(RECIPES[recipe]), options.sequences * options.block_size
-    steps = round(per_parameter * parameters(options, size) / step_tokens)
-    learning_rate = learning_rate or rate(recipe, size, per_parameter)
+    iters = round(per_parameter * parameters(options, size) / step_tokens)
+    learning_rate = rate(options, size, recipe, per_parameter, steps)
     keys |= shape(options, size) | dict(block_size=options.block_size, batch_size=options.batch_size)
     keys |= dict(gradient_accumulation_steps=options.sequences // options.batch_size, dataset=options.dataset)
-    keys |= dict(learning_rate=learning_rate, max_iters=steps, seed=seed, dtype=options.dtype)
-    keys |= dict(min_lr=learning_rate * keys.pop("min_lr_share"), warmup_iters=max(10, steps // 20))
+    keys |= dict(learning_rate=learning_rate, max_iters=iters, seed=seed, dtype=options.dtype)
+    keys |= dict(min_lr=learning_rate * keys.pop("min_lr_share"), warmup_iters=max(10, iters // 20))
     if candidate:
         keys["candidate"] = candidate
     if candidate in SHORTER_STEPS:
-        keys |= dict(batch_size=keys["batch_size"] // 2, max_iters=2 * steps, warmup_iters=2 * keys["warmup_iters"])
+        keys |= dict(batch_size=keys["batch_size"] // 2, max_iters=2 * iters, warmup_iters=2 * keys["warmup_iters"])
     return keys
 
 
@@ -100,18 +116,16 @@ def all_runs(options):
     """Every run, in an order in which each part of the study is useful without what follows."""
     sizes = options.sizes.split(",")
     for seed in range(SEEDS):
-        for recipe, rates in RATES.items():
-            for learning_rate in rates:
-                yield keys_of(options, sizes[0], recipe, 20, learning_rate, seed)
-    for (recipe, tokens), rates in NEXT_RATES.items():
-        for learning_rate in rates:
-            for size in sizes[:2]:
-                yield keys_of(options, size, recipe, tokens, learning_rate)
-    for learning_rate in WIDER_RATES:
-        yield keys_of(options, sizes[2], "new", 20, learning_rate)
+        for recipe, searched in SEARCHED.items():
+            for steps in searched:
+                yield keys_of(options, sizes[0], recipe, 20, steps=steps, seed=seed)
+    for (recipe, number, tokens), searched in SEARCHED_ONCE.items():
+        for size in sizes[number : number + 1]:
+            for steps in searched:
+                yield keys_of(options, size, recipe, tokens, steps=steps)
     for seed in range(SEEDS):
         for size in sizes[:2]:
-            for candidate in CANDIDATES:
+            for candidate in ("", *CANDIDATES):
                 yield keys_of(options, size, "before", 20, seed=seed, candidate=candidate)
     for size in sizes:
         for seed in range(SEEDS if size != sizes[-1] else 1):
@@ -148,11 +162,11 @@ def finish(options, keys, deadline):
         print(f"{' '.join(script + arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
         return None
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["kind"] == "eval"][-1]
-    if last["step"] < keys["max_iters"]:
+    last = [line for line in lines if line["kind"] == "eval" and line["step"] == keys["max_iters"]]
+    if not last:
         return None
     logged = [line for line in lines if line["kind"] == "train"]
-    result = dict(keys=keys, commit=commit(), val_loss=last["val_loss"], train_loss=last["train_loss"])
+    result = dict(keys=keys, commit=commit(), val_loss=last[0]["val_loss"])
     result |= dict(ms_per_step=statistics.median(line["ms_per_step"] for line in logged))
     result |= dict(skipped=sum(line["skipped"] for line in logged), parameters=lines[0]["parameters"])
     for path in out_dir.glob("ckpt*.pt"):
@@ -162,11 +176,12 @@ def finish(options, keys, deadline):
 
 def do(options):
     """Does the runs, --jobs at once, until none is left or the time is up -> {name of a run: its result}."""
-    known, lock, deadline = read(options), threading.Lock(), time.time() + 3600 * options.budget_hours
+    known, lock, stop = read(options), threading.Lock(), threading.Event()
+    deadline = time.time() + 3600 * options.budget_hours
     waiting = iter({name_of(keys): keys for keys in all_runs(options)}.values())
 
     def work():
-        while deadline - time.time() > 20:
+        while deadline - time.time() > 20 and not stop.is_set():
             with lock:
                 keys = next((keys for keys in waiting if name_of(keys) not in known), None)
             if keys is None:
@@ -182,8 +197,12 @@ def do(options):
     threads = [threading.Thread(target=work) for _ in range(options.jobs)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt:
+        stop.set()  # the runs have had the signal too, and save
+        raise SystemExit(130) from None
     return known
 
 
@@ -201,11 +220,19 @@ class Losses(dict):
                     for seed in range(SEEDS):
                         if result := known.get(name_of(keys_of(options, size, recipe, per_parameter, seed=seed))):
                             self.setdefault((recipe, size, per_parameter), {})[seed] = result
+        self.scatter = self.deviation()
+
+    def deviation(self):
+        """The standard deviation of the seeds over their mean, from all cells with several seeds; at least two."""
+        cells = [[result["val_loss"] for result in cell.values()] for cell in self.values()]
+        shares = [statistics.variance(cell) / statistics.mean(cell) ** 2 for cell in cells if len(cell) > 1]
+        return math.sqrt(statistics.mean(shares)) if shares else math.nan
 
     def mean(self, cell, draw=None):
-        """The mean over the seeds; with a generator of random numbers, over as many that are drawn from them."""
+        """The mean over the seeds; with a generator of random numbers, the mean that as many other seeds might have."""
         losses = [result["val_loss"] for result in self[cell].values()]
-        return statistics.mean(losses if draw is None else draw.choice(losses, len(losses)))
+        error = draw.normal(0, self.scatter / math.sqrt(len(losses))) if draw else 0.0
+        return statistics.mean(losses) * (1 + error)
 
     def curve(self, recipe, size, draw=None):
         """[(tokens a parameter, mean loss)], from few to many tokens."""
@@ -231,13 +258,16 @@ def multiplier(losses, size, per_parameter, draw=None):
 
 
 def with_error(value, resampled, digits=1):
-    """The value, and the range that 68% of the resampled values are in."""
-    low, high = np.percentile(resampled, (16, 84))
+    """The value, and the 16th to 84th percentile of resampled ones; nan: beyond the measured runs."""
+    low, high = np.nanpercentile(resampled, (16, 84))
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def fit(points):
-    """(E, A, a, B, b) of L = E + A / N^a + B / D^b with the least squares; points: (N, D, L). None of them negative."""
+    """(E, A, a, B, b) of L = E + A / N^a + B / D^b with the least squares, none of them negative; points: (N, D, L).
+
+    None if there are no such numbers.
+    """
     n, d, loss = np.array(points).T
     best = (np.inf, None)
     for a in np.linspace(0.05, 1.5, 30):
@@ -256,37 +286,30 @@ def law(fitted, n, d):
     return e + x / n**a + y / d**b
 
 
-def fit_of(options, losses, recipe, sizes, draw=None):
-    return fit(
-        [
-            (parameters(options, size), tokens * parameters(options, size), loss)
-            for size in sizes
-            for tokens, loss in losses.curve(recipe, size, draw)
-        ]
-    )
+def points_of(options, losses, recipe, sizes):
+    """[(N, D, mean loss)]"""
+    counts = {size: parameters(options, size) for size in sizes}
+    return [(n, tokens * n, loss) for size, n in counts.items() for tokens, loss in losses.curve(recipe, size)]
 
 
 def print_rates(options, known):
     print("\n## Learning rates: val loss, mean of the seeds there are (their number)")
     header("recipe", "size", "tokens a parameter", "rate: loss")
-    smallest, second = options.sizes.split(",")[:2]
-    searched = {(recipe, smallest, 20): rates for recipe, rates in RATES.items()}
-    for (recipe, tokens), rates in NEXT_RATES.items():
-        searched[recipe, smallest, tokens] = searched.get((recipe, smallest, tokens), rates)
-        searched[recipe, second, tokens] = rates
-    searched["new", options.sizes.split(",")[2], 20] = WIDER_RATES
-    for (recipe, size, tokens), rates in searched.items():
-        cells = []
-        for learning_rate in rates:
-            runs = (keys_of(options, size, recipe, tokens, learning_rate, seed) for seed in range(2 * SEEDS))
-            if found := [known[name_of(keys)]["val_loss"] for keys in runs if name_of(keys) in known]:
-                cells.append(f"{learning_rate:.2g}: {statistics.mean(found):.3f} ({len(found)})")
-        row(recipe, size, tokens, ", ".join(cells))
+    sizes = options.sizes.split(",")
+    cells = {(recipe, sizes[0], 20): searched for recipe, searched in SEARCHED.items()}
+    cells |= {(r, sizes[i], tokens): steps for (r, i, tokens), steps in SEARCHED_ONCE.items() if i < len(sizes)}
+    for (recipe, size, tokens), searched in cells.items():
+        shown = []
+        for steps in searched:
+            runs = [keys_of(options, size, recipe, tokens, steps=steps, seed=seed) for seed in range(2 * SEEDS)]
+            if losses := [known[name_of(keys)]["val_loss"] for keys in runs if name_of(keys) in known]:
+                shown.append(f"{runs[0]['learning_rate']:.2g}: {statistics.mean(losses):.3f} ({len(losses)})")
+        row(recipe, size, tokens, ", ".join(shown))
 
 
 def print_candidates(options, known):
-    """Gains of the same seed, so of the same initial weights and batches."""
-    print("\n## Candidates: by how much the val loss is lower, mean of the seeds +- standard error")
+    """Gains of runs with the same seed: the same batches, and for most the same initial weights."""
+    print("\n## Candidates: by how much the val loss is lower, mean of the seeds +- standard error (seeds)")
     sizes = options.sizes.split(",")[:2]
     header("candidate", *sizes)
     for candidate in CANDIDATES:
@@ -294,9 +317,10 @@ def print_candidates(options, known):
         for size in sizes:
             gains = []
             for seed in range(2 * SEEDS):
-                pair = [name_of(keys_of(options, size, "before", 20, None, seed, name)) for name in ("", candidate)]
-                if all(name in known for name in pair):
-                    gains.append(known[pair[0]]["val_loss"] - known[pair[1]]["val_loss"])
+                pair = [keys_of(options, size, "before", 20, seed=seed, candidate=name) for name in ("", candidate)]
+                before, after = (known.get(name_of(keys)) for keys in pair)
+                if before and after:
+                    gains.append(before["val_loss"] - after["val_loss"])
             error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
             cells.append(f"{statistics.mean(gains):+.4f} +- {error:.4f} ({len(gains)})" if gains else "")
         row(candidate, *cells)
@@ -308,57 +332,67 @@ def print_study(options, losses):
     for (recipe, size, tokens), results in losses.items():
         found = [result["val_loss"] for result in results.values()]
         spread = f"{statistics.mean(found):.4f} ({min(found):.4f} to {max(found):.4f})"
-        ms = statistics.median(result["ms_per_step"] for result in results.values())
         steps = next(iter(results.values()))["keys"]["max_iters"]
-        row(size, f"{parameters(options, size):,}", recipe, tokens, spread, len(found), steps, f"{ms:.0f}")
+        row(
+            size,
+            f"{parameters(options, size):,}",
+            recipe,
+            tokens,
+            spread,
+            len(found),
+            steps,
+            f"{milliseconds(results):.0f}",
+        )
 
 
 def print_multipliers(options, losses):
     """-> {tokens a parameter of the old recipe: {size: (multiplier, resampled ones)}} of those that are no bounds."""
     print("\n## Tokens of the old recipe over those of the new one with the same loss")
-    print("Interpolated between runs of the new recipe; in brackets what 68% of 1,000 draws of seeds are in.")
-    print("In time: times the old recipe's milliseconds a step over the new one's.")
+    print("Interpolated between runs of the new recipe; in brackets the 16th to 84th percentile of 1,000 draws of the")
+    print(
+        "means, which scatter as the seeds do. In time: times the old recipe's milliseconds a step over the new one's,"
+    )
+    print("of runs with 20 tokens a parameter.")
     header("size", "old: tokens a parameter", "loss", "times fewer tokens", "times less time")
-    found = defaultdict(dict)
+    found, draw = defaultdict(dict), np.random.default_rng(0)
     for recipe, size, tokens in losses:
         if recipe == "new" or not (curve := losses.curve("new", size)):
             continue
-        milliseconds = {"old": [], "new": []}
-        for cell in (cell for cell in losses if cell[1] == size):
-            milliseconds[cell[0]] += [result["ms_per_step"] for result in losses[cell].values()]
-        faster = statistics.median(milliseconds["old"]) / statistics.median(milliseconds["new"])
         value, loss = multiplier(losses, size, tokens), losses.mean((recipe, size, tokens))
         if value is None or loss >= curve[0][1]:
             word = "not measured" if value is None else f"more than {value:.0f}"
             row(size, tokens, f"{loss:.4f}", word, "")
             continue
-        draw = np.random.default_rng(0)
-        drawn = [multiplier(losses, size, tokens, draw) or np.nan for _ in range(1000)]
-        drawn = np.array(drawn)[np.isfinite(drawn)]
+        drawn = np.array([multiplier(losses, size, tokens, draw) or np.nan for _ in range(1000)])
+        times = [milliseconds(losses[name, size, 20]) if (name, size, 20) in losses else math.nan for name in TOKENS]
+        faster = times[0] / times[1]
         row(size, tokens, f"{loss:.4f}", with_error(value, drawn), with_error(value * faster, drawn * faster))
         found[tokens][size] = value, drawn
     return found
 
 
+def milliseconds(results):
+    """A step's, the median over the seeds."""
+    return statistics.median(result["ms_per_step"] for result in results.values())
+
+
 def print_fits(options, losses):
     """The law L = E + A / N^a + B / D^b of each recipe; what that of the smaller sizes says of the largest one."""
+    *smaller, largest = sizes = options.sizes.split(",")
     print("\n## L = E + A / N^a + B / D^b; N: parameters, D: tokens")
     header("recipe", "sizes", "E", "A", "a", "B", "b", "root mean square error")
-    *smaller, largest = sizes = options.sizes.split(",")
     predicted = {}
     for recipe in TOKENS:
-        for name, which in ((f"up to {smaller[-1]}", smaller), ("all", sizes)):
-            curves = {size: losses.curve(recipe, size) for size in which}
-            if sum(map(len, curves.values())) < 6 or not curves[which[-1]]:
+        for which in (smaller, sizes):
+            points = points_of(options, losses, recipe, which)
+            fitted = fit(points) if len(points) >= 6 and losses.curve(recipe, which[-1]) else None
+            if fitted is None:
                 continue
-            e, x, a, y, b = fitted = fit_of(options, losses, recipe, which)
-            predicted.setdefault(recipe, fitted)
-            errors = [
-                law(fitted, n := parameters(options, size), tokens * n) - loss
-                for size, curve in curves.items()
-                for tokens, loss in curve
-            ]
-            row(recipe, name, f"{e:.3f}", f"{x:.3g}", f"{a:.2f}", f"{y:.3g}", f"{b:.2f}", f"{np.std(errors):.3f}")
+            if which is smaller:
+                predicted[recipe] = fitted
+            e, x, a, y, b = fitted
+            error = math.sqrt(statistics.mean((law(fitted, n, d) - loss) ** 2 for n, d, loss in points))
+            row(recipe, f"up to {which[-1]}", *(f"{z:.3g}" for z in (e, x, a, y, b)), f"{error:.3f}")
     print(f"\n## {largest}, predicted from the smaller sizes")
     header("recipe", "tokens a parameter", "predicted", "measured")
     n = parameters(options, largest)
@@ -377,11 +411,11 @@ def print_trend(options, found):
         if len(by_size) < 2:
             continue
         n = np.log([parameters(options, size) for size in by_size])
-        draws = min(len(drawn) for _, drawn in by_size.values())
-        values = np.log([[value, *drawn[:draws]] for value, drawn in by_size.values()])
+        values = np.log([[value, *drawn] for value, drawn in by_size.values()])  # (sizes, 1 + draws)
+        values = values[:, np.isfinite(values).all(axis=0)]
         slope, start = np.polyfit(n, values, 1)
-        cells = [np.exp(start + slope * math.log(larger)) for larger in EXTRAPOLATED]
-        row(tokens, " ".join(by_size), with_error(slope[0], slope[1:], 2), *(with_error(c[0], c[1:]) for c in cells))
+        larger = [np.exp(start + slope * math.log(size)) for size in EXTRAPOLATED]
+        row(tokens, " ".join(by_size), with_error(slope[0], slope[1:], 2), *(with_error(m[0], m[1:]) for m in larger))
 
 
 def draw_figure(options, losses, found):
@@ -403,7 +437,7 @@ def draw_figure(options, losses, found):
     for i, (tokens, by_size) in enumerate(sorted(found.items())):
         n = [parameters(options, size) for size in by_size]
         middle = np.array([value for value, _ in by_size.values()])
-        low, high = np.transpose([np.percentile(drawn, (16, 84)) for _, drawn in by_size.values()])
+        low, high = np.transpose([np.nanpercentile(drawn, (16, 84)) for _, drawn in by_size.values()])
         ends = np.clip([middle - low, high - middle], 0, None)
         right.errorbar(
             n, middle, ends, fmt="o-", color=f"C{i}", capsize=3, label=f"old recipe on {tokens} tokens a parameter"
@@ -446,6 +480,8 @@ def main():
     print_fits(options, losses)
     print_trend(options, found)
     draw_figure(options, losses, found)
+    if missing and options.budget_hours:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

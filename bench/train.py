@@ -223,19 +223,23 @@ def gpu(options):
         "scaling": ["bench/train.py", "--scaling"],
         "recipe": [
             *("bench/scaling.py", f"--results={out.resolve()}/recipe.jsonl", f"--runs={out.resolve()}/runs"),
-            *(f"--figure={out.resolve()}/recipe.png", f"--budget_hours={options.minutes / 60}", *options.recipe),
+            *(f"--figure={out.resolve()}/recipe.png", *options.recipe),
         ],
     }
     for name, command in commands.items():
         part, left = out / f"{name}.part", end - time.monotonic()
         if (out / f"{name}.txt").exists() or left < 30:
             continue
+        if name == "recipe":  # which goes on where it was stopped
+            command = [*command, f"--budget_hours={max(0, left - 60) / 3600}"]
         with open(part, "w") as file:
             command = [sys.executable, *command]
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
         try:
-            print(f"{name}: exit {process.wait(left)}", flush=True)
-            os.replace(part, out / f"{name}.txt")
+            code = process.wait(left)
+            print(f"{name}: exit {code}", flush=True)
+            if code == 0 or name != "recipe":  # the recipe has runs left
+                os.replace(part, out / f"{name}.txt")
         except subprocess.TimeoutExpired:
             print(f"{name}: not finished; what it printed is in {part}", flush=True)
         finally:

@@ -57,6 +57,18 @@ def test_a_known_multiplier_is_found_at_every_size_and_does_not_change_with_it(s
     assert abs(float(trend[3].split()[0])) < 0.1 and float(trend[4].split()[0]) == pytest.approx(5, rel=0.2)
 
 
+@pytest.mark.parametrize("sizes", ["2x48", "2x48,2x64"])
+def test_a_part_of_the_sizes_is_a_study_too(scaling, options, sizes, capsys):
+    options.sizes = sizes
+    known = {scaling.name_of(keys): dict(keys=keys, val_loss=2.0, ms_per_step=40) for keys in scaling.all_runs(options)}
+    losses = scaling.Losses(options, known)
+    scaling.print_rates(options, known)
+    scaling.print_candidates(options, known)
+    assert capsys.readouterr().out.count("(3)") >= 9 + len(sizes.split(",")) * len(scaling.CANDIDATES)
+    scaling.print_fits(options, losses)
+    scaling.print_trend(options, scaling.print_multipliers(options, losses))
+
+
 def test_a_loss_beyond_the_longest_run_has_no_multiplier(scaling):
     curve = [(10, 3.0), (20, 2.5), (40, 2.0)]
     assert scaling.crossing(curve, 2.5) == 20 and scaling.crossing(curve, 2.75) == pytest.approx(200**0.5)
@@ -67,6 +79,6 @@ def test_the_fit_of_the_smaller_sizes_predicts_the_largest(scaling, options, los
     *smaller, largest = options.sizes.split(",")
     n = scaling.parameters(options, largest)
     for recipe, worth in (("old", 1), ("new", 5)):
-        fitted = scaling.fit_of(options, losses, recipe, smaller)
+        fitted = scaling.fit(scaling.points_of(options, losses, recipe, smaller))
         for tokens in scaling.TOKENS[recipe]:
             assert scaling.law(fitted, n, tokens * n) == pytest.approx(loss_of(n, worth * tokens * n), abs=0.02)
