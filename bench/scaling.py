@@ -252,7 +252,7 @@ def crossing(curve, loss):
 
 
 def multiplier(losses, size, per_parameter, draw=None):
-    """Tokens of a run of the old recipe over the tokens with which the new one has its loss; None: not measured."""
+    """Tokens of a run of the old recipe over the tokens with which the new one has its loss; None: it ends above."""
     tokens = crossing(losses.curve("new", size, draw), losses.mean(("old", size, per_parameter), draw))
     return tokens and per_parameter / tokens
 
@@ -360,7 +360,7 @@ def print_multipliers(options, losses):
             continue
         value, loss = multiplier(losses, size, tokens), losses.mean((recipe, size, tokens))
         if value is None or loss >= curve[0][1]:
-            word = "not measured" if value is None else f"more than {value:.0f}"
+            word = f"less than {tokens / curve[-1][0]:.0f}" if value is None else f"more than {value:.0f}"
             row(size, tokens, f"{loss:.4f}", word, "")
             continue
         drawn = np.array([multiplier(losses, size, tokens, draw) or np.nan for _ in range(1000)])

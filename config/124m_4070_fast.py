@@ -2,7 +2,7 @@
 
     python train.py config/124m_4070_fast.py
 
-It trains on 1.84B tokens. Expect a val loss of 3.29 +- 0.11, which GPT-2's recipe reaches with 9B tokens
+It trains on 1.84B tokens. Expect a val loss of 3.31 +- 0.13, which GPT-2's recipe reaches with 8B tokens
 (docs/recipe.md says how that is known). 10 hours are modelled, not measured on a card: 56.1k tokens/s of the GPT-2
 run on an RTX 4070, less a tenth for slower steps. learning_rate: that of the public speed runs (modded-nanogpt, track
 3), Muon at 0.02, is 3.6e-3 in the units of match_rms_adamw at width 768. The rule of our tiny networks gives 2.8e-3.

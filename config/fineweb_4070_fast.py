@@ -2,7 +2,7 @@
 
     python train.py config/fineweb_4070_fast.py
 
-It trains on 2.62B tokens, a quarter of config/fineweb_4070.py. Expect a val loss of 3.56 +- 0.11 (docs/recipe.md says
+It trains on 2.62B tokens, a quarter of config/fineweb_4070.py. Expect a val loss of 3.58 +- 0.12 (docs/recipe.md says
 how that is known); config/fineweb_4070.py ends at 3.60. 6 hours are modelled, not measured on a card: 134.1k tokens/s
 of the GPT-2 run on an RTX 4070, less a tenth for slower steps.
 
