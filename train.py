@@ -83,9 +83,7 @@ class TrainConfig:
     bias: bool = key(False, "biases in linear layers and norms")
     gelu: str = key("tanh", "tanh: GPT-2's approximation; none: exact, as in nanoGPT", choices=("tanh", "none"))
     # optimizer
-    optimizer: str = key(
-        "adamw", "muon, normuon: for matrices in blocks, adamw for the rest", choices=("adamw", "muon", "normuon")
-    )
+    optimizer: str = key("adamw", "muon, normuon: for the blocks' matrices", choices=("adamw", "muon", "normuon"))
     learning_rate: float = key(6e-4, "peak learning rate", low=0.0)
     max_iters: int = key(600_000, "optimizer steps of the whole run", low=0, high=10**7)
     max_hours: float = key(0.0, "save and stop before this process has run for N hours; 0: no limit", low=0.0)

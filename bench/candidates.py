@@ -45,7 +45,7 @@ def rate(group, factor):
 
     def change(config, muon, adamw):
         def scale(step):
-            adamw.param_groups[group]["lr"] *= factor  # train.py sets it anew before each step
+            adamw.param_groups[group]["lr"] *= factor  # train.py sets it before each step
 
         before_steps(adamw, scale)
 

@@ -433,7 +433,7 @@ def draw_figure(options, losses, found):
                 tokens, loss = np.array(curve).T
                 left.plot(tokens * n, loss, style, color=f"C{i}", ms=4, label=f"{recipe}, {n / 1e6:.2f}M parameters")
     left.set(xscale="log", xlabel="tokens of the run", ylabel="val loss at its end, nats a token")
-    left.legend(fontsize=8)
+    left.legend(fontsize=7, loc="lower left")
     for i, (tokens, by_size) in enumerate(sorted(found.items())):
         n = [parameters(options, size) for size in by_size]
         middle = np.array([value for value, _ in by_size.values()])

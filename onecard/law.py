@@ -87,11 +87,6 @@ def critical_batch(loss: float) -> float:
     return 2.1e8 / loss ** (1 / 0.21)
 
 
-def multiplier(config) -> tuple[float, float, float] | None:
-    """Lowest, middle and highest number of the old recipe's tokens that one token is worth; None: not known."""
-    return MULTIPLIER.get((config.arch, config.optimizer))
-
-
 def critical_tokens(expected: Expected) -> float:
     """critical_batch in the run's own tokens."""
     return critical_batch(expected.loss / expected.token_size) / expected.token_size
@@ -105,7 +100,7 @@ def expected_loss(config, rates, epochs: float | None = None, bytes_per_token: f
     model, tokens = network(config), config.step_tokens * config.max_iters
     counts, vocab_size = model.parameter_counts(), model.config.vocab_size
     n, usual = counts["total"], usual_rate(counts["blocks"], config.optimizer)
-    worth, gpt2s = multiplier(config), 50257 <= vocab_size <= 51200
+    worth, gpt2s = MULTIPLIER.get((config.arch, config.optimizer)), 50257 <= vocab_size <= 51200
     token_size = 1.0 if gpt2s else (bytes_per_token or 0.0) / GPT2_BYTES
     gpt2_tokens = tokens * token_size  # of as many bytes
     end = config.lr_decay_iters or config.max_iters

@@ -3,6 +3,7 @@
 diagnosis.py shows `verdict` first, and the sentences of `outlook`. Both take a run.Run.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -139,11 +140,9 @@ def hours(run, steps):
 
 def unit_of(run):
     """(factor, name) of the unit of a difference: nats per token, or bits per byte if the tokens are not GPT-2's."""
-    bits, val = run.evals["bits_per_byte"], run.evals["val"]
-    known = np.flatnonzero(np.isfinite(bits) & np.isfinite(val))
-    if not len(known) or (run.config and 50257 <= run.config.vocab_size <= 51200):
+    if not run.bytes_per_token or (run.config and 50257 <= run.config.vocab_size <= 51200):
         return 1.0, "nats"
-    return float(bits[known[-1]] / val[known[-1]]), "bits per byte"
+    return 1 / run.bytes_per_token / math.log(2), "bits per byte"
 
 
 # ---- the sentences about the end
