@@ -49,7 +49,9 @@ SEARCHED_ONCE = {  # recipe, number of the size, tokens a parameter: the same, o
     **{("old", size, 80): (-2, 0, 1, 2) for size in (0, 1)},
     ("before", 1, 20): range(-2, 2),
     ("new", 2, 20): range(-1, 2),
+    ("new", 3, 20): (-1, 0),
 }
+LARGER_STEPS = (2, 4)  # number of the size that is also run with so many times the tokens a step, one seed
 EXTRAPOLATED = (40e6, 124e6)  # parameters
 COMPILED_FROM = 4000  # steps; on a CPU shorter runs end before compiling pays
 
@@ -61,13 +63,22 @@ def rate(options, size, recipe, per_parameter, steps=0):
     The old recipe's is the same at every size of the CPU, and grows with the root of the tokens a parameter: at 80 the
     best one is twice that at 20. On a card it is that of Kaplan et al. (onecard/law.py) at 20. The new one's falls with
     the root of the width: then an update of Muon's size changes what a layer does by the same (Yang et al. 2023, arXiv
-    2310.17813). From 48 to 96 channels the best one falls by a step.
+    2310.17813). From 48 to 96 channels the best one falls by a step. Both grow with the root of the tokens of a step
+    (Malladi et al. 2022, arXiv 2205.10287, for Adam).
     """
+    larger = math.sqrt(options.times)
     if recipe == "old":
         base = options.old_rate or usual_rate(blocks(options, size))
-        return round(base * math.sqrt(per_parameter / 20) * ROOT2**steps, 6)
+        return round(base * larger * math.sqrt(per_parameter / 20) * ROOT2**steps, 6)
     narrower = round(math.log2(int(size.split("x")[1]) / 48))
-    return round(0.011314 * ROOT2 ** (steps - narrower), 6)
+    return round(0.011314 * larger * ROOT2 ** (steps - narrower), 6)
+
+
+def larger_steps(options):
+    """(sizes, options) with more tokens a step, in the same micro batches."""
+    number, times = LARGER_STEPS
+    changed = argparse.Namespace(**vars(options) | dict(times=times, sequences=times * options.sequences))
+    return options.sizes.split(",")[number : number + 1], changed
 
 
 # ---- runs
@@ -76,10 +87,6 @@ def rate(options, size, recipe, per_parameter, steps=0):
 def shape(options, size):
     layers, width = map(int, size.split("x"))
     return dict(n_layer=layers, n_embd=width, n_head=round(width / options.head))
-
-
-def size_of(keys):
-    return f"{keys['n_layer']}x{keys['n_embd']}"
 
 
 def old_network(options, size):
@@ -133,6 +140,12 @@ def all_runs(options):
                 longer = (LONGEST,) if recipe == "old" and size in sizes[:2] else ()
                 for per_parameter in tokens + longer:
                     yield keys_of(options, size, recipe, per_parameter, seed=seed)
+    sizes, larger = larger_steps(options)
+    for size in sizes:
+        for recipe, tokens in TOKENS.items():
+            for per_parameter in tokens:
+                for steps in (-1, 0, 1) if per_parameter == 20 else (0,):
+                    yield keys_of(larger, size, recipe, per_parameter, steps=steps)
 
 
 def name_of(keys):
@@ -299,12 +312,17 @@ def print_rates(options, known):
     cells = {(recipe, sizes[0], 20): searched for recipe, searched in SEARCHED.items()}
     cells |= {(r, sizes[i], tokens): steps for (r, i, tokens), steps in SEARCHED_ONCE.items() if i < len(sizes)}
     for (recipe, size, tokens), searched in cells.items():
-        shown = []
-        for steps in searched:
-            runs = [keys_of(options, size, recipe, tokens, steps=steps, seed=seed) for seed in range(2 * SEEDS)]
-            if losses := [known[name_of(keys)]["val_loss"] for keys in runs if name_of(keys) in known]:
-                shown.append(f"{runs[0]['learning_rate']:.2g}: {statistics.mean(losses):.3f} ({len(losses)})")
-        row(recipe, size, tokens, ", ".join(shown))
+        row(recipe, size, tokens, shown_rates(known, options, recipe, size, tokens, searched))
+
+
+def shown_rates(known, options, recipe, size, tokens, searched):
+    """Each rate with its loss, as a cell of a table."""
+    shown = []
+    for steps in searched:
+        runs = [keys_of(options, size, recipe, tokens, steps=steps, seed=seed) for seed in range(2 * SEEDS)]
+        if losses := [known[name_of(keys)]["val_loss"] for keys in runs if name_of(keys) in known]:
+            shown.append(f"{runs[0]['learning_rate']:.2g}: {statistics.mean(losses):.3f} ({len(losses)})")
+    return ", ".join(shown)
 
 
 def print_candidates(options, known):
@@ -418,6 +436,19 @@ def print_trend(options, found):
         row(tokens, " ".join(by_size), with_error(slope[0], slope[1:], 2), *(with_error(m[0], m[1:]) for m in larger))
 
 
+def print_larger_steps(options, known):
+    """Losses and multipliers of the runs with more tokens a step."""
+    sizes, larger = larger_steps(options)
+    losses = Losses(larger, known)
+    if losses:
+        print(f"\n## With {larger.times} times the tokens a step ({larger.sequences} x {larger.block_size})")
+        header("recipe", "size", "tokens a parameter", "rate: loss")
+        for recipe in TOKENS:
+            row(recipe, sizes[0], 20, shown_rates(known, larger, recipe, sizes[0], 20, (-1, 0, 1)))
+        print_study(larger, losses)
+        print_multipliers(larger, losses)
+
+
 def draw_figure(options, losses, found):
     """Losses over tokens, and multipliers over sizes, as a picture."""
     try:
@@ -463,7 +494,7 @@ def main():
     parser.add_argument("--runs", default="out/scaling", help="folder of the runs")
     parser.add_argument("--figure", default="docs/recipe.png")
     options = parser.parse_args()
-    on_card = torch.cuda.is_available()
+    on_card, options.times = torch.cuda.is_available(), 1
     options.jobs = options.jobs or (1 if on_card else 2)
     for name, value in PRESETS[options.preset or ("card" if on_card else "cpu")].items():
         if getattr(options, name, None) is None:
@@ -479,6 +510,7 @@ def main():
     found = print_multipliers(options, losses)
     print_fits(options, losses)
     print_trend(options, found)
+    print_larger_steps(options, known)
     draw_figure(options, losses, found)
     if missing and options.budget_hours:
         raise SystemExit(1)

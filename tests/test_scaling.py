@@ -2,8 +2,8 @@
 
 import importlib
 import sys
+from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +21,7 @@ def scaling(monkeypatch):
 
 @pytest.fixture
 def options(scaling):
-    return SimpleNamespace(dataset="made", dtype="float32", **scaling.PRESETS["cpu"])
+    return Namespace(dataset="made", dtype="float32", times=1, **scaling.PRESETS["cpu"])
 
 
 def loss_of(n, d):
@@ -33,9 +33,10 @@ def losses(scaling, options):
     """Of the whole study, as if a token of the new recipe were worth five, with seeds that differ by 0.01."""
     known = {}
     for keys in scaling.all_runs(options):
-        tokens = keys["max_iters"] * options.sequences * options.block_size
+        size = f"{keys['n_layer']}x{keys['n_embd']}"
+        tokens = keys["max_iters"] * keys["batch_size"] * keys["gradient_accumulation_steps"] * options.block_size
         worth = 1 if keys["arch"] == "gpt2" else 5
-        loss = loss_of(scaling.parameters(options, scaling.size_of(keys)), worth * tokens) + 0.01 * (keys["seed"] - 1)
+        loss = loss_of(scaling.parameters(options, size), worth * tokens) + 0.01 * (keys["seed"] - 1)
         known[scaling.name_of(keys)] = dict(keys=keys, val_loss=loss, ms_per_step=40 * worth)
     return scaling.Losses(options, known)
 
@@ -43,7 +44,7 @@ def losses(scaling, options):
 def test_no_run_reads_a_token_twice_and_none_is_done_twice(scaling, options):
     runs = {scaling.name_of(keys): keys for keys in scaling.all_runs(options)}
     assert max(keys["max_iters"] for keys in runs.values()) * 2048 < 84e6  # bytes of ../shared/corpus
-    assert len([k for k in runs.values() if k["n_layer"] == 4 and k["n_embd"] == 96]) == 7  # one seed
+    assert len([k for k in runs.values() if k["n_layer"] == 4 and k["n_embd"] == 96]) == 8  # one seed, and a rate
     sizes = [scaling.parameters(options, size) for size in options.sizes.split(",")]
     assert sizes == sorted(sizes)
 
