@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from candidates import CANDIDATES, SHORTER_STEPS
 from common import ROOT, commit, header, machine, row
 
 from onecard.law import usual_rate
@@ -32,7 +31,7 @@ from train import TrainConfig
 
 OLD = dict(arch="gpt2", optimizer="adamw", lr_schedule="cosine", beta2=0.95, min_lr_share=0.1)
 BEFORE = dict(arch="qwen3", optimizer="muon", lr_schedule="linear", beta2=0.95, min_lr_share=0.0)
-NEW = BEFORE | dict(optimizer="normuon")  # with the candidate that survived
+NEW = BEFORE | dict(optimizer="normuon")  # the change that survived
 RECIPES = {"old": OLD, "before": BEFORE, "new": NEW}
 PRESETS = {  # sizes: layers x width, the smallest first; head: the head size; old_rate: 0 takes the usual one
     "cpu": dict(sizes="2x48,2x64,2x96,4x96", head=32, vocab_size=320, block_size=256, batch_size=8, sequences=8)
@@ -103,7 +102,7 @@ def blocks(options, size):
     return old_network(options, size).parameter_counts()["blocks"]
 
 
-def keys_of(options, size, recipe, per_parameter, *, steps=0, seed=0, candidate=""):
+def keys_of(options, size, recipe, per_parameter, *, steps=0, seed=0):
     """The keys of train.py of a run, which identify it in the results too; steps: see rate."""
     keys, step_tokens = dict(RECIPES[recipe]), options.sequences * options.block_size
     iters = round(per_parameter * parameters(options, size) / step_tokens)
@@ -112,10 +111,6 @@ def keys_of(options, size, recipe, per_parameter, *, steps=0, seed=0, candidate=
     keys |= dict(gradient_accumulation_steps=options.sequences // options.batch_size, dataset=options.dataset)
     keys |= dict(learning_rate=learning_rate, max_iters=iters, seed=seed, dtype=options.dtype)
     keys |= dict(min_lr=learning_rate * keys.pop("min_lr_share"), warmup_iters=max(10, iters // 20))
-    if candidate:
-        keys["candidate"] = candidate
-    if candidate in SHORTER_STEPS:
-        keys |= dict(batch_size=keys["batch_size"] // 2, max_iters=2 * iters, warmup_iters=2 * keys["warmup_iters"])
     return keys
 
 
@@ -130,10 +125,6 @@ def all_runs(options):
         for size in sizes[number : number + 1]:
             for steps in searched:
                 yield keys_of(options, size, recipe, tokens, steps=steps)
-    for seed in range(SEEDS):
-        for size in sizes[:2]:
-            for candidate in ("", *CANDIDATES):
-                yield keys_of(options, size, "before", 20, seed=seed, candidate=candidate)
     for size in sizes:
         for seed in range(SEEDS if size != sizes[-1] else 1):
             for recipe, tokens in TOKENS.items():
@@ -162,17 +153,14 @@ def read(options):
 def finish(options, keys, deadline):
     """Does one run, or goes on with it, until the deadline -> its result, or None if it has not ended."""
     out_dir = Path(options.runs) / hashlib.sha256(name_of(keys).encode()).hexdigest()[:16]
-    script, here = ["train.py"], dict(init_from="auto")
-    if "candidate" in keys:  # a change of the recipe keeps nothing in the checkpoint
-        script, here = ["bench/candidates.py", keys["candidate"]], dict(init_from="scratch", overwrite=True)
-    here |= dict(out_dir=out_dir, data_dir=options.data_dir, vocab_size=0, eval_interval=5000)
+    here = dict(init_from="auto", out_dir=out_dir, data_dir=options.data_dir, vocab_size=0, eval_interval=5000)
     here |= dict(compile=torch.cuda.is_available() or keys["max_iters"] >= COMPILED_FROM)
     here |= dict(max_hours=(deadline - time.time()) / 3600, log_interval=max(1, keys["max_iters"] // 20))
     here |= dict(eval_tokens=options.eval_tokens)
-    arguments = [f"--{key}={value}" for key, value in (keys | here).items() if key != "candidate"]
-    done = subprocess.run([sys.executable, *script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    arguments = [f"--{key}={value}" for key, value in (keys | here).items()]
+    done = subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        print(f"{' '.join(script + arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
+        print(f"train.py {' '.join(arguments)}: exit {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
         return None
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if line["kind"] == "eval" and line["step"] == keys["max_iters"]]
@@ -223,7 +211,7 @@ def do(options):
 
 
 class Losses(dict):
-    """{(recipe, size, tokens a parameter): {seed: result}} of the study itself, without rates and candidates."""
+    """{(recipe, size, tokens a parameter): {seed: result}} of the study itself, without searched rates."""
 
     def __init__(self, options, known):
         super().__init__()
@@ -325,23 +313,28 @@ def shown_rates(known, options, recipe, size, tokens, searched):
     return ", ".join(shown)
 
 
-def print_candidates(options, known):
-    """Gains of runs with the same seed: the same batches, and for most the same initial weights."""
-    print("\n## Candidates: by how much the val loss is lower, mean of the seeds +- standard error (seeds)")
+def print_changes(options, known):
+    """Gains of changes of the recipe over runs with the same seed. --results has them of runs that were made once."""
+    gains = defaultdict(lambda: defaultdict(list))  # {change: {size: gain of each seed}}
+    for result in known.values():
+        keys = result["keys"]
+        size = f"{keys['n_layer']}x{keys['n_embd']}"
+        before = known.get(name_of(keys_of(options, size, "before", 20, seed=keys["seed"])))
+        same = before and all(before["keys"][key] == keys[key] for key in ("optimizer", "learning_rate"))
+        if "candidate" in keys and same:
+            gains[keys["candidate"]][size].append(before["val_loss"] - result["val_loss"])
+    if not gains:
+        return
     sizes = options.sizes.split(",")[:2]
-    header("candidate", *sizes)
-    for candidate in CANDIDATES:
+    print("\n## Changes: by how much the val loss is lower, mean of the seeds +- standard error (seeds)")
+    header("change", *sizes)
+    for change, by_size in gains.items():
         cells = []
         for size in sizes:
-            gains = []
-            for seed in range(2 * SEEDS):
-                pair = [keys_of(options, size, "before", 20, seed=seed, candidate=name) for name in ("", candidate)]
-                before, after = (known.get(name_of(keys)) for keys in pair)
-                if before and after:
-                    gains.append(before["val_loss"] - after["val_loss"])
-            error = statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-            cells.append(f"{statistics.mean(gains):+.4f} +- {error:.4f} ({len(gains)})" if gains else "")
-        row(candidate, *cells)
+            found = by_size[size]
+            error = statistics.stdev(found) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+            cells.append(f"{statistics.mean(found):+.4f} +- {error:.4f} ({len(found)})" if found else "")
+        row(change, *cells)
 
 
 def print_study(options, losses):
@@ -505,7 +498,7 @@ def main():
     print(f"{missing} runs are missing: repeat the command" if missing else "complete")
     losses = Losses(options, known)
     print_rates(options, known)
-    print_candidates(options, known)
+    print_changes(options, known)
     print_study(options, losses)
     found = print_multipliers(options, losses)
     print_fits(options, losses)

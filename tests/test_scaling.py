@@ -15,7 +15,7 @@ def scaling(monkeypatch):
     """bench/scaling.py as a module."""
     monkeypatch.syspath_prepend(str(BENCH))
     yield importlib.import_module("scaling")
-    for name in ("scaling", "candidates", "common"):
+    for name in ("scaling", "common"):
         sys.modules.pop(name, None)
 
 
@@ -64,10 +64,20 @@ def test_a_part_of_the_sizes_is_a_study_too(scaling, options, sizes, capsys):
     known = {scaling.name_of(keys): dict(keys=keys, val_loss=2.0, ms_per_step=40) for keys in scaling.all_runs(options)}
     losses = scaling.Losses(options, known)
     scaling.print_rates(options, known)
-    scaling.print_candidates(options, known)
-    assert capsys.readouterr().out.count("(3)") >= 9 + len(sizes.split(",")) * len(scaling.CANDIDATES)
+    scaling.print_changes(options, known)
+    assert capsys.readouterr().out.count("(3)") >= 9  # rates with all seeds
     scaling.print_fits(options, losses)
     scaling.print_trend(options, scaling.print_multipliers(options, losses))
+
+
+def test_the_gain_of_a_change_is_over_the_run_with_the_same_seed(scaling, options, capsys):
+    known = {}
+    for seed, before, after in ((0, 2.0, 1.9), (1, 3.0, 2.8)):
+        base = scaling.keys_of(options, "2x64", "before", 20, seed=seed)
+        for keys, loss in ((base, before), (base | dict(candidate="warmer", max_iters=7), after)):
+            known[scaling.name_of(keys)] = dict(keys=keys, val_loss=loss)
+    scaling.print_changes(options, known)
+    assert "| warmer |  | +0.1500 +- 0.0500 (2) |" in capsys.readouterr().out
 
 
 def test_a_loss_beyond_the_longest_run_has_no_multiplier(scaling):
