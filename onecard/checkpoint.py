@@ -15,6 +15,7 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,6 @@ PREVIOUS = "ckpt_previous.pt"  # the latest before it
 BEST = "ckpt_best.pt"  # lowest val loss
 STEP = "ckpt_step_{:09d}.pt"  # of keep_every
 BEFORE_DECAY = "ckpt_before_decay.pt"  # a longer wsd run can start from it
-NEW = "ckpt_new.pt"  # a save that is not finished
 OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt")  # not a user's own copies
 TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: shows a flipped bit in it
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
@@ -96,15 +96,16 @@ class _HashingFile:
         self.file.flush()
 
 
-def write(path: str | Path, state: dict) -> None:
+def write(path: str | Path, state: dict, check: Callable | None = None) -> None:
     """Writes `state` (nested dicts and lists of tensors and plain Python) and reads it back before it gets its name.
 
+    check: called with the temporary path instead of `verify`.
     Raises CheckpointError, with the bytes that were reached, if the system refuses; the old file is then intact.
     """
     path, hashing = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted it during the run
-        with durable.replacing(path, check=verify) as file:
+        with durable.replacing(path, check=check or verify) as file:
             hashing = _HashingFile(file)
             torch.save({"version": VERSION, **state}, hashing)  # type: ignore[arg-type]
             step, digest = state["iter_num"], hashing.sha256.hexdigest().encode()
@@ -230,15 +231,18 @@ def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0
 
     With keep_every, one every so many steps is kept for good.
     """
-    new, latest, step = Path(out_dir) / NEW, Path(out_dir) / LATEST, state["iter_num"]
-    write(new, state | {"launch": launch()})
-    kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
-    try:
+    latest, step = Path(out_dir) / LATEST, state["iter_num"]
+
+    def verify_and_keep_previous(new):
+        verify(new)
         if latest.exists():
             durable.second_name(latest, PREVIOUS)
-        for name in [LATEST, *names, *kept]:
-            durable.second_name(new, name)
-        new.unlink()
+
+    write(latest, state | {"launch": launch()}, check=verify_and_keep_previous)
+    kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
+    try:
+        for name in [*names, *kept]:
+            durable.second_name(latest, name)
     except OSError as error:
         raise CheckpointError(durable.write_refused(latest, error)) from error
 
@@ -309,7 +313,7 @@ def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
 
 @contextlib.contextmanager
 def owned(out_dir: str | Path):
-    """Makes out_dir if needed and holds its lock; finishes or removes what a killed process left unfinished there.
+    """Makes out_dir if needed and holds its lock; removes what a killed process left unfinished there.
 
     Removes the lock, and the folders that it made, if nothing was written, as when the dataset is missing.
     """
@@ -321,10 +325,6 @@ def owned(out_dir: str | Path):
         except OSError as error:
             raise ConfigError(f"out_dir={out_dir}: not writable ({error.strerror}); choose another") from None
         durable.remove_leftovers(out_dir)
-        new = Path(out_dir) / NEW
-        if new.exists() and (newest(out_dir) or "").startswith(NEW):  # killed before it became ckpt.pt
-            os.replace(new, new.with_name(LATEST))
-        new.unlink(missing_ok=True)
         try:
             yield
         finally:
