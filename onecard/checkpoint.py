@@ -298,12 +298,10 @@ def remove_all(out_dir: str | Path, print0) -> None:
 def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
     """Raises CheckpointError if the checkpoints of a run, `need` bytes at most, do not fit on the disk.
 
-    Existing ones will be replaced, so they count as free, except those of a resumed run that are kept for good.
+    Existing ones will be replaced, or are among those of a resumed run that `need` counts, so they count as free.
     """
-    out_dir = Path(out_dir)
-    kept = {path.stat().st_ino for path in out_dir.glob(STEP.replace("{:09d}", "*"))} if resumed else set()
     sizes = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}  # one file may have two names
-    free = shutil.disk_usage(out_dir).free + sum(size for inode, size in sizes.items() if inode not in kept)
+    free = shutil.disk_usage(out_dir).free + sum(sizes.values())
     if need > free:
         raise CheckpointError(
             f"out_dir={out_dir}: the checkpoints of this run need up to {need:,} bytes, {free:,} are free: free some, "
