@@ -80,8 +80,7 @@ def load_config(ConfigClass: type[Config], argv: Sequence[str] | None = None) ->
     files, inputs, options = split_arguments(argv, problems, keys)
     for path in files:
         sources |= read_file(path, values, problems, keys)
-    given = read_inputs(inputs, values, problems, keys)
-    sources |= given | read_options(options, values, problems, keys, given)
+    sources |= read_arguments(inputs, options, values, problems, keys)
     config = ConfigClass(**values)
     object.__setattr__(config, "_sources", sources)  # for describe(); not a field, so asdict() does not show it
     if hasattr(config, "problems"):
@@ -171,20 +170,15 @@ def is_value(argument):
     return not argument.startswith("-") or argument == "-" or argument[1] in ".0123456789"
 
 
-def read_inputs(inputs, values, problems, keys):
-    """Gives the arguments without dashes to the key that takes them. Returns key -> "command line"."""
-    if not inputs:
-        return {}
-    (name,) = (name for name, key in keys.items() if key.inputs)
-    if keys[name].type is str and len(inputs) > 1:
-        problems.append(f"command line: {shorten(' '.join(inputs))}: {len(inputs)} arguments; give one {name}")
-    values[name] = inputs[0] if keys[name].type is str else tuple(inputs)
-    return {name: "command line"}
-
-
-def read_options(options, values, problems, keys, given):
-    """Adds the values of the options to `values`. Returns key -> "command line". given: what read_inputs returned."""
+def read_arguments(inputs, options, values, problems, keys):
+    """Adds the values of the command line to `values`. Returns key -> "command line"."""
     sources = {}
+    for name in [name for name, key in keys.items() if key.inputs and inputs]:  # at most one
+        is_list = keys[name].type is tuple
+        values[name] = tuple(inputs) if is_list else inputs[0]
+        sources[name] = "command line"
+        if len(inputs) > 1 and not is_list:
+            problems.append(f"command line: {shorten(' '.join(inputs))}: {len(inputs)} arguments; give one {name}")
     for option in options:
         try:
             if not option.startswith("--"):
@@ -193,7 +187,7 @@ def read_options(options, values, problems, keys, given):
             key = find_key(name, keys)
             if key.type is tuple:
                 raise ConfigError("write these without dashes")
-            if name in given:
+            if key.inputs and inputs:
                 raise ConfigError(f"{name} is given twice, also as {values[name]}; give one")
             if not equals and key.type is not bool:
                 raise ConfigError(f"a value is needed; write --{name}=value")
@@ -247,14 +241,14 @@ def calculate(op, *operands):
     texts = kinds == {str} and isinstance(op, ast.Add) and sum(map(len, operands)) <= 10_000
     if not kinds <= {int, float} and not texts:
         raise ConfigError(f"no arithmetic on {shorten(' and '.join(map(repr, operands)))}; write the value itself")
-    if isinstance(op, ast.Pow) and kinds == {int} and (abs(operands[0]).bit_length() - 1) * operands[1] > 1024:
-        return math.inf  # beyond 2**1024; Python would compute 10**10**10 to its last digit
+    if isinstance(op, ast.Pow) and kinds == {int} and operands[1] > 1024:
+        return math.inf  # evaluate() refuses it; Python would compute 10**10**10 to its last digit
     try:
         return OPERATORS[type(op)](*operands)
     except ZeroDivisionError:
         raise ConfigError("division by zero; write another divisor") from None
     except OverflowError:
-        return math.inf  # evaluate() refuses it
+        return math.inf
 
 
 def checked(value, key):

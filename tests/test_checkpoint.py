@@ -281,9 +281,7 @@ def test_nothing_in_an_attackers_file_runs_in_loading_training_or_sampling(flags
 
 @POSIX
 @pytest.mark.parametrize("limit", [0, 100, 3000, 150_000])
-def test_a_full_disk_or_a_limit_on_file_size_is_named_and_harms_nothing_and_the_run_can_go_on(
-    flags, small_disk, tmp_path, monkeypatch, limit
-):
+def test_a_full_disk_is_named_and_harms_nothing_and_the_run_goes_on(flags, small_disk, tmp_path, monkeypatch, limit):
     """limit: of the size of files, in bytes; 0: a disk of 7 MiB is filled up to 64 KiB."""
     folder, save, before = tmp_path if limit else small_disk(7 << 20), checkpoint.save, {}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -297,9 +295,8 @@ def test_a_full_disk_or_a_limit_on_file_size_is_named_and_harms_nothing_and_the_
                 (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - 64 * 1024))
         save(out_dir, state, *rest)
 
-    reason = (
-        r"File too large, after [\d,]+ bytes\)" if limit else r"No space left .*, after [1-9][\d,]+ bytes\); 65,536 "
-    )
+    too_large, full = r"File too large, after [\d,]+ bytes\)", r"No space left .*, after [1-9][\d,]+ bytes\); 65,536 "
+    reason = too_large if limit else full
     with monkeypatch.context() as patch, pytest.raises(UserError, match=rf"could not be written \({reason}"):
         patch.setattr(checkpoint, "save", fill_and_save)
         train.main(flags(out_dir=folder / "run"))
@@ -340,9 +337,7 @@ def test_room_for_the_checkpoints_and_those_kept_is_checked_before_the_model_is_
         train.main(flags("kept", max_iters=10**7, keep_every=4))
 
 
-def test_an_out_dir_that_cannot_be_written_is_refused_before_the_model_is_built(
-    flags, small_disk, tmp_path, monkeypatch
-):
+def test_an_out_dir_that_cannot_be_written_is_refused_at_once(flags, small_disk, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "GPT", None)
     (tmp_path / "file").touch()
     for folder in (tmp_path / "made", tmp_path / "new/run"):  # a mistyped dataset leaves nothing there
@@ -417,9 +412,7 @@ def test_what_may_change_takes_effect_and_a_jump_of_the_learning_rate_is_reporte
     assert read_metrics(tmp_path / "run", "train")[-1]["lr"] == pytest.approx(after) == groups[0]["lr"]
 
 
-def test_a_run_that_torchrun_restarts_goes_on_from_its_own_newest_checkpoint_and_never_from_the_one_it_replaces(
-    flags, tmp_path, monkeypatch
-):
+def test_a_run_that_torchrun_restarts_goes_on_from_its_own_newest_checkpoint(flags, tmp_path, monkeypatch):
     """torchrun starts the same command again. The kills are exceptions that train.py does not know."""
     train.main(flags("whole"))
     train.main(flags(seed=1, max_iters=8))  # the run that is replaced

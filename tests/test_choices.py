@@ -24,10 +24,8 @@ ITEMS = [
     dict(prompt="word " * 70, choices=["end", "word word word"], answer=1),  # longer than the context
     dict(prompt="One", choices=["two three", "2"], answer=0),
 ]
-HELLASWAG = dict(
-    activity_label="Removing ice", ctx_a="[header] How to go [title] Start  early.", ctx_b="the man", label="1"
-)
-HELLASWAG["endings"] = ["walks away.", "scrapes [step] the ice."]
+HELLASWAG = dict(activity_label="Removing ice", ctx_a="[header] How to go [title] Start  early.", ctx_b="the man")
+HELLASWAG |= dict(endings=["walks away.", "scrapes [step] the ice."], label="1")
 
 
 @pytest.fixture(scope="module")

@@ -166,15 +166,12 @@ def test_logits_that_are_not_finite_are_refused(bad, temperature):
         generation.next_ids(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [torch.Generator()] * 2, temperature)
 
 
-def test_samples_of_a_run_are_the_same_each_time_and_do_not_affect_training():
+def test_samples_of_a_run_are_the_same_each_time_and_differ_from_each_other():
+    """test_train.py has that they do not affect training."""
     model, letters = network(dropout=0.5).train(), SimpleNamespace(eot=0, decode=str)
-    before = torch.get_rng_state()
     texts = writing.sample_texts(model, letters, n=4, max_new_tokens=20)
     assert texts == writing.sample_texts(model, letters, n=4, max_new_tokens=20) and len(set(texts)) == 4
-    assert model.training and torch.equal(torch.get_rng_state(), before)
-    assert all(p.grad is None for p in model.parameters())
-    loss = model(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64))
-    loss.backward()  # nothing that was made without gradients is left in the model
+    assert model.training
 
 
 def test_only_ids_of_the_tokenizer_are_generated_even_where_padding_is_likelier():

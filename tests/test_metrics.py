@@ -192,9 +192,7 @@ def read_offline_run(path):
     return run_id, config, history, artifacts
 
 
-def test_offline_wandb_has_config_metrics_samples_and_checkpoint_and_a_resumed_run_is_the_same(
-    flags, tmp_path, monkeypatch
-):
+def test_offline_wandb_has_all_that_a_run_sends_and_a_resumed_run_is_the_same(flags, tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in dict(WANDB_MODE="offline", WANDB_SILENT="true", WANDB_DATA_DIR=str(tmp_path / "run")).items():
         monkeypatch.setenv(name, value)

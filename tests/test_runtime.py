@@ -59,17 +59,15 @@ def test_processes_that_find_other_data_or_checkpoints_are_refused(monkeypatch):
 # ---- the micro batch
 
 
-@pytest.mark.parametrize(
-    "processes, keys, message",
-    [
-        (3, dict(batch_size=2, gradient_accumulation_steps=4), "8 sequences .* use nproc_per_node=2 or 4"),
-        (2, dict(batch_size=3, gradient_accumulation_steps=7), "21 sequences .* use nproc_per_node=1 or 7"),
-        (2, dict(batch_size=4, tokens_per_step=12 * 16), "12 sequences .* use batch_size=3 or 6"),
-    ],
-)
-def test_a_step_that_cannot_be_shared_is_refused_with_the_nearest_that_can(
-    flags, monkeypatch, processes, keys, message
-):
+SHARED = [  # processes, keys, what is said
+    (3, dict(batch_size=2, gradient_accumulation_steps=4), "8 sequences .* use nproc_per_node=2 or 4"),
+    (2, dict(batch_size=3, gradient_accumulation_steps=7), "21 sequences .* use nproc_per_node=1 or 7"),
+    (2, dict(batch_size=4, tokens_per_step=12 * 16), "12 sequences .* use batch_size=3 or 6"),
+]
+
+
+@pytest.mark.parametrize("processes, keys, message", SHARED)
+def test_a_step_that_cannot_be_shared_names_the_nearest_that_can(flags, monkeypatch, processes, keys, message):
     assert runtime.micro_steps(512, 16, 4) == 8
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     with pytest.raises(DeviceError, match=f"{processes} processes with batch_size=. cannot share the {message}"):
@@ -115,30 +113,21 @@ def test_on_a_card_the_predicted_micro_batch_is_tried_and_made_smaller_until_it_
         runtime.find_batch_size(model, config, card)
 
 
-@pytest.mark.parametrize(
-    "keys, remedy",
-    [
-        (
-            dict(batch_size=12, gradient_accumulation_steps=40),
-            "batch_size=6 --gradient_accumulation_steps=80 should fit",
-        ),
-        (dict(batch_size=1), "--activation_checkpointing=True, or a smaller"),
-        (dict(batch_size=8, tokens_per_step=2**19), "--batch_size=0 finds one that fits"),
-    ],
-)
+REMEDIES = [
+    (dict(batch_size=12, gradient_accumulation_steps=40), "batch_size=6 --gradient_accumulation_steps=80 should"),
+    (dict(batch_size=1), "--activation_checkpointing=True, or a smaller"),
+    (dict(batch_size=8, tokens_per_step=2**19), "--batch_size=0 finds one that fits"),
+]
+
+
+@pytest.mark.parametrize("keys, remedy", REMEDIES)
 def test_out_of_memory_names_the_keys_that_keep_the_tokens_per_step(keys, remedy):
-    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11 GiB"
-    for error in (
-        torch.OutOfMemoryError(full),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: "),
-        MemoryError(),
-    ):
-        with (
-            pytest.raises(DeviceError, match=rf"memory is full at batch_size={keys['batch_size']}, .*\).*{remedy}"),
-            runtime.oom_errors(train.TrainConfig(**keys)),
-        ):
+    config, where = train.TrainConfig(**keys), f"memory is full at batch_size={keys['batch_size']}"
+    card = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a total capacity of 11 GiB")
+    for error in (card, RuntimeError("DefaultCPUAllocator: can't allocate memory: "), MemoryError()):
+        with pytest.raises(DeviceError, match=rf"{where}, .*\).*{remedy}"), runtime.oom_errors(config):
             raise error
-    with pytest.raises(RuntimeError, match="another"), runtime.oom_errors(train.TrainConfig(**keys)):
+    with pytest.raises(RuntimeError, match="another"), runtime.oom_errors(config):
         raise RuntimeError("another error")
 
 
