@@ -77,17 +77,13 @@ class Progress:
 
 
 class _HashingFile:
-    """Just enough of a file for torch.save: hashes what is written, and keeps the OSError, which torch hides."""
+    """Just enough of a file for torch.save: hashes and counts what is written."""
 
     def __init__(self, file):
-        self.file, self.sha256, self.error, self.bytes = file, hashlib.sha256(), None, 0
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
 
     def write(self, data):
-        try:
-            written = self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
+        written = self.file.write(data)
         self.sha256.update(data)
         self.bytes += len(data)
         return written
@@ -111,10 +107,10 @@ def write(path: str | Path, state: dict, check: Callable | None = None) -> None:
             step, digest = state["iter_num"], hashing.sha256.hexdigest().encode()
             file.write(b"onecard step %012d %012d sha256 %s\n" % (step, step, digest))
     except (OSError, RuntimeError) as error:
-        error = (hashing and hashing.error) or error
-        if not isinstance(error, OSError):
+        refused = error if isinstance(error, OSError) else error.__context__  # torch's RuntimeError hides the first one
+        if not isinstance(refused, OSError):
             raise
-        raise CheckpointError(durable.write_refused(path, error, hashing.bytes if hashing else 0)) from error
+        raise CheckpointError(durable.write_refused(path, refused, hashing.bytes if hashing else 0)) from error
 
 
 def read_trailer(path: str | Path) -> tuple[int, str, int]:
