@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from model import GPT, IGNORE
@@ -104,16 +105,15 @@ def choose(
     likelihoods = torch.zeros(len(rows), dtype=torch.float64)
     for first in tqdm(range(0, len(rows), batch_size), desc="choices", delay=5, leave=False, disable=None):
         batch = order[first : first + batch_size]
-        T = min(block_size, len(rows[batch[0]][0]) - 1)
-        inputs = torch.zeros(len(batch), T, dtype=torch.int64)
-        targets = torch.full((len(batch), T), IGNORE)
-        for r, i in enumerate(batch):
-            ids = torch.tensor(rows[i][0][-(T + 1) :])
-            n = len(ids) - 1
-            count = min(rows[i][1], n)  # of a choice that is longer than the context only the end
-            inputs[r, :n] = ids[:-1]
-            targets[r, n - count : n] = ids[n - count + 1 :]
-        losses = model(inputs.to(device), targets.to(device), reduction="none")  # (B, T)
+        inputs, targets = [], []
+        for ids, count in (rows[i] for i in batch):
+            kept = torch.tensor(ids[-(block_size + 1) :])
+            inputs.append(kept[:-1])
+            targets.append(kept[1:].clone())
+            targets[-1][: max(0, len(kept) - 1 - count)] = IGNORE  # the prompt
+        idx = pad_sequence(inputs, batch_first=True).to(device)  # (B, T)
+        predicted = pad_sequence(targets, batch_first=True, padding_value=IGNORE).to(device)
+        losses = model(idx, predicted, reduction="none")  # (B, T)
         likelihoods[batch] = -losses.double().sum(1).cpu()
     return accuracies(items, likelihoods.numpy())
 
@@ -136,13 +136,12 @@ def evaluate(run: Any) -> dict:
 
 
 def accuracies(items: list[Item], likelihoods: np.ndarray) -> dict[str, float | list]:
-    taken, taken_norm = [], []
+    lengths = [len(choice) for item in items for choice in item.choices]
     ends = np.cumsum([len(item.choices) for item in items])
-    for item, found in zip(items, np.split(likelihoods, ends[:-1]), strict=True):
-        taken.append(int(np.argmax(found)))
-        taken_norm.append(int(np.argmax(found / [len(choice) for choice in item.choices])))
-    result: dict[str, float | list] = dict(choice=taken, choice_norm=taken_norm)
-    for name, chosen in (("acc", taken), ("acc_norm", taken_norm)):
-        mean = sum(choice == item.answer for choice, item in zip(chosen, items, strict=True)) / len(items)
-        result |= {name: mean, f"{name}_error": math.sqrt(mean * (1 - mean) / max(1, len(items) - 1))}
+    result: dict[str, float | list] = {}
+    for end, scores in (("", likelihoods), ("_norm", likelihoods / lengths)):
+        taken = [int(found.argmax()) for found in np.split(scores, ends[:-1])]
+        mean = sum(choice == item.answer for choice, item in zip(taken, items, strict=True)) / len(items)
+        error = math.sqrt(mean * (1 - mean) / max(1, len(items) - 1))
+        result |= {f"choice{end}": taken, f"acc{end}": mean, f"acc{end}_error": error}
     return result

@@ -19,7 +19,6 @@ import torch
 from networks import NETWORKS, TINY, assert_same, save, text_ids, tiny
 
 import convert
-import sample
 from configurator import ConfigError
 from convert import ConvertError
 from model import GPT2_IDS
@@ -83,26 +82,6 @@ def run_with(tokenizer, folder, **network):
 
 
 # ---- Hugging Face
-
-
-@torch.no_grad()
-def test_transformers_has_our_logits_and_our_greedy_text(exported):
-    transformers = pytest.importorskip("transformers")
-    ours, run = exported
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "hf").eval()
-    assert theirs.config.vocab_size == theirs.get_input_embeddings().num_embeddings == GPT2_IDS
-    idx = text_ids(64)
-    torch.testing.assert_close(theirs(idx).logits, ours(idx)[..., :GPT2_IDS], atol=1e-4, rtol=0)
-    text = theirs.generate(idx[:1, :8], max_new_tokens=20, do_sample=False, eos_token_id=None)
-    assert text[0, 8:].tolist() == greedy(ours, idx[0, :8].tolist(), 20)
-
-
-def test_sample_py_writes_the_same_text_with_the_run_and_with_its_export(exported, capsys):
-    texts = []
-    for source in (exported[1], exported[1] / "hf"):
-        sample.main([str(source), "--device=cpu", "--dtype=float32", "--num_samples=2", "--max_new_tokens=20"])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1]
 
 
 def test_a_folder_has_the_files_that_other_programs_ask_for_and_comes_back_bit_for_bit(exported, tmp_path):
