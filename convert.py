@@ -25,8 +25,7 @@ import torch
 
 from configurator import key, load_config, run_script
 from model import GPT, NORM_EPS, ROPE_THETA, GPTConfig
-from onecard import checkpoint, durable, metrics, modelcard, pretrained
-from onecard.pretrained import ConvertError
+from onecard import UserError, checkpoint, durable, metrics, modelcard, pretrained
 from onecard.tokenizer import HARD_STRINGS, Tokenizer, from_state, need
 from onecard.vocabulary import gguf_tokenizer, tokenizer_json, vocabulary
 
@@ -75,7 +74,7 @@ def common_weights(model: GPT, n_ids: int) -> dict[str, torch.Tensor]:
 
 
 def write_hf(folder: Path, export: Export) -> None:
-    """Writes a folder for transformers, lm-evaluation-harness and vLLM. Raises ConvertError if it differs when read."""
+    """Writes a folder for transformers, lm-evaluation-harness and vLLM. Raises UserError if it differs when read."""
     save = need("safetensors.torch", "hf").save
     model, tokenizer, c = export.model, export.tokenizer, export.model.config
     weights, theirs = common_weights(model, tokenizer.n_vocab), {}
@@ -117,7 +116,7 @@ def hf_config(c: GPTConfig, tokenizer: Tokenizer, about: dict) -> dict:
 
 @torch.no_grad()
 def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
-    """Raises ConvertError unless transformers gets our ids and, within TOLERANCE, our logits from this folder.
+    """Raises UserError unless transformers gets our ids and, within TOLERANCE, our logits from this folder.
 
     The logits are those of the rounded weights, computed in float32.
     """
@@ -131,7 +130,7 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     for string in strings:
         ids = theirs(string, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
         if ids != tokenizer.encode(string).tolist():
-            raise ConvertError(f"{program} gives other ids for {string[:40]!r}: install another version")
+            raise UserError(f"{program} gives other ids for {string[:40]!r}: install another version")
     load = transformers.AutoModelForCausalLM.from_pretrained
     copy, found = load(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(found.values()), found  # a weight missing, unexpected, or of another shape
@@ -144,7 +143,7 @@ def check_hf(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     difference = (a - b).abs().max().item()
     print(f"{program}: same ids; logits differ by at most {difference:.1e} at {idx.numel():,} positions")
     if not difference <= TOLERANCE:
-        raise ConvertError(f"{program}: logits differ by {difference:.1e}, more than {TOLERANCE}; nothing was written")
+        raise UserError(f"{program}: logits differ by {difference:.1e}, more than {TOLERANCE}; nothing was written")
 
 
 def write_gguf(path: Path, export: Export) -> None:
@@ -152,7 +151,7 @@ def write_gguf(path: Path, export: Export) -> None:
     model, tokenizer, c, gguf = export.model, export.tokenizer, export.model.config, need("gguf", "gguf")
     if c.arch == "gpt2" and c.gelu != "tanh":
         reason = "this network has the exact GELU (gelu='none'), but llama.cpp computes GPT-2 with the tanh form alone"
-        raise ConvertError(f"--to=gguf: {reason}: its loss would differ; use --to=hf, or train with gelu='tanh'")
+        raise UserError(f"--to=gguf: {reason}: its loss would differ; use --to=hf, or train with gelu='tanh'")
     kind, files = GGUF_TYPES[export.dtype]
     matrices, vectors = gguf.GGMLQuantizationType[kind], gguf.GGMLQuantizationType.F32
     about = dict(name=export.name, file_type=getattr(gguf.LlamaFileType, files))
@@ -189,10 +188,10 @@ def write_nanogpt(folder: Path, export: Export) -> None:
     """Writes a folder for nanoGPT's sample.py: ckpt.pt without optimizer, and meta.pkl if the tokens are characters."""
     c, weights, tokenizer, about = export.model.config, export.model.state_dict(), export.tokenizer, export.about
     if c.arch != "gpt2":
-        raise ConvertError(f"--to=nanogpt: nanoGPT has only GPT-2's network, and this one is {c.arch}: use --to=hf")
+        raise UserError(f"--to=nanogpt: nanoGPT has only GPT-2's network, and this one is {c.arch}: use --to=hf")
     if tokenizer.kind not in ("gpt2", "chars"):
         reason = f"nanoGPT's sample.py has GPT-2's tokenizer or characters, and this tokenizer is {tokenizer.name}"
-        raise ConvertError(f"--to=nanogpt: {reason}: use --to=hf")
+        raise UserError(f"--to=nanogpt: {reason}: use --to=hf")
     if c.gelu == "tanh":
         print("nanoGPT computes the exact GELU; this network was trained with the tanh form: logits differ slightly")
     args = {k: v for k, v in asdict(c).items() if k not in ("arch", "gelu")}
@@ -224,7 +223,7 @@ def write_onecard(folder: Path, export: Export) -> None:
 
 def check_same(weights, copy, path):
     if weights.keys() != copy.keys() or not all(torch.equal(w, copy[name]) for name, w in weights.items()):
-        raise ConvertError(f"{path}: other weights are read back than were written: check the disk and the memory")
+        raise UserError(f"{path}: other weights are read back than were written: check the disk and the memory")
     print(f"{len(weights)} tensors read back: identical bit for bit")
 
 
@@ -232,10 +231,10 @@ def check_same(weights, copy, path):
 def new_path(path: Path) -> Iterator[Path]:
     """Gives the body a temporary path for the file or folder it makes; then syncs and renames it to `path`.
 
-    Raises ConvertError if `path` exists or cannot be written. Nothing is left behind if the body fails.
+    Raises UserError if `path` exists or cannot be written. Nothing is left behind if the body fails.
     """
     if path.exists():
-        raise ConvertError(f"{path} is there already: give another --out")
+        raise UserError(f"{path} is there already: give another --out")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(f".convert{durable.TEMPORARY}", f"{path.name}.", path.parent) as folder:
@@ -248,7 +247,7 @@ def new_path(path: Path) -> Iterator[Path]:
             os.rename(temporary, path)
         durable.sync_folder(path.parent)
     except OSError as error:
-        raise ConvertError(f"{durable.write_refused(path, error)}, or give another --out") from error
+        raise UserError(f"{durable.write_refused(path, error)}, or give another --out") from error
 
 
 def output_path(config: ConvertConfig, folder: Path, name: str) -> Path:
@@ -273,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         model = model.to(getattr(torch, config.dtype)).float()  # what is written, and compared, are rounded weights
         if not all(weight.isfinite().all() for weight in model.state_dict().values()):
             remedy = "use --dtype=bfloat16" if config.dtype == "float16" else "use an earlier checkpoint"
-            raise ConvertError(f"{source}: weights are not finite in {config.dtype}; {remedy}")
+            raise UserError(f"{source}: weights are not finite in {config.dtype}; {remedy}")
         rows = modelcard.read_rows(folder / metrics.NAME)
         export = Export(model=model, tokenizer=tokenizer, about=about, rows=rows, name=name, dtype=config.dtype)
         write = dict(hf=write_hf, gguf=write_gguf, nanogpt=write_nanogpt, onecard=write_onecard)[config.to]

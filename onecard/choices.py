@@ -22,11 +22,7 @@ from tqdm import tqdm
 
 from model import GPT, IGNORE
 from onecard import UserError
-from onecard.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-
-
-class ChoicesError(UserError):
-    """A file of multiple-choice items that cannot be used: which line, why, what to do."""
+from onecard.tokenizer import Tokenizer, load_tokenizer
 
 
 class Item(NamedTuple):
@@ -36,12 +32,12 @@ class Item(NamedTuple):
 
 
 def read_items(path: str | Path) -> list[Item]:
-    """The items of a .jsonl file. Raises ChoicesError."""
+    """The items of a .jsonl file. Raises UserError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", error)  # of an OSError
-        raise ChoicesError(f"choices: {path} cannot be read ({reason}); give a .jsonl file") from None
+        raise UserError(f"choices: {path} cannot be read ({reason}); give a .jsonl file") from None
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -51,14 +47,14 @@ def read_items(path: str | Path) -> list[Item]:
             item = hellaswag(found) if "endings" in found else plain(found)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             wanted = 'write {"prompt": "...", "choices": ["...", "..."], "answer": 0}, or use HellaSwag\'s format'
-            raise ChoicesError(f"choices: line {number} of {path} is not an item ({error!r}); {wanted}") from None
+            raise UserError(f"choices: line {number} of {path} is not an item ({error!r}); {wanted}") from None
         if not 0 <= item.answer < len(item.choices):
-            raise ChoicesError(f"choices: line {number} of {path}: there is no choice {item.answer}; count from 0")
+            raise UserError(f"choices: line {number} of {path}: there is no choice {item.answer}; count from 0")
         if not item.prompt.strip() or not all(item.choices):
-            raise ChoicesError(f"choices: line {number} of {path}: the prompt or a choice is empty; write one")
+            raise UserError(f"choices: line {number} of {path}: the prompt or a choice is empty; write one")
         items.append(item)
     if not items:
-        raise ChoicesError(f"choices: {path} is empty; give a .jsonl file with items")
+        raise UserError(f"choices: {path} is empty; give a .jsonl file with items")
     return items
 
 
@@ -94,12 +90,9 @@ def choose(
 ) -> dict[str, float | list]:
     """acc, acc_norm and their standard errors; choice and choice_norm: of each item the choice that was taken.
 
-    A text longer than block_size loses its beginning. Raises ChoicesError if the tokenizer lacks a character.
+    A text longer than block_size loses its beginning.
     """
-    try:
-        rows = [row for item in items for row in rows_of(item, tokenizer, separator)]
-    except TokenizerError as error:
-        raise ChoicesError(f"choices: {error}") from error
+    rows = [row for item in items for row in rows_of(item, tokenizer, separator)]
     block_size, device = model.config.block_size, model.lm_head.weight.device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # little padding
     likelihoods = torch.zeros(len(rows), dtype=torch.float64)

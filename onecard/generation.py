@@ -22,10 +22,6 @@ from onecard import UserError
 COLUMNS = 256  # a compiled step's cache has a multiple of so many: few shapes, each compiled once
 
 
-class GenerationError(UserError):
-    """Text cannot be generated or scored: why, and what to do."""
-
-
 def logits_to_probs(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> torch.Tensor:
@@ -67,7 +63,7 @@ def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def next_ids(logits: torch.Tensor, generators: list[torch.Generator], temperature: float = 1.0, **filters) -> list[int]:
     """Logits (B, V) -> B ids: the likeliest at temperature 0, else sampled with one number from each generator."""
     if not temperature >= 0:  # NaN too
-        raise GenerationError(f"temperature={temperature} is impossible; use 0 or more")
+        raise UserError(f"temperature={temperature} is impossible; use 0 or more")
     finite = logits.sum().isfinite()  # looked at last, so that a step waits for the device once
     if temperature == 0:
         ids = logits.argmax(-1).tolist()
@@ -76,7 +72,7 @@ def next_ids(logits: torch.Tensor, generators: list[torch.Generator], temperatur
         uniform = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
         ids = sample(probs, uniform.to(probs.device)).tolist()
     if not finite:
-        raise GenerationError("the logits are not finite: too large for this dtype (try float32), or a broken network")
+        raise UserError("the logits are not finite: too large for this dtype (try float32), or a broken network")
     return ids
 
 
@@ -149,7 +145,7 @@ def decode_one_token(model, sequences, alive, state, compiled_step):
         try:
             logits = compiled_step(model, idx, state.cache, state.pads, column)
         except torch._dynamo.exc.TorchDynamoException as error:  # a compiler is missing, for example
-            raise GenerationError(f"compile failed: {str(error).splitlines()[0]}; leave out --compile") from error
+            raise UserError(f"compile failed: {str(error).splitlines()[0]}; leave out --compile") from error
     else:
         logits = step_logits(model, idx, state.cache, state.pads)
     return logits if alive == state.rows else logits[[state.rows.index(i) for i in alive]]
@@ -179,7 +175,7 @@ def stream(
     pays for long texts; on a card it becomes one CUDA graph. sampling: see `logits_to_probs`.
     """
     if not all(map(len, prompts)):
-        raise GenerationError("a prompt without any token cannot be continued; begin it with the document separator")
+        raise UserError("a prompt without any token cannot be continued; begin it with the document separator")
     sequences = [list(prompt) for prompt in prompts]
     ended = set() if ended is None else ended
     seeds = [secrets.randbits(63) for _ in prompts] if seeds is None else seeds
@@ -217,7 +213,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
 
 @torch.no_grad()
 def score(model: GPT, ids, prefix_id: int, stride: int = 0, batch_size: int = 1) -> torch.Tensor:
-    """ids (n,) of a text -> the loss of each in nats, (n,) in float64. Raises GenerationError.
+    """ids (n,) of a text -> the loss of each in nats, (n,) in float64. Raises UserError.
 
     Windows as in lm-evaluation-harness's rolling log-likelihood: the first predicts block_size ids, each later one the
     next `stride` (at most block_size, which 0 stands for) with all context that fits. But prefix_id begins every
@@ -226,9 +222,9 @@ def score(model: GPT, ids, prefix_id: int, stride: int = 0, batch_size: int = 1)
     block_size, device = model.config.block_size, model.lm_head.weight.device
     tokens, losses = torch.as_tensor(ids, dtype=torch.int64), []
     if len(tokens) == 0:
-        raise GenerationError("an empty text has no loss; give a text")
+        raise UserError("an empty text has no loss; give a text")
     if stride < 0:
-        raise GenerationError(f"stride={stride} is negative; use 0 for block_size={block_size}")
+        raise UserError(f"stride={stride} is negative; use 0 for block_size={block_size}")
     stride = min(stride or block_size, block_size)
     T = min(block_size, len(tokens))  # the length of every window
     ends = [*range(block_size, len(tokens), stride), len(tokens)]

@@ -27,12 +27,8 @@ NAME = "metrics.jsonl"
 EVAL_GROUPS = 64
 
 
-class MetricsError(UserError):
-    """metrics.jsonl cannot be written: bytes written so far, why, what to do."""
-
-
 class MetricsWriter:
-    """Appends to out_dir/metrics.jsonl, and to a wandb run if there is a tracker. MetricsError if the disk refuses.
+    """Appends to out_dir/metrics.jsonl, and to a wandb run if there is a tracker. UserError if the disk refuses.
 
     step, last_eval_step: those of the checkpoint that the run goes on from; -1 for a new run.
     """
@@ -44,7 +40,7 @@ class MetricsWriter:
             drop_lines_after(self.path, step, last_eval_step, print0)
             self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         except OSError as error:
-            raise MetricsError(f"{self.path}: cannot be written ({error.strerror}): move it away") from None
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}): move it away") from None
 
     def write(self, kind: str, step: int, **numbers) -> None:
         line = (json.dumps({"kind": kind, "step": step, **numbers}, allow_nan=False) + "\n").encode()
@@ -76,7 +72,7 @@ class MetricsWriter:
             raise self.refused(error) from error
 
     def refused(self, error):
-        return MetricsError(write_refused(self.path, error, self.path.stat().st_size if self.path.exists() else 0))
+        return UserError(write_refused(self.path, error, self.path.stat().st_size if self.path.exists() else 0))
 
     def close(self, artifact: str | Path | None = None) -> None:
         """Closes the file and the wandb run. artifact: a checkpoint to upload; each one is a new version of it."""

@@ -40,10 +40,6 @@ QWEN3_NAMES = {  # parts of our names -> of those in transformers' Qwen3; its GP
 }
 
 
-class ConvertError(UserError):
-    """Weights that cannot be read, written or verified: which file, why, what to do."""
-
-
 def one_line(error):
     return " ".join(str(error).split())[:300]
 
@@ -53,11 +49,11 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
 
     which: "latest" or "best", the checkpoint of a run's folder. The model is on the CPU in eval mode. about: all of a
     onecard checkpoint but its weights; of other sources "tokenizer" (a Tokenizer.state()) and at most iter_num and
-    best_val_loss. Raises ConvertError, CheckpointError and TokenizerError.
+    best_val_loss. Raises UserError.
     """
     path = Path(source)
     if not path.exists() and source not in HUB_NAMES:
-        raise ConvertError(f"{source}: there is no such file or folder; give one, or one of {', '.join(HUB_NAMES)}")
+        raise UserError(f"{source}: there is no such file or folder; give one, or one of {', '.join(HUB_NAMES)}")
     if not path.exists() or (path / "config.json").exists():
         return read_hf(source)
     if path.is_dir():
@@ -69,9 +65,9 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
     except FileNotFoundError:
         reason = "there is no such file, and no config.json in its folder"
         remedy = "leave out --checkpoint=best" if which == "best" else "train first, or give the folder of another run"
-        raise ConvertError(f"{path}: {reason}; {remedy}") from None
+        raise UserError(f"{path}: {reason}; {remedy}") from None
     except OSError as error:
-        raise ConvertError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
     model, about = checkpoint.load_model(path)
     return model, about | dict(tokenizer=checkpoint.tokenizer_of(about, path).state())
 
@@ -79,33 +75,30 @@ def read(source: str, which: str = "latest") -> tuple[GPT, dict]:
 def start(source: str, block_size: int, dropout: float) -> tuple[GPT, dict]:
     """(the model that a finetuning run starts from, in training mode, with this context and dropout; see `read`).
 
-    Learned positions from block_size on are cut off. Raises ConvertError if the source has fewer positions.
+    Learned positions from block_size on are cut off. Raises UserError if the source has fewer positions.
     """
     model, about = read(source)
     args, weights = asdict(model.config), model.state_dict()
     if args["arch"] == "gpt2":
         if block_size > args["block_size"]:
             remedy = f"set block_size={args['block_size']} or less"
-            raise ConvertError(f"block_size={block_size}: {source} has {args['block_size']} positions; {remedy}")
+            raise UserError(f"block_size={block_size}: {source} has {args['block_size']} positions; {remedy}")
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size]
     return build(args | dict(block_size=block_size, dropout=dropout), weights, source).train(), about
 
 
 def build(args, weights, source):
-    """The GPT with these arguments of GPTConfig and these weights, in eval mode. ConvertError if they do not fit."""
+    """The GPT with these arguments of GPTConfig and these weights, in eval mode. UserError if they do not fit."""
     try:
         model = GPT(GPTConfig(**args))
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:  # TypeError: an argument that GPTConfig does not have
-        raise ConvertError(f"{source}: the weights do not fit the config beside them: {one_line(error)}") from None
+        raise UserError(f"{source}: the weights do not fit the config beside them: {one_line(error)}") from None
     return model.eval()
 
 
 def read_nanogpt(path: Path) -> tuple[GPT, dict]:
-    """Reads the ckpt.pt of nanoGPT's train.py, also of a compiled or distributed run. Its network has the exact GELU.
-
-    Raises ConvertError.
-    """
+    """Reads the ckpt.pt of nanoGPT's train.py, also of a compiled or distributed run. Its GELU is exact."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # without it a pickle can run any code
         args, weights = dict(saved["model_args"]), dict(saved["model"])
@@ -113,9 +106,9 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
         moments = dict((saved.get("optimizer") or {}).get("state", {}))  # AdamW's: {number of a parameter: tensors}
     except Exception as error:  # torch.load raises any kind for bytes that are no checkpoint
         what = "not a whole checkpoint of onecard, nor one of nanoGPT with only tensors and plain values"
-        raise ConvertError(f"{path}: {what} ({type(error).__name__}): copy it again, or give another file") from None
+        raise UserError(f"{path}: {what} ({type(error).__name__}): copy it again, or give another file") from None
     if "version" in saved:  # a key of onecard's checkpoints: the SHA-256 at the end was lost
-        raise ConvertError(f"{path}: damaged: a onecard checkpoint without its SHA-256 at the end: copy it again")
+        raise UserError(f"{path}: damaged: a onecard checkpoint without its SHA-256 at the end: copy it again")
     weights = {name.removeprefix("module.").removeprefix("_orig_mod."): w for name, w in weights.items()}
     weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}  # masks of old checkpoints
     defaults = dict(bias="transformer.ln_f.bias" in weights, gelu="none")
@@ -128,7 +121,7 @@ def read_nanogpt(path: Path) -> tuple[GPT, dict]:
 
 
 def read_hf(source: str) -> tuple[GPT, dict]:
-    """Reads a folder in Hugging Face format, or one of HUB_NAMES, with transformers. Raises ConvertError."""
+    """Reads a folder in Hugging Face format, or one of HUB_NAMES, with transformers."""
     transformers = need("transformers", "hf")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its report of missing weights; the errors below name them
@@ -137,34 +130,31 @@ def read_hf(source: str) -> tuple[GPT, dict]:
     tokenizer = folder_tokenizer(Path(source), own)
     if args["vocab_size"] < tokenizer.n_vocab:
         reason = f"vocab_size={args['vocab_size']} is less than the {tokenizer.n_vocab} ids of {tokenizer.name}"
-        raise ConvertError(f"{source}: {reason}: put its own tokenizer.json beside it")
+        raise UserError(f"{source}: {reason}: put its own tokenizer.json beside it")
     model, found = call_transformers(
         source, transformers.AutoModelForCausalLM.from_pretrained, output_loading_info=True
     )
     bad = [*found["missing_keys"], *found["mismatched_keys"]]
     if bad:
-        raise ConvertError(f"{source}: weights are missing or have the wrong shape, first {bad[0]}: copy it again")
+        raise UserError(f"{source}: weights are missing or have the wrong shape, first {bad[0]}: copy it again")
     theirs = {name: weight.float() for name, weight in model.state_dict().items()}
     return build(args, from_hf(theirs, args), source), own.get("about", {}) | dict(tokenizer=tokenizer.state())
 
 
 def call_transformers(source: str, load: Callable, **options) -> Any:
-    """load(source, **options), a from_pretrained of transformers. Its many kinds of errors become a ConvertError."""
+    """load(source, **options), a from_pretrained of transformers. Its many kinds of errors become a UserError."""
     try:
         return load(source, trust_remote_code=False, **options)  # None would ask the user whether to run its code
     except Exception as error:
         remedy = "copy the folder again" if Path(source).exists() else "without a network give a folder with its files"
-        raise ConvertError(f"{source}: transformers cannot load it: {one_line(error)}; {remedy}") from error
+        raise UserError(f"{source}: transformers cannot load it: {one_line(error)}; {remedy}") from error
 
 
 def network_of(config: Any, source: str) -> tuple[dict, dict]:
-    """transformers' config -> (arguments of GPTConfig, the content of its key "onecard").
-
-    Raises ConvertError if model.py cannot be this network.
-    """
+    """transformers' config -> (arguments of GPTConfig, its key "onecard"). Refuses what model.py cannot be."""
     arch = config.model_type
     if arch not in ("gpt2", "qwen3"):
-        raise ConvertError(f"{source}: the network has type {arch}; onecard reads gpt2 and qwen3")
+        raise UserError(f"{source}: the network has type {arch}; onecard reads gpt2 and qwen3")
     args = dict(arch=arch, bias=arch == "gpt2", vocab_size=config.vocab_size, block_size=config.max_position_embeddings)
     args |= dict(n_layer=config.num_hidden_layers, n_head=config.num_attention_heads, n_embd=config.hidden_size)
     if arch == "gpt2":
@@ -182,7 +172,7 @@ def network_of(config: Any, source: str) -> tuple[dict, dict]:
     theirs = {name: getattr(config, name, value) for name, value in ours.items()}
     wrong = [f"{name}={theirs[name]} (must be {value})" for name, value in ours.items() if theirs[name] != value]
     if wrong:
-        raise ConvertError(f"{source}: model.py cannot be this {arch} network: {', '.join(wrong)}; use another")
+        raise UserError(f"{source}: model.py cannot be this {arch} network: {', '.join(wrong)}; use another")
     return args, own
 
 

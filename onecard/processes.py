@@ -22,11 +22,6 @@ import torch.distributed as dist
 
 from onecard import UserError
 
-
-class ProcessError(UserError):
-    """A process is missing: which, and what to do."""
-
-
 # ---- several processes
 
 
@@ -42,7 +37,7 @@ def join(backend: str, device: torch.device, rank: int, world_size: int, minutes
 
 
 def fresh_store(rank: int, world_size: int, minutes: float) -> dist.Store:
-    """A store that only the processes of this start share. ProcessError names those that do not come within `minutes`.
+    """A store that only the processes of this start share. UserError names those that do not come within `minutes`.
 
     torchrun keeps one store over its restarts, and in it the addresses of dead processes, for which the new ones would
     wait (pytorch issue 135712). So rank 0 picks a random name for this start and confirms it to each other rank. A rank
@@ -65,7 +60,7 @@ def fresh_store(rank: int, world_size: int, minutes: float) -> dist.Store:
                 raise dist.DistStoreError("no answer")
         return dist.PrefixStore(store.get(mine).decode(), store)
     except dist.DistError as error:
-        raise ProcessError(
+        raise UserError(
             f"process {rank} of {world_size} waited {minutes:g} minutes for {missing} ({str(error).splitlines()[0]}): "
             "start all processes, or wait longer with --ddp_timeout_minutes"
         ) from None

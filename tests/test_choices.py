@@ -13,8 +13,8 @@ import convert
 import report
 import sample
 import train
-from onecard import checkpoint, choices
-from onecard.choices import ChoicesError, Item, choose, read_items, rows_of
+from onecard import UserError, checkpoint, choices
+from onecard.choices import Item, choose, read_items, rows_of
 from onecard.tokenizer import from_state, load_tokenizer
 
 EOT = 50256
@@ -92,7 +92,7 @@ def test_hellaswags_texts_are_cleaned_and_an_item_is_encoded_as_lm_evaluation_ha
 def test_a_file_that_is_no_test_is_named_with_its_line(content, reason, tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text(content)
-    with pytest.raises(ChoicesError, match=reason):
+    with pytest.raises(UserError, match=reason):
         read_items(path)
 
 
@@ -124,7 +124,7 @@ def test_a_run_measures_its_items_at_evaluations_and_the_report_draws_them(tmp_p
     assert_same(*(checkpoint.load(tmp_path / name / "ckpt.pt")["model"] for name in ("plain", "run")))
     report.main([str(tmp_path / "run"), f"--out={tmp_path / 'page.html'}"])
     assert "accuracy by length" in (tmp_path / "page.html").read_text()
-    with pytest.raises(ChoicesError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         train.main(flags_of(**keys, out_dir=tmp_path / "none", choices_file="nowhere.jsonl"))
     monkeypatch.setattr(choices, "choose", lambda *_: 1 / 0)
     train.main(flags_of(**keys, out_dir=tmp_path / "broken", choices_file=path))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from runs import assert_same_run, read_metrics
 
 import train
-from onecard import checkpoint, processes
+from onecard import UserError, checkpoint, processes
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and /proc as Linux has them")
 BASE = dict(max_iters=20, lr_decay_iters=20, eval_interval=5, log_interval=1, dropout=0.0)
@@ -156,7 +156,7 @@ def test_a_process_that_does_not_come_is_named(monkeypatch, rank, missing):
     keys = dict(MASTER_ADDR="localhost", MASTER_PORT=store.port, TORCHELASTIC_USE_AGENT_STORE=True)
     for name, value in (keys | dict(RANK=rank, WORLD_SIZE=2)).items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(processes.ProcessError, match=f"process {rank} of 2 waited 0.02 minutes for process {missing} "):
+    with pytest.raises(UserError, match=f"process {rank} of 2 waited 0.02 minutes for process {missing} "):
         processes.fresh_store(rank, 2, minutes=0.02)
 
 

@@ -10,8 +10,8 @@ import torch._dynamo.testing
 from networks import tiny
 from runs import write_characters
 
-from onecard import generation, writing
-from onecard.generation import GenerationError, generate
+from onecard import UserError, generation, writing
+from onecard.generation import generate
 from onecard.tokenizer import load_tokenizer
 
 GREEDY, SAMPLED = dict(temperature=0), dict(temperature=0.9, top_k=50, top_p=0.95, min_p=0.01)
@@ -162,7 +162,7 @@ def test_the_sampled_id_is_the_first_whose_cumulative_probability_exceeds_the_nu
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_logits_that_are_not_finite_are_refused(bad, temperature):
-    with pytest.raises(GenerationError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         generation.next_ids(torch.tensor([[0.0, 1.0], [bad, 0.0]]), [torch.Generator()] * 2, temperature)
 
 
@@ -241,14 +241,14 @@ def test_a_compiled_step_gives_the_same_text_and_is_compiled_once():
 def test_impossible_input_and_a_compiler_that_fails_are_reported_in_one_line(monkeypatch):
     failing = Mock(side_effect=torch._dynamo.exc.TorchDynamoException("no compiler\nat line 3"))
     monkeypatch.setattr(torch, "compile", lambda step, **_: failing)
-    with pytest.raises(GenerationError, match="compile failed: no compiler; leave out --compile"):
+    with pytest.raises(UserError, match="compile failed: no compiler; leave out --compile"):
         generate(network(), [[1]], 5, compile=True)
-    with pytest.raises(GenerationError, match="prompt"):
+    with pytest.raises(UserError, match="prompt"):
         generate(network(), [[1], []], 5)
-    with pytest.raises(GenerationError, match="empty"):
+    with pytest.raises(UserError, match="empty"):
         generation.score(network(), [], 0)
-    with pytest.raises(GenerationError, match="stride=-1"):
+    with pytest.raises(UserError, match="stride=-1"):
         generation.score(network(), [1, 2], 0, stride=-1)
     for temperature in (-0.5, math.nan):
-        with pytest.raises(GenerationError, match="temperature"):
+        with pytest.raises(UserError, match="temperature"):
             generate(network(), [[1]], 5, temperature=temperature)

@@ -14,8 +14,8 @@ import pytest
 from runs import read_metrics, write_characters, write_dataset
 
 import train
-from onecard import checkpoint, metrics, tracking
-from onecard.metrics import MetricsError, MetricsWriter
+from onecard import UserError, checkpoint, metrics, tracking
+from onecard.metrics import MetricsWriter
 from onecard.tokenizer import dataset_tokenizer, load_tokenizer
 from onecard.tracking import Tracker
 from onecard.windows import Windows
@@ -73,7 +73,7 @@ def test_metrics_that_are_gone_are_reported_once_and_begin_again(flags, tmp_path
 def test_a_full_disk_is_named_with_the_bytes_and_the_lines_before_stay(small_disk):
     folder = small_disk(64 * 1024)
     writer = MetricsWriter(folder)
-    with pytest.raises(MetricsError, match=r"metrics\.jsonl: could not be written \(No space left .* after 65,536"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: could not be written \(No space left .* after 65,536"):
         for step in range(2000):
             writer.write("train", step, loss=step / 7, text="x" * 100)
     MetricsWriter(folder, step=10**6).close()  # drops the half line
