@@ -28,7 +28,7 @@ from onecard.choices import Item, choose, read_items
 from onecard.generation import score
 from onecard.runtime import pick_device, pick_dtype
 from onecard.tokenizer import Tokenizer, from_state
-from onecard.writing import Text, encode, first_id, interact, log, prompt_ids, write_batch
+from onecard.writing import Text, encode, first_id, interact, log, prompt_ids, read_text, write_batch
 
 ACCURACIES = {"acc": "accuracy", "acc_norm": "by length"}
 
@@ -71,20 +71,6 @@ class SampleConfig:
         names = ("start", "prompts", "interactive", "score", "choices")
         given = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name)]
         return [f"{' and '.join(given)} exclude each other: give one of them"] if len(given) > 1 else []
-
-
-def read_text(name: str, source: str) -> str:
-    """The text of the file `source`, or of standard input for "-". Raises ConfigError, which names the key `name`."""
-    where = "standard input" if source == "-" else source
-    try:
-        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{name}: {where} cannot be read ({error.strerror}); give the path of a text file") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: {where} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
-    if not text:
-        raise ConfigError(f"{name}: {where} is empty; give a file with text")
-    return text
 
 
 def read_prompts(config: SampleConfig) -> list[str]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from model import GPT, IGNORE
 from onecard import UserError
 from onecard.tokenizer import Tokenizer, load_tokenizer
+from onecard.writing import read_text
 
 
 class Item(NamedTuple):
@@ -33,11 +34,7 @@ class Item(NamedTuple):
 
 def read_items(path: str | Path) -> list[Item]:
     """The items of a .jsonl file. Raises UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # strings may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", error)  # of an OSError
-        raise UserError(f"choices: {path} cannot be read ({reason}); give a .jsonl file") from None
+    lines = read_text("choices", str(path)).split("\n")  # strings may hold other line separators
     items = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -9,6 +9,7 @@ config is sample.py's: temperature, top_k, top_p, min_p, max_new_tokens, stop, s
 import contextlib
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from configurator import ConfigError, changed, load_config
@@ -22,6 +23,20 @@ COMMANDS = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "seed")
 
 def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def read_text(name: str, source: str) -> str:
+    """The text of the file `source`, or of standard input for "-". Raises ConfigError, which names the key `name`."""
+    where = "standard input" if source == "-" else source
+    try:
+        text = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{name}: {where} cannot be read ({error.strerror}); give the path of a text file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: {where} is not UTF-8 (byte {error.start:,}); save it as UTF-8") from None
+    if not text:
+        raise ConfigError(f"{name}: {where} is empty; give a file with text")
+    return text
 
 
 def encode(text: str, tokenizer: Tokenizer, special_tokens: bool) -> list[int]:
