@@ -62,8 +62,6 @@ def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def next_ids(logits: torch.Tensor, generators: list[torch.Generator], temperature: float = 1.0, **filters) -> list[int]:
     """Logits (B, V) -> B ids: the likeliest at temperature 0, else sampled with one number from each generator."""
-    if not temperature >= 0:  # NaN too
-        raise UserError(f"temperature={temperature} is impossible; use 0 or more")
     finite = logits.sum().isfinite()  # looked at last, so that a step waits for the device once
     if temperature == 0:
         ids = logits.argmax(-1).tolist()
@@ -174,8 +172,6 @@ def stream(
     another text each time. use_cache=False: read the whole window at each step. compile: torch.compile the step, which
     pays for long texts; on a card it becomes one CUDA graph. sampling: see `logits_to_probs`.
     """
-    if not all(map(len, prompts)):
-        raise UserError("a prompt without any token cannot be continued; begin it with the document separator")
     sequences = [list(prompt) for prompt in prompts]
     ended = set() if ended is None else ended
     seeds = [secrets.randbits(63) for _ in prompts] if seeds is None else seeds
@@ -223,8 +219,6 @@ def score(model: GPT, ids, prefix_id: int, stride: int = 0, batch_size: int = 1)
     tokens, losses = torch.as_tensor(ids, dtype=torch.int64), []
     if len(tokens) == 0:
         raise UserError("an empty text has no loss; give a text")
-    if stride < 0:
-        raise UserError(f"stride={stride} is negative; use 0 for block_size={block_size}")
     stride = min(stride or block_size, block_size)
     T = min(block_size, len(tokens))  # the length of every window
     ends = [*range(block_size, len(tokens), stride), len(tokens)]
