@@ -228,19 +228,16 @@ def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0
     With keep_every, one every so many steps is kept for good.
     """
     latest, step = Path(out_dir) / LATEST, state["iter_num"]
+    kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
 
-    def verify_and_keep_previous(new):
+    def verify_and_name(new):  # LATEST comes last: a run that is killed before it goes on from another of the names
         verify(new)
         if latest.exists():
             durable.second_name(latest, PREVIOUS)
-
-    write(latest, state | {"launch": launch()}, check=verify_and_keep_previous)
-    kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
-    try:
         for name in [*names, *kept]:
-            durable.second_name(latest, name)
-    except OSError as error:
-        raise CheckpointError(durable.write_refused(latest, error)) from error
+            durable.second_name(new, name)
+
+    write(latest, state | {"launch": launch()}, check=verify_and_name)
 
 
 def candidates(out_dir: str | Path) -> list[Path]:
@@ -291,7 +288,7 @@ def remove_all(out_dir: str | Path, print0) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_room(out_dir: str | Path, need: int, resumed: bool) -> None:
+def check_room(out_dir: str | Path, need: int) -> None:
     """Raises CheckpointError if the checkpoints of a run, `need` bytes at most, do not fit on the disk.
 
     Existing ones will be replaced, or are among those of a resumed run that `need` counts, so they count as free.

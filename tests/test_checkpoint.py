@@ -313,12 +313,12 @@ def test_room_for_the_checkpoints_and_those_kept_is_checked_before_the_model_is_
     folder, MiB = small_disk(6 << 20), 2**20
     need = plan.checkpoint_bytes(10_000, kept=0)
     assert need == 5 * (12 * 10_000 + MiB)  # latest, previous, best, before_decay and a new one
-    checkpoint.check_room(folder, need, resumed=False)
+    checkpoint.check_room(folder, need)
     (folder / "ckpt.pt").write_bytes(bytes(2 * MiB))
     os.link(folder / "ckpt.pt", folder / "ckpt_best.pt")
-    checkpoint.check_room(folder, need, resumed=True)  # they will be replaced
+    checkpoint.check_room(folder, need)  # they will be replaced
     with pytest.raises(CheckpointError, match="up to 7,000,000 bytes, 6,291,456 are free"):  # two names of one file
-        checkpoint.check_room(folder, 7_000_000, resumed=False)
+        checkpoint.check_room(folder, 7_000_000)
     monkeypatch.setattr(train, "GPT", None)
     with pytest.raises(CheckpointError, match=r"need up to [5-9],\d+,\d+ bytes, 4,1\d+,\d+ are free"):
         train.main(flags(out_dir=small_disk(4 << 20) / "run"))
@@ -503,6 +503,8 @@ def test_killed_at_any_stage_of_a_save_the_newest_whole_checkpoint_loads(start, 
         folder = tmp_path / str(number)
         state, _, problems = checkpoint.load_newest(folder)
         assert state["iter_num"] == (6 if number >= renamed else 5) and not problems, (number, stage)
+        best = 6 if number >= renamed else 4  # it goes on after the evaluation, so the best must have its name already
+        assert checkpoint.read_trailer(folder / "ckpt_best.pt")[0] == best, (number, stage)
         for path in checkpoint.candidates(folder):  # nothing partial has a final name
             assert_is(checkpoint.load(path), some_state(checkpoint.read_trailer(path)[0]))
         checkpoint.durable.remove_leftovers(folder)
