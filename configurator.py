@@ -241,14 +241,14 @@ def calculate(op, *operands):
     texts = kinds == {str} and isinstance(op, ast.Add) and sum(map(len, operands)) <= 10_000
     if not kinds <= {int, float} and not texts:
         raise ConfigError(f"no arithmetic on {shorten(' and '.join(map(repr, operands)))}; write the value itself")
-    if isinstance(op, ast.Pow) and kinds == {int} and operands[1] > 1024:
-        return math.inf  # evaluate() refuses it; Python would compute 10**10**10 to its last digit
+    if isinstance(op, ast.Pow) and kinds == {int} and (abs(operands[0]).bit_length() - 1) * operands[1] > 1024:
+        return math.inf  # beyond 2**1024; Python would compute 10**10**10 to its last digit
     try:
         return OPERATORS[type(op)](*operands)
     except ZeroDivisionError:
         raise ConfigError("division by zero; write another divisor") from None
     except OverflowError:
-        return math.inf
+        return math.inf  # evaluate() refuses it
 
 
 def checked(value, key):
