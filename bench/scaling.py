@@ -41,6 +41,7 @@ PRESETS = {  # sizes: layers x width, the smallest first; head: the head size; o
 }
 TOKENS = {"old": (20, 40, 80), "new": (20, 10, 5, 2.5)}  # a parameter
 LONGEST = 160  # of the old recipe, at the two smallest sizes
+LONGEST_NEW = 40  # of the new one, at the largest size: with less it does not reach the old one's
 SEEDS = 3  # below the largest size
 ROOT2 = math.sqrt(2)
 SEARCHED = {"old": range(-2, 3), "before": range(-2, 2)}  # rates over the rule's, in steps of the root of 2, all seeds
@@ -128,9 +129,11 @@ def all_runs(options):
     for size in sizes:
         for seed in range(SEEDS if size != sizes[-1] else 1):
             for recipe, tokens in TOKENS.items():
-                longer = (LONGEST,) if recipe == "old" and size in sizes[:2] else ()
-                for per_parameter in tokens + longer:
+                for per_parameter in tokens:
                     yield keys_of(options, size, recipe, per_parameter, seed=seed)
+            if size in sizes[:2]:
+                yield keys_of(options, size, "old", LONGEST, seed=seed)
+    yield keys_of(options, sizes[-1], "new", LONGEST_NEW)
     sizes, larger = larger_steps(options)
     for size in sizes:
         for recipe, tokens in TOKENS.items():
@@ -217,7 +220,7 @@ class Losses(dict):
         super().__init__()
         for size in options.sizes.split(","):
             for recipe, tokens in TOKENS.items():
-                for per_parameter in (*tokens, LONGEST):
+                for per_parameter in (*tokens, LONGEST, LONGEST_NEW):
                     for seed in range(SEEDS):
                         if result := known.get(name_of(keys_of(options, size, recipe, per_parameter, seed=seed))):
                             self.setdefault((recipe, size, per_parameter), {})[seed] = result
