@@ -34,7 +34,7 @@ from onecard.records import STATE, PrepareError, Progress, amount, read_plan
 from onecard.remote import DamagedError
 from onecard.shards import MANIFEST, check_shard, keys_of, open_tokens, other_datasets, read_manifest, write_manifest
 from onecard.tokenizer import GPT2Tokenizer, TokenizerError, check_parity, dataset_tokenizer, load_tokenizer
-from onecard.units import WRITERS, encode_texts, first_texts, job_tokenizer, make_job
+from onecard.units import encode_texts, first_texts, job_tokenizer, make_job
 
 MANIFEST_KEYS = {"tokenizer", "encoder", "libraries", "settings", *records.COUNTS, "failed", "sources", "shards"}
 INSPECT_TOKENS = 50_000_000  # read by --inspect
@@ -161,10 +161,9 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes unfinished files, unless a worker of a run that was killed is still writing."""
-    with contextlib.suppress(durable.OwnedError), durable.owned(folder / STATE / WRITERS, str(folder), patience=1):
-        durable.remove_leftovers(folder)
-        durable.remove_leftovers(folder / STATE)
+    """Removes unfinished files. A worker of a killed run that still writes one cannot give it its name any more."""
+    durable.remove_leftovers(folder)
+    durable.remove_leftovers(folder / STATE)
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import secrets
 import shutil
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -105,41 +104,34 @@ def sha256_of(file: IO[bytes], size: int | None = None) -> str:
 
 
 @contextlib.contextmanager
-def owned(path: str | Path, what: str, patience: float = 0.0, shared: bool = False) -> Iterator[None]:
+def owned(path: str | Path, what: str) -> Iterator[None]:
     """Holds the lock file `path` while the body runs. The lock ends with the process, however that ends.
 
-    shared: beside others that hold it shared, but not beside one that holds it alone. Another owner is waited for
-    `patience` seconds. Raises OwnedError, with `what` and the process id of an owner that holds it alone; OSError if
-    the folder is read-only.
+    Raises OwnedError, with `what` and the process id of another owner; OSError if the folder is read-only.
     """
-    descriptor, deadline = os.open(path, os.O_RDWR | os.O_CREAT), time.monotonic() + patience
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        while not try_lock(descriptor, shared):
-            if time.monotonic() >= deadline:
-                owner = os.pread(descriptor, 100, 0).decode() if hasattr(os, "pread") else ""
-                raise OwnedError(f"{what} is in use by {owner or 'another process'}: wait for it, or stop it")
-            time.sleep(0.1)
+        try:
+            lock(descriptor)
+        except (BlockingIOError, PermissionError):  # POSIX, Windows; "no locks on this file system" is another error
+            owner = os.pread(descriptor, 100, 0).decode() if hasattr(os, "pread") else ""
+            raise OwnedError(f"{what} is in use by {owner or 'another process'}: wait for it, or stop it") from None
         os.ftruncate(descriptor, 0)
         with contextlib.suppress(OSError):  # disk full: the lock holds, only the owner's name is missing
-            os.write(descriptor, b"" if shared else f"process {os.getpid()} on {socket.gethostname()}".encode())
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         os.close(descriptor)
 
 
-def try_lock(descriptor, shared):
-    try:
-        if os.name == "nt":  # it has no shared locks: a shared owner locks a byte at random, one alone all of them
-            import msvcrt
+def lock(descriptor):
+    if os.name == "nt":
+        import msvcrt
 
-            first, count = (secrets.randbelow(1 << 20), 1) if shared else (0, 1 << 20)
-            os.lseek(descriptor, (1 << 30) + first, os.SEEK_SET)  # after the text: what is locked cannot be read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, count)
-            os.lseek(descriptor, 0, os.SEEK_SET)
-        else:
-            import fcntl
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # after the text: what is locked cannot be read
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
 
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX, Windows; "no locks on this file system" is another error
-        return False
-    return True
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

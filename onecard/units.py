@@ -17,16 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from onecard import durable
 from onecard.documents import cut_text
 from onecard.records import STATE
 from onecard.remote import DamagedError
 from onecard.rows import read_texts
 from onecard.shards import ShardWriter
 from onecard.tokenizer import Tokenizer, TokenizerError, check_round_trip, from_state, replace_surrogates
-
-WRITERS = "writers.lock"  # in .prepare: held shared by each unit that is written
-PATIENCE = 60.0  # seconds that a unit waits while the main process removes leftovers
 
 
 def make_job(plan: dict, number: int, folder: str | Path) -> dict:
@@ -55,7 +51,6 @@ def prepare_unit(job: dict, tokenizer: Tokenizer) -> dict:
     writers: dict[str, ShardWriter] = {}  # by split; a split without documents gets no file
     entries: dict[str, dict] = {}  # by split: what the record says of its file
     with contextlib.ExitStack() as stack:
-        stack.enter_context(durable.owned(folder / STATE / WRITERS, str(folder), PATIENCE, shared=True))
         for documents in read_documents(job, record):
             encoded = encode_documents(documents, tokenizer)
             for document, ids in zip(documents, encoded, strict=True):

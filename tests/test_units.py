@@ -13,7 +13,7 @@ from texts import documents_of, expected_documents, some_texts, write_parquet
 from onecard.records import STATE
 from onecard.sources import DamagedError, examine
 from onecard.tokenizer import HARD_STRINGS, load_tokenizer, train_tokenizer
-from onecard.units import WRITERS, in_val, make_job, prepare_unit, split_text
+from onecard.units import in_val, make_job, prepare_unit, split_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,7 +81,7 @@ def test_a_document_that_the_tokenizer_changes_fails_the_unit_and_is_named_by_it
     (job,) = jobs_of(write_parquet(tmp_path / "a.parquet", texts), tmp_path / "docs")
     with pytest.raises(DamagedError, match=r"a\.parquet: row 17: .*'so Much for that'.*at character 3"):
         prepare_unit(job, tokenizer)
-    assert {file.name for file in (tmp_path / "docs").rglob("*")} == {STATE, WRITERS}
+    assert {file.name for file in (tmp_path / "docs").rglob("*")} == {STATE}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory in /proc")
