@@ -13,11 +13,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from onecard.curve import Curve, finite
 from onecard.diagnosis import Finding
 from onecard.run import Run
 
 PLACE = ("out_dir", "overwrite", "wandb_run_name", "resume_from")  # keys that change no result
-Curve = tuple[np.ndarray, np.ndarray]  # steps (n,) or tokens (n,), and losses (n,)
 
 
 def compare(runs: Sequence[Run]) -> Iterator[Finding]:
@@ -52,7 +52,7 @@ def last_losses(run: Run) -> str:
 def ranking(runs, letters):
     """Which of several runs has the lowest loss at the last step that all of them have reached."""
     name, unit = measure(runs)
-    curves = [finite_curve(run, name) for run in runs]
+    curves = [finite(run.evals["step"], run.evals[name]) for run in runs]
     if not all(len(steps) for steps, _ in curves):
         return f"These runs cannot be ranked: not all have {missing(unit)}."
     at = min(steps[-1] for steps, _ in curves)
@@ -85,15 +85,10 @@ def same_tokenizer(a: Run, b: Run) -> bool:
     return not all(sizes) or (max(sizes) < min(sizes) + 1024 and max(sizes) < 1.1 * min(sizes))
 
 
-def finite_curve(run: Run, name: str) -> Curve:
-    use = np.isfinite(run.evals[name])
-    return run.evals["step"][use], run.evals[name][use]
-
-
 def compare_two(a: Run, b: Run, letter: str) -> Iterator[str]:
     """Sentences on b, called `letter`, and a: at equal steps, at equal tokens, at the ends of both schedules."""
     name, unit = measure([a, b])
-    curves = finite_curve(a, name), finite_curve(b, name)
+    curves = [finite(run.evals["step"], run.evals[name]) for run in (a, b)]
     if not all(len(steps) for steps, _ in curves):
         yield f"{letter} and a cannot be compared: not both have {missing(unit)}."
         return
@@ -107,7 +102,7 @@ def compare_two(a: Run, b: Run, letter: str) -> Iterator[str]:
     each = f", {amount(at * tokens[0])} tokens each" if all(tokens) and tokens[0] == tokens[1] else ""
     yield sentence(f"At step {at:,.0f}{each}", at, at, change)
     if all(tokens) and tokens[0] != tokens[1]:
-        used, change = last_common(*((steps * n, loss) for (steps, loss), n in zip(curves, tokens, strict=True)))
+        used, change = last_common(*(Curve(steps * n, loss) for (steps, loss), n in zip(curves, tokens, strict=True)))
         at_a, at_b = used / tokens[0], used / tokens[1]
         where = f"At {amount(used)} tokens (a: step {at_a:,.0f}, {letter}: step {at_b:,.0f})"
         yield sentence(where, at_a, at_b, change)

@@ -159,7 +159,7 @@ def evaluations(d: Drawn, name: str, **look) -> dict:
 def end_curves(d: Drawn) -> Iterator[dict]:
     """The forecast, and the loss that was expected before the run."""
     run = d.run
-    if not run.finished and (fit := run.forecast("val")[0]):
+    if not run.finished and (fit := run.forecast[0]):
         ahead = np.unique(np.linspace(fit["step"], fit["end"], 60).astype(int))
         half = fit["band"] * (ahead - ahead[0]) / max(1, ahead[-1] - ahead[0])
         yield from d.band("forecast", ahead, forecast.follow(fit, run.rates)[ahead], half)

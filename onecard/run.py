@@ -125,24 +125,24 @@ class Run:
         """(name, sentence) if the run is lost: its loss is not finite, or has risen and stays high."""
         return not_finite(self) or diverged(self)
 
-    def forecast(self, split: str) -> tuple[dict | None, str | None]:
-        """The forecast (forecast.forecast) of the end from the evaluations so far, or None and the reason."""
+    @cached_property
+    def forecast(self) -> forecast.Forecast:
+        """Of the val loss at the end, from the evaluations so far; or None and the reason."""
         if self.broken:
             return None, "no forecast: the loss has risen, or is not finite"
-        return forecast.forecast(
-            *finite(self.evals["step"], self.evals[split]), self.rates, train=self.train_beside(split)
-        )
+        return forecast.forecast(*self.val, self.rates, train=self.train_beside_val)
 
     @cached_property
     def earlier_forecasts(self) -> list[dict]:
         """Forecasts of val that were possible earlier (forecast.earlier_forecasts); none of a run that is lost."""
         if not self.config or self.broken:
             return []
-        return forecast.earlier_forecasts(*self.val, self.rates, train=self.train_beside("val"))
+        return forecast.earlier_forecasts(*self.val, self.rates, train=self.train_beside_val)
 
-    def train_beside(self, split: str) -> np.ndarray | None:
-        """The train losses of the evaluations that have a val loss, NaN where they have none; None for train itself."""
-        return self.evals["train"][np.isfinite(self.evals["val"])] if split == "val" else None
+    @property
+    def train_beside_val(self) -> np.ndarray:
+        """The train losses of the evaluations that have a val loss; NaN where they have none."""
+        return self.evals["train"][np.isfinite(self.evals["val"])]
 
 
 def not_finite(run: Run) -> tuple[str, str] | None:

@@ -66,7 +66,7 @@ def against(run):
     end, error = run.val.values[-1] if len(run.val.steps) and run.finished else None, 0.0
     if end is not None and (earlier := run.earlier_forecasts):
         yield f"the forecast at step {earlier[0]['step']:,} was {earlier[0]['loss']:.3f} +- {earlier[0]['band']:.3f}"
-    elif not run.finished and (fit := run.forecast("val")[0]):
+    elif not run.finished and (fit := run.forecast[0]):
         end, error = fit["loss"], fit["band"]
         yield f"forecast of the end {end:.3f} +- {error:.3f}"
     if end is not None and (expected := run.plan["loss"]):
@@ -164,7 +164,7 @@ def outlook(run: Run) -> Words:
 
 
 def to_come(run):
-    share, (val, reason) = run.rate_shares, run.forecast("val")
+    share, (val, reason) = run.rate_shares, run.forecast
     text = f"The learning rate is {share[run.step]:.2f} of its peak and will be {share[-1]:.2f}. "
     if not val:
         return f"{text}There is {reason}."
