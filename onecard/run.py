@@ -1,6 +1,6 @@
 """What is known of a run: its evaluations, log lines, config and learning rates; its curves; whether it is lost.
 
-report.py makes a Run from what onecard/logs.py reads. diagnosis.py, verdict.py and the page read it.
+report.py makes a Run from what onecard/logs.py reads. diagnosis.py, compare.py and the page read it.
 """
 
 import math
