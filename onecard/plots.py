@@ -8,7 +8,6 @@ markers. What is not finite is a gap. A long curve is thinned to the means of eq
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +32,13 @@ LINES = {  # of the log lines: title, unit, scale
 }
 
 
-@dataclass(frozen=True)
 class Drawn:
     """A run as it is drawn, number `index` of `count`."""
 
-    run: Run
-    index: int
-    count: int
-
-    @property
-    def label(self) -> str:
-        """As in the comparison's sentences: its letter and the end of its path."""
-        return f"{chr(ord('a') + self.index)} {Path(self.run.name).stem[:24]}"
-
-    @property
-    def dash(self) -> str:
-        return DASHES[self.index % len(DASHES)]
-
-    @property
-    def symbol(self) -> str:
-        return SYMBOLS[self.index % len(SYMBOLS)]
+    def __init__(self, run: Run, index: int, count: int):
+        self.run, self.index, self.count = run, index, count
+        self.label = f"{chr(ord('a') + index)} {Path(run.name).stem[:24]}"  # its letter as in the sentences of compare
+        self.dash, self.symbol = DASHES[index % len(DASHES)], SYMBOLS[index % len(SYMBOLS)]
 
     def curve(self, name: str, x, y, colour: int, main: bool = True, **look) -> dict:
         """A curve of y over the steps x, without those where y is NaN.
