@@ -87,15 +87,12 @@ def card_kernels():
 
 def in_float32(name):
     """The operator torch.ops.aten.<name> as autocast calls it on a card: with float32 inputs."""
-    operator, _, overload = name.partition(".")
-    call = getattr(getattr(torch.ops.aten, operator), overload or "default")
-
-    def to_float32(x):
-        return x.float() if x.is_floating_point() else x
+    operator = getattr(torch.ops.aten, name.partition(".")[0])
 
     def cast_and_call(*args, **options):
+        floats = tree_map_only(torch.Tensor, lambda x: x.float() if x.is_floating_point() else x, args)
         with torch.autocast("cpu", enabled=False):
-            return call(*tree_map_only(torch.Tensor, to_float32, args), **options)
+            return operator(*floats, **options)
 
     return cast_and_call
 
