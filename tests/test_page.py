@@ -10,7 +10,7 @@ from curves import write_founding_run
 from reports import write_run
 
 import report
-from onecard import plots
+from onecard import page as page_module
 
 LIBRARY = pytest.importorskip("plotly.offline").get_plotlyjs()
 
@@ -91,7 +91,7 @@ def test_a_long_run_is_thinned_to_means_and_stays_small(tmp_path):
     )
     page, numbers = page_of(tmp_path / "x.html", tmp_path / "x.csv")
     (loss,) = curves_of(numbers, "loss")
-    assert len(page) < 3e5 and len(loss["x"]) == plots.POINTS and abs(np.mean(loss["y"]) - 3.5) < 1e-3
+    assert len(page) < 3e5 and len(loss["x"]) == page_module.POINTS and abs(np.mean(loss["y"]) - 3.5) < 1e-3
 
 
 def test_a_forecast_is_drawn_while_the_text_has_one_and_not_where_it_is_withheld(tmp_path, capsys):
