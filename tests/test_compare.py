@@ -4,7 +4,7 @@ import math
 import re
 
 import numpy as np
-from reports import write_run
+from made_runs import write_run
 
 from onecard.compare import compare
 from report import read_run

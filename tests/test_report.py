@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from curves import anchor_rows, config, write_founding_run
-from reports import write_run
+from made_runs import write_run
 
 import report
 from configurator import ConfigError, run_script
