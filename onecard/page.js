@@ -4,21 +4,9 @@ const form = document.forms[0].elements;
 const touch = matchMedia("(pointer: coarse)").matches; // a finger scrolls the page, so it zooms by buttons
 const ink = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
-function interpolate(x, xs, ys) { // xs ascends
-  return x.map(value => {
-    let low = 0, high = xs.length - 1;
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (xs[middle] <= value) low = middle; else high = middle;
-    }
-    return ys[low] + (ys[high] - ys[low]) * (value - xs[low]) / (xs[high] - xs[low]);
-  });
-}
-
 function along(curve, axis) { // the x values of a curve, which are steps
-  const run = page.runs[curve.run];
-  if (axis === "tokens") return curve.x.map(step => step * (curve.step_tokens || run.step_tokens));
-  return axis === "hours" ? interpolate(curve.x, ...run.hours) : curve.x;
+  const tokens = curve.step_tokens || page.runs[curve.run].step_tokens;
+  return axis === "tokens" ? curve.x.map(step => step * tokens) : axis === "hours" ? curve.hours : curve.x;
 }
 
 function smooth(y, weight) { // exponential mean, without its bias towards 0

@@ -18,6 +18,7 @@ import numpy as np
 
 from onecard import forecast
 from onecard.compare import measure
+from onecard.curve import Curve, finite
 from onecard.diagnosis import PROBLEMS, Finding
 from onecard.durable import replacing
 from onecard.run import Run
@@ -58,16 +59,16 @@ def write_page(
     from plotly.offline import get_plotlyjs
 
     charts = [chart for chart in all_charts(runs) if chart["curves"]]
-    axes = [axes_of(run) for run in runs]
+    sizes = [dict(step_tokens=run.config.step_tokens) if run.config else {} for run in runs]
     sections = [
         f"<h1>{escape(heading)}</h1><p class=verdict>{escape(findings[0].text)}</p><dl>{items(findings[1:])}</dl>",
-        f"<h2>Curves</h2>{controls(axes)}<div class=plots>{''.join(map(figure, charts))}</div>",
+        f"<h2>Curves</h2>{controls(runs)}<div class=plots>{''.join(map(figure, charts))}</div>",
         *map(run_tables, runs, planned, [run.name for run in runs] if len(runs) > 1 else ["This run"]),
         keys_section(runs, defaults),
         *(samples_section(run, CHARACTERS // len(runs)) for run in runs),
     ]
     reload = f"<meta http-equiv=refresh content={refresh}>" if refresh else ""
-    data = json.dumps(dict(runs=axes, charts=charts), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    data = json.dumps(dict(runs=sizes, charts=charts), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -89,10 +90,10 @@ def items(findings: Sequence[Finding]) -> str:
     return "".join(f"<dt{css}>{sign}{escape(name)}<dd{css}>{escape(text)}" for (name, text), (css, sign) in rows)
 
 
-def controls(axes: Sequence[dict]) -> str:
+def controls(runs: Sequence[Run]) -> str:
     """The form that page.js reads. tokens and hours can be chosen where they are known of all runs."""
-    known = {"tokens": "step_tokens", "hours": "hours"}
-    names = ["steps", *(name for name, key in known.items() if all(key in run for run in axes))]
+    known = dict(steps=True, tokens=all(run.config for run in runs), hours=all(hours_of(run) for run in runs))
+    names = [name for name in known if known[name]]
     scales = "<option>linear<option>log"
     return (
         f"<form><label>x axis <select name=axis>{''.join(f'<option>{name}' for name in names)}</select></label>"
@@ -171,6 +172,7 @@ class Drawn:
         self.run, self.index, self.count = run, index, count
         self.label = f"{chr(ord('a') + index)} {Path(run.name).stem[:24]}"  # its letter as in the sentences of compare
         self.dash, self.symbol = DASHES[index % len(DASHES)], SYMBOLS[index % len(SYMBOLS)]
+        self.hours = hours_of(run)
 
     def curve(self, name: str, x, y, colour: int, main: bool = True, **look) -> dict:
         """A curve of y over the steps x, without those where y is NaN.
@@ -192,6 +194,8 @@ class Drawn:
             "colour": f"c{colour}",
             "mode": "lines",
         }
+        if self.hours:
+            found["hours"] = [float(f"{hour:.5g}") for hour in np.interp(x, *self.hours)]
         if self.count > 1:
             found |= dict(name=self.label if main else f"{self.label}, {name}", colour=f"c{self.index % 6}")
             found |= dict(legendgroup=self.label, showlegend=main)
@@ -329,18 +333,16 @@ def reference(drawn: Sequence[Drawn]) -> list[dict]:
     return [drawn[0].curve("", steps, losses, 0) | look]
 
 
-def axes_of(run: Run) -> dict:
-    """What turns the steps of a run into tokens (step_tokens) and into hours ([steps, hours]), where it is known."""
-    found: dict = dict(step_tokens=run.config.step_tokens) if run.config else {}
+def hours_of(run: Run) -> Curve | None:
+    """Hours since the start over the steps, after the last one at the median pace; None if not known."""
     steps, seconds = run.lines["step"], run.lines.get("seconds")
     if seconds is None and "ms_per_step" in run.lines:
         each = np.nan_to_num(run.lines["ms_per_step"] / 1000, posinf=0)
         each = np.minimum(each, 2 * np.median(each)) if run.micro else each  # nanoGPT's may include an evaluation
         evaluations = np.append(0, np.nancumsum(run.evals["eval_seconds"]))
         seconds = np.cumsum(each * np.diff(steps, prepend=0)) + evaluations[np.searchsorted(run.evals["step"], steps)]
-    if seconds is not None and np.isfinite(seconds).sum() > 1:
-        steps, seconds = steps[np.isfinite(seconds)], seconds[np.isfinite(seconds)]
-        chosen = np.unique(np.linspace(0, len(steps) - 1, 300).astype(int))
-        chosen = chosen[steps[chosen] > 0]
-        found["hours"] = [[0, *steps[chosen].tolist()], [0, *(float(f"{s / 3600:.5g}") for s in seconds[chosen])]]
-    return found
+    if seconds is None or np.isfinite(seconds).sum() < 2:
+        return None
+    steps, seconds = (np.append(0, values) for values in finite(steps, seconds).since(1))
+    pace, far = np.median(np.diff(seconds) / np.diff(steps)), 1000 * steps[-1]
+    return Curve(np.append(steps, far), np.append(seconds, seconds[-1] + pace * (far - steps[-1])) / 3600)
