@@ -151,7 +151,6 @@ def trend(run):
 
 
 def few_evaluations(run):
-    """In place of a trend."""
     count, losses = len(run.val.since(run.start).steps), run.val.values
     if not run.finished:
         return Finding("too early", f"{count} evaluations since step {run.start:,.0f}; a trend needs at least 6.")
@@ -229,7 +228,6 @@ def system(run):
 
 
 def not_logged(run):
-    """What a report could use but these numbers do not have."""
     lacks = {
         "learning rates and sizes (--run_config gives them, and a forecast)": not run.config,
         "val loss, so overfitting cannot be seen": not len(run.val.steps),

@@ -117,7 +117,6 @@ def table(head: Sequence[str], rows: Rows) -> str:
 
 
 def run_tables(run: Run, planned: Rows, title: str) -> str:
-    """Tables on one run: earlier forecasts, planned and actual, what it ran on."""
     names = dict(device="hardware", dtype="precision", torch="torch", date="started", commit="commit")
     facts = [(label, run.about[name]) for name, label in names.items() if run.about.get(name)]
     earlier = [forecast_row(run, found) for found in run.earlier_forecasts]
@@ -245,7 +244,6 @@ def chart(title: str, unit: str, curves: list[dict], caption: str = "", **option
 
 
 def described(curve):
-    """A curve in words."""
     points = [(x, y) for x, y in zip(curve["x"], curve["y"], strict=True) if y is not None]
     if not points:
         return f"{curve['name']}: no finite value."
@@ -304,7 +302,6 @@ def forecast_curves(d: Drawn) -> Iterator[dict]:
 
 
 def rate_curves(d: Drawn) -> Iterator[dict]:
-    """The learning rate of the whole schedule, or of the log lines."""
     if d.run.rates:
         steps = np.unique(np.linspace(0, len(d.run.rates) - 1, 400).astype(int))
         rates = np.array(d.run.rates)[steps]

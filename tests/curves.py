@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from report import DEFAULTS
-from train import TrainConfig, learning_rate
+from train import TrainConfig, learning_rates
 
 SHARED = dict(warmup_iters=500, eval_interval=500, eval_iters=200)
 ANCHORS = {  # by parameters: the keys of the run
@@ -24,10 +24,6 @@ ANCHORS = {  # by parameters: the keys of the run
 def config(**keys):
     """nanoGPT's defaults, and these."""
     return TrainConfig(**(DEFAULTS | keys))
-
-
-def learning_rates(config):
-    return [learning_rate(step, config) for step in range(config.max_iters)]
 
 
 def anchor_rows(name):
@@ -66,23 +62,17 @@ def curves() -> list[Curve]:
 
 def public_curves(path: Path) -> Iterator[Curve]:
     """The curves of a CSV whose header names the keys of the schedule; of the train loss the means (train_mean)."""
-    keys, rows = read_public(path)
-    c = config(**keys)
+    lines = path.read_text().splitlines()
+    comments = [line for line in lines if line.startswith("#")]
+    settings = dict(setting.split("=") for setting in comments[-1].removeprefix("# keys: ").split())
+    kinds = dict(lr_schedule=str, learning_rate=float, min_lr=float)
+    c = config(**{name: kinds.get(name, int)(value) for name, value in settings.items()})
+    rows = list(csv.DictReader(lines[len(comments) :]))
     for split, column in (("train", "train_mean"), ("val", "val_loss")):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
             steps, losses = (np.array(values) for values in zip(*points, strict=True))
             yield Curve(path.stem, split, c.lr_schedule, steps, losses, learning_rates(c))
-
-
-def read_public(path: Path) -> tuple[dict, list[dict]]:
-    """-> the keys of the run that the header names, and the rows."""
-    lines = path.read_text().splitlines()
-    comments = [line for line in lines if line.startswith("#")]
-    settings = dict(setting.split("=") for setting in comments[-1].removeprefix("# keys: ").split())
-    kinds = dict(lr_schedule=str, learning_rate=float, min_lr=float)
-    keys = {name: kinds.get(name, int)(value) for name, value in settings.items()}
-    return keys, list(csv.DictReader(lines[len(comments) :]))
 
 
 def write_founding_run(folder):

@@ -9,9 +9,10 @@ import math
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from curves import config, learning_rates
+from curves import config
 
 from onecard.run import Run
+from train import learning_rates
 
 
 @dataclass

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from curves import config, curves, learning_rates, write_founding_run
+from curves import config, curves, write_founding_run
 from made_runs import FAULTS, HEALTHY, made
 
 from onecard.curve import Curve, calm_noise, change, lasting_noise, noise, risen, student, without_outliers
 from onecard.diagnosis import PROBLEMS, diagnose
 from onecard.run import Run
 from report import read_run
+from train import learning_rates
 
 
 def problems(run):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from curves import ANCHORS, anchor, config, curves, learning_rates
+from curves import ANCHORS, anchor, config, curves
 
 from onecard.forecast import annealing, band, earlier_forecasts, follow, forecast, forecast_line, warmup_steps
+from train import learning_rates
 
 BENCH = Path(__file__).parent.parent / "bench"
 SCHEDULES = ["cosine", "linear", "wsd"]

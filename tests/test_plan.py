@@ -9,7 +9,7 @@ import curves
 import numpy as np
 import pytest
 import torch
-from curves import anchor, learning_rates
+from curves import anchor
 from runs import flags_of
 
 import train
@@ -17,6 +17,7 @@ from configurator import ConfigError, load_config
 from onecard import plan
 from onecard.law import BAND, best_size, law, usual_rate
 from onecard.memory import GiB, network
+from train import learning_rates
 
 CONFIGS = Path(__file__).parent.parent / "config"
 SOUND = dict(n_embd=768, n_head=12, batch_size=16, gradient_accumulation_steps=32, learning_rate=1e-3, min_lr=1e-4)
