@@ -23,6 +23,7 @@ from onecard.plan import DESKTOP, bytes_per_token, utilisation
 SHAPES = ((6, 384), (8, 512), (12, 512), (12, 768), (16, 1024), (24, 1024), (24, 1536), (32, 2048))  # layers, width
 HEAD = 64
 MAX_MICRO_BATCH = 32
+NEWER = dict(arch="qwen3", optimizer="normuon", lr_schedule="linear", bias=False)  # docs/recipe.md
 SHOWN = 4  # networks in the table: the one with the lowest loss to expect and its rivals
 EPOCHS = 4  # beyond so many passes over the data repeats help little (Muennighoff et al. 2023, arXiv 2305.16264)
 WRITTEN = (  # keys of a written config
@@ -84,6 +85,10 @@ def show(config, facts: dict, windows) -> None:
     )
     print(*table(rows, chosen), sep="\n")
     print("*: the lowest loss to expect by the scaling law. Hours and memory are modelled.")
+    newer = longest_run(replace(rows[chosen].config, **NEWER), config.budget_hours, found, facts["dtype"], *data)
+    if config.arch == "gpt2" and newer and newer.loss:
+        keys = " ".join(f"--{name}={NEWER[name]}" for name in ("arch", "optimizer", "lr_schedule"))
+        print(f"for val loss {newer.loss} in the same hours (docs/recipe.md) add {keys}")
     if config.write_config:
         write_config(config.write_config, rows[chosen], found.name)
         print(f"wrote {config.write_config}; next: python train.py {config.write_config}")
@@ -116,7 +121,7 @@ def choices(
     return sorted(rows, key=lambda row: row.parameters)
 
 
-def longest_run(config, hours, found, dtype, train_tokens, bytes_per_token) -> Row | None:
+def longest_run(config, hours, found, dtype, train_tokens=None, bytes_per_token=None) -> Row | None:
     """This network on as many tokens as the hours allow, without a micro batch yet. None: they are too few."""
     model = network(config)
     counts, flops_per_token = model.parameter_counts(), model.flops_per_token()
@@ -195,8 +200,8 @@ def write_config(path: str, row: Row, card_name: str) -> None:
 
     python train.py {file.as_posix()}
 
-About {row.hours:.1f} hours on {card_name}, modelled, not measured. {loss} learning_rate is the usual one
-at this size (onecard/law.py).
+About {row.hours:.1f} hours on {card_name}, modelled, not measured. {loss}
+learning_rate is the usual one at this size (onecard/law.py).
 """
 
 '''

@@ -1,5 +1,6 @@
 """budget.py: what it offers fits the card's time and memory, and the config that it writes is the row it marks."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,16 @@ def test_the_written_config_is_the_row_and_is_never_overwritten(rows, tmp_path, 
     for file, reason in ((path, "exists already"), (tmp_path / "mine", "ends in .py"), (path / "x.py", "ends in .py")):
         (problem,) = TrainConfig(**keys, write_config=str(file)).problems()
         assert f"write_config={file}: " in problem and reason in problem
+
+
+def test_with_gpt2s_recipe_the_keys_of_the_newer_one_are_named_and_give_what_they_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "trace_memory", lambda *_: FITS)
+    keys = ["--plan_only=True", "--gpu=RTX 4070", "--budget_hours=10", f"--data_dir={tmp_path}"]
+    main(keys)
+    printed = re.search(r"for val loss (.*) in the same hours .* add (.*)", capsys.readouterr().out)
+    main(keys + printed[2].split())
+    chosen = re.search(r"^\*.*", capsys.readouterr().out, re.M)[0]
+    assert chosen.endswith(printed[1]) and 3.2 < float(printed[1].split()[0]) < 3.4  # public runs: 3.28 in 1.7B tokens
 
 
 def test_a_budget_that_cannot_be_planned_is_refused_with_the_reason(rows, tmp_path, capsys):
