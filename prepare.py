@@ -87,7 +87,7 @@ def asked_settings(config: PrepareConfig, folder: Path) -> dict:
     """The settings of a dataset that the user has given. The others are those of the dataset, or the defaults."""
     names = (*dataset.SETTINGS, *dataset.RARE_SETTINGS, "tokenizer", "train_tokenizer")
     asked = {name: getattr(config, name) for name in names if name in sources_of(config)}
-    if read_plan(folder):
+    if records.stamp(folder):
         return asked
     if config.max_tokens:
         asked.setdefault("shard_tokens", min(max(config.max_tokens // UNITS_OF_MAX_TOKENS, 200_000), 100_000_000))
@@ -171,7 +171,7 @@ def remove_leftovers(folder: Path) -> None:
 
 def prepare(config: PrepareConfig, folder: Path) -> int:
     """Plans, prepares what is missing, and completes the dataset. Returns the exit code."""
-    started, before = time.monotonic(), read_plan(folder)
+    started, before = time.monotonic(), records.stamp(folder)
     plan, damaged, content = dataset.plan_dataset(inputs_of(config, folder), asked_settings(config, folder), folder)
     (folder / STATE).mkdir(parents=True, exist_ok=True)
     with durable.owned(folder / STATE / "all.lock", str(folder)):

@@ -14,10 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 from onecard.documents import cut_text
+from onecard.durable import sha256_of
 from onecard.records import PrepareError, Progress, read_plan
-from onecard.remote import DamagedError, SourceError
+from onecard.remote import DamagedError, SourceError, open_file, reading
 from onecard.rows import kind_of
 from onecard.shards import other_datasets
 from onecard.sources import examine, find_files
@@ -63,7 +65,7 @@ def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict
         raise TokenizerError(f"{asked['tokenizer']}: has no document separator; use a tokenizer.json, gpt2 or bytes")
     if plan:
         check_settings(plan["settings"], asked, tokenizer, folder)
-        found, damaged = examine_all(inputs, plan["settings"])
+        found, damaged = examine_all(inputs, plan["settings"], plan["sources"])
         return add_sources(plan, found, folder), damaged, (tokenizer and tokenizer.content) or ""
     if not inputs:
         raise PrepareError(f"{folder}: nothing is prepared here yet; {other_datasets(folder)}")
@@ -73,7 +75,7 @@ def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict
         settings["tokenizer"], content = split_state(tokenizer)
     if n_vocab := asked.get("train_tokenizer", 0):
         settings["train_tokenizer"] = n_vocab
-    found, damaged = examine_all(inputs, settings)
+    found, damaged = examine_all(inputs, settings, [])
     plan = add_sources({"sources": [], "units": [], "settings": settings}, found, folder)
     if settings["val_fraction"]:
         settings |= choose_split(plan, folder, asked.get("val_fraction"))
@@ -81,8 +83,7 @@ def plan_dataset(inputs: Sequence[str], asked: dict, folder: Path) -> tuple[dict
         settings["tokenizer"], content = split_state(load_tokenizer(OWN_TOKENIZER))
         print(f"  little text: tokenizer {OWN_TOKENIZER}, for a small network (to finetune GPT-2 use --tokenizer=gpt2)")
     if tokenizer and not tokenizer.lossless:
-        for text in first_texts(make_job(plan, 0, folder)):
-            check_round_trip(tokenizer, text, tokenizer.encode(text))
+        check_round_trip(tokenizer, first_texts(make_job(plan, 0, folder)))
     if n_vocab:
         settings["tokenizer"], content = split_state(train_on_sample(plan, n_vocab, folder))
     return plan, damaged, content
@@ -120,36 +121,70 @@ def bytes_per_token(settings: dict) -> float:
     return 1 + 3.67 * math.log(ids / 257) / math.log(50257 / 257)
 
 
-def examine_all(inputs: Sequence[str], settings: dict) -> tuple[list[tuple], list[str]]:
-    """([(source, its units)], problems of damaged files, which are left out). Raises PrepareError for all others."""
+def examine_all(inputs: Sequence[str], settings: dict, known: Sequence[dict]) -> tuple[list[tuple], list[str]]:
+    """([(source, its units)], problems of damaged files, which are left out). Raises PrepareError for all others.
+
+    known: the sources that are in the plan.
+    """
     found: dict[str, tuple] = {}  # by the id of the source
     parse_where(settings.get("where", ""))  # a mistake in it is reported once
     damaged, problems, paths = [], [], find_files(inputs)
-    shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
-    # Not a ThreadPoolExecutor, whose end waits for each thread: one that repeats a request would delay Ctrl-C.
-    with ThreadPool(EXAMINERS) as threads, Progress(len(paths), "examined", " files") as progress:
-        results = threads.imap(lambda path: examine(path, settings, shard_bytes), paths)
-        for path in paths:
-            try:
-                source, units = next(results)
-            except DamagedError as error:
-                damaged.append(str(error))
-            except SourceError as error:
-                if path in inputs or kind_of(path) == "parquet":
-                    problems.append(str(error))
-                else:  # a folder of notes may hold .json files of other programs
-                    print(f"  left out: {error}")
-            else:
-                if not units:
-                    print(f"  left out: {path}: has no rows")
-                elif source["id"] in found:
-                    print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
-                else:
-                    found[source["id"]] = source, units
-            progress.update(1)
+    first, ids = {source["id"]: source["path"] for source in known}, {source["path"]: source["id"] for source in known}
+    for path, result in examine_in_threads(paths, settings):
+        if isinstance(result, DamagedError):
+            damaged.append(str(result))
+        elif isinstance(result, SourceError) and (path in inputs or kind_of(path) == "parquet"):
+            problems.append(str(result))
+        elif isinstance(result, SourceError):  # a folder of notes may hold .json files of other programs
+            print(f"  left out: {result}")
+        elif not result[1]:
+            print(f"  left out: {path}: has no rows")
+        else:
+            source, units = result
+            source["id"] = own_id(source, first, ids)
+            if source["id"] in found:
+                print(f"  {path}: the same as {found[source['id']][0]['path']}; taken once")
+            found.setdefault(source["id"], (source, units))
     if problems or (damaged and not found):
         raise PrepareError("\n".join(problems + damaged))
     return list(found.values()), damaged
+
+
+def examine_in_threads(paths: list[str], settings: dict) -> Iterator[tuple[str, Any]]:
+    """(path, what sources.examine returns or raises) of each file, in order."""
+    shard_bytes = settings["shard_tokens"] * bytes_per_token(settings)
+
+    def look(path):
+        try:
+            return examine(path, settings, shard_bytes)
+        except SourceError as error:
+            return error
+
+    # Not a ThreadPoolExecutor, whose end waits for each thread: one that repeats a request would delay Ctrl-C.
+    with ThreadPool(EXAMINERS) as threads, Progress(len(paths), "examined", " files") as progress:
+        for path, result in zip(paths, threads.imap(look, paths), strict=True):
+            progress.update(1)
+            yield path, result
+
+
+def own_id(source: dict, first: dict[str, str], ids: dict[str, str]) -> str:
+    """The id of a source. A parquet file with the footer of another one, but other rows, gets a hash of all its bytes.
+
+    first: {id: the first file with it}, which is added to; ids: {path: id} of the files in the plan.
+    """
+    path, id = source["path"], source["id"]
+    other, known = first.setdefault(id, path), ids.get(path, id)
+    if (path == other and known == id) or kind_of(path) != "parquet":
+        return id
+    whole = whole_id(source, path) or id
+    differs = path != other and whole_id(source, other) not in (whole, None)  # None: the other file has moved here
+    return whole if known == whole or differs else id
+
+
+def whole_id(source: dict, path: str) -> str | None:
+    with contextlib.suppress(DamagedError), reading(path), open_file(path) as file:
+        return f"{source['bytes']:x}-{sha256_of(file)}"
+    return None
 
 
 def add_sources(plan: dict, found: list[tuple[dict, list]], folder: Path) -> dict:

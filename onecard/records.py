@@ -67,13 +67,22 @@ def plan_fits(plan):
     return bool(plan["units"])
 
 
-def write_plan(plan: dict, content: str, before: dict | None, folder: Path) -> None:
-    """Writes the plan and the dataset's tokenizer.json. before: the plan that this one was made from.
+def stamp(folder: Path) -> tuple[int, ...] | None:
+    """What changes whenever the plan is written; None without a plan."""
+    try:
+        found = os.stat(folder / STATE / PLAN)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def write_plan(plan: dict, content: str, before: tuple[int, ...] | None, folder: Path) -> None:
+    """Writes the plan and the dataset's tokenizer.json. before: the stamp of the plan that this one was made from.
 
     Raises PrepareError if another process has changed the plan since, unless it has made the same.
     """
     there = read_plan(folder)
-    if there not in (before, plan):
+    if there != plan and stamp(folder) != before:
         raise PrepareError(f"{folder}: another process has changed its plan; run this command again")
     path = folder / FILE
     if content and not (path.exists() and path.read_bytes() == content.encode()):
@@ -234,8 +243,7 @@ class Progress:
         self.started = self.shown = time.monotonic()
         from tqdm import tqdm  # here, because each worker process imports this module
 
-        scale = dict(total=int(total), unit=unit, unit_scale=True, mininterval=1, miniters=0)
-        self.bar = tqdm(desc=f"  {what}", disable=None, leave=False, **scale)
+        self.bar = tqdm(total=int(total), unit=unit, unit_scale=True, desc=f"  {what}", disable=None, leave=False)
 
     def __enter__(self):
         return self
@@ -250,6 +258,9 @@ class Progress:
         rate = f"{self.tokens / max(now - self.started, 1e-3) / 1e6:.2f}M tokens/s" if self.tokens else ""
         self.bar.set_postfix_str(rate, refresh=False)
         self.bar.update(size)
+        if not self.bar.disable and now - self.shown > 1:
+            self.shown = now
+            self.bar.refresh()
         if self.bar.disable and now - self.shown > LINE_SECONDS:
             self.shown = now
             done, total = (amount(n) if self.unit == "B" else f"{n:,}" for n in (self.done, self.total))

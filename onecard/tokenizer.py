@@ -467,8 +467,11 @@ def keeps_text(step: dict) -> bool:
 def train_tokenizer(texts: Iterable[str], n_vocab: int) -> str:
     """The text of a tokenizer.json: byte-level BPE with GPT-2's splitting pattern, `<|endoftext|>` as its last id.
 
-    n_vocab: 257 to 65,536; it has fewer ids if too few pairs occur twice.
+    It has fewer than n_vocab ids if too few pairs occur twice. Raises TokenizerError.
     """
+    if not 257 <= n_vocab <= MAX_IDS:
+        why = "256 bytes and the separator" if n_vocab < 257 else "ids have 16 bits"
+        raise TokenizerError(f"a vocabulary of {n_vocab:,} ids cannot be trained ({why}); use 257 to {MAX_IDS:,}")
     library = need("tokenizers", "tokenizers", "training a tokenizer")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -530,14 +533,17 @@ def check_parity(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
             raise TokenizerError(f"{what}; leave fastokens out with --encoder=tiktoken")
 
 
-def check_round_trip(tokenizer: Tokenizer, text: str, ids: np.ndarray) -> None:
-    """Raises TokenizerError if the ids of a text do not give it back. A lossless tokenizer is not asked."""
-    if not tokenizer.lossless and (found := tokenizer.decode(ids)) != text:
-        at = next(i for i, pair in enumerate(itertools.zip_longest(text, found)) if pair[0] != pair[1])
-        raise TokenizerError(
-            f"{tokenizer.name}: loses text: in the document {text[:40]!r}, {text[at : at + 20]!r} at character "
-            f"{at:,} comes back as {found[at : at + 20]!r}; use gpt2, bytes or a byte-level tokenizer"
-        )
+def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    """Raises TokenizerError for the first text that decode(encode(text)) changes. Not needed if it is lossless."""
+    for text in texts:
+        text = replace_surrogates(text)[0]
+        found = tokenizer.decode(tokenizer.encode(text))
+        if found != text:
+            at = next(i for i, pair in enumerate(itertools.zip_longest(text, found)) if pair[0] != pair[1])
+            raise TokenizerError(
+                f"{tokenizer.name}: loses text: in the document {text[:40]!r}, {text[at : at + 20]!r} at character "
+                f"{at:,} comes back as {found[at : at + 20]!r}; use gpt2, bytes or a byte-level tokenizer"
+            )
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:

@@ -13,10 +13,10 @@ from texts import some_texts, write_parquet
 
 from onecard import dataset
 from onecard.dataset import bytes_per_token, plan_dataset
-from onecard.records import STATE, PrepareError, read_plan, write_plan
+from onecard.records import STATE, PrepareError, read_plan, stamp, write_plan
 from onecard.remote import SourceError
 from onecard.sources import examine
-from onecard.tokenizer import TokenizerError, from_state, load_tokenizer, train_tokenizer
+from onecard.tokenizer import TokenizerError, check_round_trip, from_state, load_tokenizer, train_tokenizer
 from onecard.units import new_record, read_documents
 
 NOWHERE = Path("none/mine")  # a dataset that is planned only
@@ -115,7 +115,7 @@ def test_small_files_are_one_unit_and_new_ones_join_it_in_their_order(tmp_path):
     folder = tmp_path / "data/mine"
     (folder / STATE).mkdir(parents=True)
     for count in (20, 30, 30):
-        before = read_plan(folder)
+        before = stamp(folder)
         plan, _, _ = plan_dataset(paths[:count], {}, folder)
         write_plan(plan, "", before, folder)
     assert read_plan(folder)["units"] == whole["units"] and read_plan(folder)["sources"] == whole["sources"]
@@ -195,8 +195,7 @@ def test_a_trained_tokenizer_depends_on_the_train_text_alone_and_on_a_sample_of_
     assert plan_dataset(*options) == (plan, [], content) and len(plan["units"]) > 10
     state = plan["settings"]["tokenizer"]
     assert (state["kind"], state["n_vocab"], state["eot"], state["file"]) == ("bpe", 300, 299, "tokenizer.json")
-    tokenizer = from_state(state | {"content": content})
-    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in texts[:100])
+    check_round_trip(from_state(state | {"content": content}), texts[:100])
     train = [text for text in texts if dataset.in_val(text.encode(), 0.2) is False]
     assert json.loads(content)["model"] == json.loads(train_tokenizer(train, 300))["model"]
     assert "300 ids, trained in" in capsys.readouterr().out
@@ -221,7 +220,7 @@ def test_a_tokenizer_file_is_kept_with_its_separator_and_another_is_refused(tmp_
         write_plan(plan, content, before, folder)
         assert (folder / "tokenizer.json").read_text() == content
         (folder / "tokenizer.json").unlink()
-        before = read_plan(folder)
+        before = stamp(folder)
     state = plan["settings"]["tokenizer"]
     assert (state["name"], state["eot"]) == ("model", load_tokenizer(model).eot) == ("model", 299)
     assert plan_dataset([str(text)], {}, folder)[0] == plan
@@ -246,3 +245,25 @@ def test_a_tokenizer_that_loses_the_first_texts_or_has_no_separator_is_refused(t
         with pytest.raises(TokenizerError, match=message):
             plan_dataset([str(tmp_path / "a.txt")], {"tokenizer": str(tmp_path / name)}, tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_files_of_one_footer_are_one_source_only_if_all_their_bytes_are_the_same(tmp_path, capsys):
+    """Without statistics a page is not in the footer: other letters of equal size give an equal footer."""
+    one, other, same = (tmp_path / f"{name}.parquet" for name in ("one", "other", "same"))
+    for path, letter in ((one, "a"), (other, "b"), (same, "a")):
+        texts = [f"{letter * 50} {i}" for i in range(3000)]
+        write_parquet(path, texts, compression="none", use_dictionary=False, write_statistics=False)
+    ids = [examine(str(path), {"text_column": "text"}, 1e9)[0]["id"] for path in (one, other)]
+    assert ids[0] == ids[1] and one.stat().st_size == other.stat().st_size
+    folder = tmp_path / "mine"
+    (folder / STATE).mkdir(parents=True)
+    paths = [str(path) for path in (one, other, same)]
+    plan, _, _ = plan_dataset(paths, {}, folder)
+    assert [source["path"] for source in plan["sources"]] == paths[:2]
+    assert f"{same}: the same as {one}; taken once" in capsys.readouterr().out
+    write_plan(plan, "", None, folder)
+    for some in (paths, paths[1:2], paths[:1]):  # known again, also alone
+        again, _, _ = plan_dataset(some, {}, folder)
+        assert again["sources"] == plan["sources"]
+    one.unlink()
+    assert [source["path"] for source in plan_dataset(paths[1:], {}, folder)[0]["sources"]] == [paths[2], paths[1]]
