@@ -161,7 +161,7 @@ def run_units(plan: dict, done: dict, config: PrepareConfig, folder: Path, encod
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes unfinished files. A worker of a killed run that still writes one cannot give it its name any more."""
+    """Removes unfinished files. A worker of a killed run cannot rename a file that was removed."""
     durable.remove_leftovers(folder)
     durable.remove_leftovers(folder / STATE)
 

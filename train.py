@@ -237,7 +237,7 @@ def setup(config: TrainConfig, stop: Stop) -> Run:
         facts = runtime.plan_facts(config.out_dir)
         planned = plan.show(config, learning_rates(config), facts, (train_windows, val_windows), tokenizer, origin)
     if writes:
-        checkpoint.check_room(config.out_dir, planned["disk_need"])
+        checkpoint.check_room(config.out_dir, planned["disk_need"], config.keep_every)
 
     torch.manual_seed(config.seed)
     model = pretrained_model or GPT(GPTConfig(**config.model_args()))

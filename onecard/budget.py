@@ -88,7 +88,8 @@ def show(config, facts: dict, windows) -> None:
     newer = longest_run(replace(rows[chosen].config, **NEWER), config.budget_hours, found, facts["dtype"], *data)
     if config.arch == "gpt2" and newer and newer.loss:
         keys = " ".join(f"--{name}={NEWER[name]}" for name in ("arch", "optimizer", "lr_schedule"))
-        print(f"for val loss {newer.loss} in the same hours (docs/recipe.md) add {keys}")
+        keys += " --bias=False" if config.bias else ""
+        print(f"The newer recipe (docs/recipe.md) should reach val loss {newer.loss} in the same hours: add {keys}")
     if config.write_config:
         write_config(config.write_config, rows[chosen], found.name)
         print(f"wrote {config.write_config}; next: python train.py {config.write_config}")

@@ -230,7 +230,7 @@ def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0
     latest, step = Path(out_dir) / LATEST, state["iter_num"]
     kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
 
-    def verify_and_name(new):  # LATEST comes last: a run that is killed before it goes on from another of the names
+    def verify_and_name(new):  # a run that is killed before ckpt.pt is renamed continues from the newest name there is
         verify(new)
         if latest.exists():
             durable.second_name(latest, PREVIOUS)
@@ -238,6 +238,7 @@ def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0
             durable.second_name(new, name)
 
     write(latest, state | {"launch": launch()}, check=verify_and_name)
+    latest.with_name("ckpt_new.pt").unlink(missing_ok=True)  # of an earlier version, killed in a save
 
 
 def candidates(out_dir: str | Path) -> list[Path]:
@@ -288,12 +289,16 @@ def remove_all(out_dir: str | Path, print0) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_room(out_dir: str | Path, need: int) -> None:
+def check_room(out_dir: str | Path, need: int, keep_every: int) -> None:
     """Raises CheckpointError if the checkpoints of a run, `need` bytes at most, do not fit on the disk.
 
-    Existing ones will be replaced, or are among those of a resumed run that `need` counts, so they count as free.
+    Existing ones count as free: they will be replaced, or `need` has them. Not so those that another keep_every kept.
     """
-    sizes = {path.stat().st_ino: path.stat().st_size for path in candidates(out_dir)}  # one file may have two names
+    sizes = {}  # by inode: one file may have two names
+    for path in candidates(out_dir):
+        step = re.fullmatch(r"ckpt_step_(\d+)\.pt", path.name)
+        if not step or (keep_every and int(step[1]) % keep_every == 0):
+            sizes[path.stat().st_ino] = path.stat().st_size
     free = shutil.disk_usage(out_dir).free + sum(sizes.values())
     if need > free:
         raise CheckpointError(

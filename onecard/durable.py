@@ -81,7 +81,8 @@ def sync_folder(folder: str | Path) -> None:
 def remove_leftovers(folder: str | Path) -> None:
     """Removes the unfinished files that a killed process left in a folder. Only the folder's owner may call this."""
     for path in Path(folder).glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):  # not the .tmp files of other programs
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows, while a process that is ending still writes it
+            path.unlink(missing_ok=True)
 
 
 def write_refused(path: str | Path, error: OSError, reached: int | None = None) -> str:

@@ -22,7 +22,7 @@ from onecard.jsonfiles import ShardError, check, count, parse, read_json, refusa
 from onecard.shards import MANIFEST, SHARD, SOURCE, TOKENIZER, ShardWriter, layout, open_tokens, read_manifest
 from onecard.tokenizer import FILE
 
-STATE = ".prepare"  # the folder in a dataset with all that this module reads and writes, and the locks
+STATE = ".prepare"  # the folder in a dataset with all that this module reads and writes, and the lock
 PLAN, RECORDS = "plan.json", "records.jsonl"
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 COUNTS = {"documents": count, "tokens": count, "replaced": count, "skipped": {"null": count, "empty": count}}

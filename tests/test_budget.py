@@ -75,7 +75,7 @@ def test_with_gpt2s_recipe_the_keys_of_the_newer_one_are_named_and_give_what_the
     monkeypatch.setattr(budget, "trace_memory", lambda *_: FITS)
     keys = ["--plan_only=True", "--gpu=RTX 4070", "--budget_hours=10", f"--data_dir={tmp_path}"]
     main(keys)
-    printed = re.search(r"for val loss (.*) in the same hours .* add (.*)", capsys.readouterr().out)
+    printed = re.search(r"should reach val loss (.*) in the same hours: add (.*)", capsys.readouterr().out)
     main(keys + printed[2].split())
     chosen = re.search(r"^\*.*", capsys.readouterr().out, re.M)[0]
     assert chosen.endswith(printed[1]) and 3.2 < float(printed[1].split()[0]) < 3.4  # public runs: 3.28 in 1.7B tokens

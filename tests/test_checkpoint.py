@@ -313,12 +313,17 @@ def test_room_for_the_checkpoints_and_those_kept_is_checked_before_the_model_is_
     folder, MiB = small_disk(6 << 20), 2**20
     need = plan.checkpoint_bytes(10_000, kept=0)
     assert need == 5 * (12 * 10_000 + MiB)  # latest, previous, best, before_decay and a new one
-    checkpoint.check_room(folder, need)
+    checkpoint.check_room(folder, need, keep_every=0)
     (folder / "ckpt.pt").write_bytes(bytes(2 * MiB))
     os.link(folder / "ckpt.pt", folder / "ckpt_best.pt")
-    checkpoint.check_room(folder, need)  # they will be replaced
+    checkpoint.check_room(folder, need, keep_every=0)  # they will be replaced
     with pytest.raises(CheckpointError, match="up to 7,000,000 bytes, 6,291,456 are free"):  # two names of one file
-        checkpoint.check_room(folder, 7_000_000)
+        checkpoint.check_room(folder, 7_000_000, keep_every=0)
+    os.rename(folder / "ckpt.pt", folder / "ckpt_step_000000004.pt")
+    os.unlink(folder / "ckpt_best.pt")
+    checkpoint.check_room(folder, need, keep_every=2)  # `need` counts it
+    with pytest.raises(CheckpointError, match=r"4,1.*are free"):  # nobody counts or replaces it
+        checkpoint.check_room(folder, need, keep_every=3)
     monkeypatch.setattr(train, "GPT", None)
     with pytest.raises(CheckpointError, match=r"need up to [5-9],\d+,\d+ bytes, 4,1\d+,\d+ are free"):
         train.main(flags(out_dir=small_disk(4 << 20) / "run"))
