@@ -33,7 +33,7 @@ PREVIOUS = "ckpt_previous.pt"  # the latest before it
 BEST = "ckpt_best.pt"  # lowest val loss
 STEP = "ckpt_step_{:09d}.pt"  # of keep_every
 BEFORE_DECAY = "ckpt_before_decay.pt"  # a longer wsd run can start from it
-OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt")  # not a user's own copies
+OURS = re.compile(r"ckpt(_previous|_best|_before_decay|_new|_step_\d{9})?\.pt")  # _new: older versions'
 TRAILER = re.compile(rb"onecard step (\d{12}) \1 sha256 ([0-9a-f]{64})\n")  # the step twice: shows a flipped bit in it
 TRAILER_BYTES = 13 + 12 + 1 + 12 + 8 + 64 + 1
 NETWORK = ("arch", "n_layer", "n_head", "n_embd", "vocab_size", "bias", "gelu")  # keys that pretrained weights decide
@@ -225,7 +225,8 @@ def tokenizer_of(saved: dict, path: str | Path) -> Tokenizer:
 def save(out_dir: str | Path, state: dict, names: list[str], keep_every: int = 0) -> None:
     """Saves as ckpt.pt, and under `names` (BEST, BEFORE_DECAY) too. The old ckpt.pt becomes ckpt_previous.pt.
 
-    With keep_every, one every so many steps is kept for good.
+    With keep_every, one every so many steps is kept for good. ckpt.pt is renamed last: if another name is refused, as
+    by a full disk on a file system without hard links, it stays the older one. Raises CheckpointError.
     """
     latest, step = Path(out_dir) / LATEST, state["iter_num"]
     kept = [STEP.format(step)] if keep_every and step % keep_every == 0 else []
