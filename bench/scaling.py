@@ -484,17 +484,20 @@ def main():
     parser.add_argument("--preset", choices=PRESETS, help="sizes and batch; card where there is one")
     parser.add_argument("--sizes", help="instead of the preset's: layers x width, smallest first")
     parser.add_argument("--vocab_size", type=int, help="of the dataset, to a multiple of 64: counts parameters")
+    parser.add_argument("--batch_size", type=int, help="sequences of a micro batch, instead of the preset's")
+    parser.add_argument("--times", type=int, default=1, help="so many times the tokens a step of the preset")
     parser.add_argument("--eval_tokens", type=int, default=409_600)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     parser.add_argument("--results", default="bench/scaling.jsonl", help="file of the results")
     parser.add_argument("--runs", default="out/scaling", help="folder of the runs")
     parser.add_argument("--figure", default="docs/recipe.png")
     options = parser.parse_args()
-    on_card, options.times = torch.cuda.is_available(), 1
+    on_card = torch.cuda.is_available()
     options.jobs = options.jobs or (1 if on_card else 2)
     for name, value in PRESETS[options.preset or ("card" if on_card else "cpu")].items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
+    options.sequences *= options.times
     print(f"{machine('torch')}; {options.sizes}", flush=True)
     known = do(options)
     missing = len({name_of(keys) for keys in all_runs(options)} - known.keys())

@@ -36,10 +36,11 @@ from onecard.windows import Windows
 GiB = 2**30
 WARM_UP = 3  # steps at the start that are not counted
 LOGITS = dict(n_layer=2, n_head=6, n_embd=384, block_size=1024, batch_size=16, gradient_accumulation_steps=1)
-ON_CPU, ON_CARD = ["float32", "bfloat16"], ["float16 compile", "float16"]
+ON_CPU, ON_CARD = ["float32", "bfloat16"], ["float16 compile", "float16 compile fast", "float16"]
+FAST = dict(arch="qwen3", optimizer="normuon")  # of the kinds with "fast" in their name
 SETTINGS = {  # name: network and batch, steps that are counted, turns, kinds; the usual loop is of the first kind
     "cpu": {"small": (SMALL, 5, 5, ON_CPU), "logits": (LOGITS, 1, 1, ON_CPU)},
-    "cuda": {"40M": (M40, 10, 2, ON_CARD), "124M": (M40 | dict(n_head=12, n_embd=768), 10, 2, ON_CARD[:1])},
+    "cuda": {"40M": (M40, 10, 2, ON_CARD), "124M": (M40 | dict(n_head=12, n_embd=768), 10, 2, ON_CARD[:2])},
 }
 
 # ---- one measurement
@@ -120,7 +121,8 @@ def compare(folder, device, options):
 
         def measure(variant, network=network, steps=steps):
             who, kind = variant
-            keys = network | dict(dtype=kind.split()[0], compile=kind.endswith("compile"))
+            words = kind.split()
+            keys = network | dict(dtype=words[0], compile="compile" in words) | (FAST if "fast" in words else {})
             if who == "usual":  # without our huge pages, which are part of what is compared
                 no_huge_pages = {"THP_MEM_ALLOC_ENABLE": "0"}
                 return in_a_process(__file__, keys, steps, str(folder), environment=no_huge_pages)

@@ -1,4 +1,4 @@
-"""What only a CUDA card can show: memory, waiting for the device, float16, resume there. Skipped without one.
+"""What only a CUDA card can show: that it computes what a CPU does, memory, waiting, float16, resume. Else skipped.
 
 python -m pytest -m gpu          # about five minutes; the limits are those of a card of 12 GB
 """
@@ -14,7 +14,9 @@ import torch
 from runs import flags_of
 
 import train
-from onecard import checkpoint
+from model import GPT, GPTConfig
+from onecard import checkpoint, profiling
+from onecard.generation import generate
 from onecard.memory import trace_memory
 from onecard.runtime import DeviceError
 from onecard.shards import ShardWriter
@@ -26,6 +28,7 @@ M40 = dict(n_layer=12, n_head=6, n_embd=384, block_size=1024, batch_size=16, gra
 M124 = M40 | dict(n_head=12, n_embd=768)
 SMALL = dict(n_layer=2, n_head=2, n_embd=128, block_size=128, batch_size=8, gradient_accumulation_steps=4)
 QWEN3 = dict(arch="qwen3", optimizer="normuon")
+RECIPES = pytest.mark.parametrize("recipe", [{}, QWEN3], ids=["gpt2", "qwen3"])
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def test_a_step_waits_for_the_device_once(steps_of):
     assert waits[1] - waits[0] == 8
 
 
-@pytest.mark.parametrize("recipe", [{}, QWEN3], ids=["gpt2", "qwen3"])
+@RECIPES
 def test_float16_skips_no_step_of_a_healthy_model_and_learns(steps_of, recipe):
     steps = steps_of(max_iters=100, **SMALL, **recipe)
     assert {step["scale"] for step in steps} == {65536.0} and all(math.isfinite(step["loss"]) for step in steps)
@@ -91,6 +94,32 @@ def test_the_found_micro_batch_fits(steps_of, small_card, capsys):
     (step,) = steps_of(**M124 | dict(batch_size=0, tokens_per_step=2**19, max_iters=1, compile=True))
     assert int(re.search(r"found batch_size=(\d+)", capsys.readouterr().out)[1]) >= 8
     assert step["peak_memory_gib"] < 11.2
+
+
+@RECIPES
+def test_a_card_has_the_losses_of_a_cpu_and_a_compiled_step_those_of_an_eager_one(steps_of, recipe):
+    def losses(name, **keys):
+        return [step["loss"] for step in steps_of(name, max_iters=20, **SMALL, **recipe, **keys)]
+
+    assert losses("card", dtype="float32") == pytest.approx(losses("cpu", dtype="float32", device="cpu"), abs=0.01)
+    assert losses("eager") == pytest.approx(losses("compiled", compile=True), abs=0.05)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_text_of_a_card_is_that_of_a_cpu_with_and_without_cache_and_compiled(arch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(arch=arch, n_layer=2, n_head=2, n_embd=64, vocab_size=512, block_size=64, bias=False)).eval()
+    prompts = [[1, 2, 3], [4]]
+    expected = generate(model, prompts, 40, temperature=0)
+    model.to("cuda")
+    for options in ({}, dict(use_cache=False), dict(compile=True)):
+        assert generate(model, prompts, 40, temperature=0, **options) == expected, options
+
+
+def test_profile_names_kernels_of_the_card_and_writes_its_memory(steps_of, tmp_path, capsys):
+    steps_of(profile=True, **SMALL)
+    assert "(card)" in capsys.readouterr().out
+    assert all((tmp_path / "run" / name).stat().st_size > 10_000 for name in (profiling.TRACE, profiling.MEMORY))
 
 
 def test_resume_gives_the_same_weights(steps_of, tmp_path):
