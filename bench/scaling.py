@@ -262,8 +262,11 @@ def multiplier(losses, size, per_parameter, draw=None):
 
 
 def with_error(value, resampled, digits=1):
-    """The value, and the 16th to 84th percentile of resampled ones; nan: beyond the measured runs."""
-    low, high = np.nanpercentile(resampled, (16, 84))
+    """The value, and the 16th to 84th percentile of resampled ones (nan: beyond the measured runs), if there are any."""
+    inside = np.asarray(resampled)[np.isfinite(resampled)]
+    if not len(inside):  # each run has one seed
+        return f"{value:.{digits}f}"
+    low, high = np.percentile(inside, (16, 84))
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
@@ -464,7 +467,7 @@ def draw_figure(options, losses, found):
     for i, (tokens, by_size) in enumerate(sorted(found.items())):
         n = [parameters(options, size) for size in by_size]
         middle = np.array([value for value, _ in by_size.values()])
-        low, high = np.transpose([np.nanpercentile(drawn, (16, 84)) for _, drawn in by_size.values()])
+        low, high = np.transpose([np.nanpercentile([value, *drawn], (16, 84)) for value, drawn in by_size.values()])
         ends = np.clip([middle - low, high - middle], 0, None)
         right.errorbar(
             n, middle, ends, fmt="o-", color=f"C{i}", capsize=3, label=f"old recipe on {tokens} tokens a parameter"
