@@ -262,7 +262,7 @@ def multiplier(losses, size, per_parameter, draw=None):
 
 
 def with_error(value, resampled, digits=1):
-    """The value, and the 16th to 84th percentile of resampled ones (nan: beyond the measured runs), if there are any."""
+    """The value, and the 16th to 84th percentile of resampled ones, if any is inside the measured runs (not nan)."""
     inside = np.asarray(resampled)[np.isfinite(resampled)]
     if not len(inside):  # each run has one seed
         return f"{value:.{digits}f}"

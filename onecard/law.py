@@ -16,7 +16,7 @@ ANCHOR = (124_475_904, 10.26e9, 3.2722)  # GPT-2 with AdamW on FineWeb by llm.c:
 BAND = 0.08  # error of the law, in nats
 MULTIPLIER = {  # tokens of GPT-2's recipe that one token is worth, by network and optimizer: lowest, middle, highest
     ("gpt2", "adamw"): (1.0, 1.0, 1.0),
-    ("qwen3", "muon"): (2.5, 4.5, 7.0),  # docs/recipe.md: between tiny networks and public runs at 124M
+    ("qwen3", "muon"): (2.5, 4.5, 7.0),  # docs/recipe.md: between networks up to 1.9M and public runs at 124M
     ("qwen3", "normuon"): (2.5, 4.5, 7.0),
 }
 GPT2_BYTES = 4.67  # bytes of text in a token, with GPT-2's tokenizer on FineWeb
