@@ -33,7 +33,7 @@ class StepProfiler:
         if self.runtime.rank == 0 and self.steps == WARM_UP:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.on_card:
-                torch.cuda.memory._record_memory_history()
+                torch.cuda.memory._record_memory_history(stacks="python")  # those of C++ need addr2line
             self.profiler.start()
         done = self.steps == WARM_UP + STEPS
         if self.runtime.rank == 0 and done:
