@@ -77,7 +77,8 @@ def rate(options, size, recipe, per_parameter, steps=0):
 def larger_steps(options):
     """(sizes, options) with more tokens a step, in the same micro batches."""
     number, times = LARGER_STEPS
-    changed = argparse.Namespace(**vars(options) | dict(times=times, sequences=times * options.sequences))
+    larger = dict(times=times * options.times, sequences=times * options.sequences)
+    changed = argparse.Namespace(**vars(options) | larger)
     return options.sizes.split(",")[number : number + 1], changed
 
 
@@ -173,6 +174,7 @@ def finish(options, keys, deadline):
     result = dict(keys=keys, commit=commit(), val_loss=last[0]["val_loss"])
     result |= dict(ms_per_step=statistics.median(line["ms_per_step"] for line in logged))
     result |= dict(skipped=sum(line["skipped"] for line in logged), parameters=lines[0]["parameters"])
+    result["device"] = lines[0]["device"]
     for path in out_dir.glob("ckpt*.pt"):
         path.unlink()
     return result

@@ -1,4 +1,4 @@
-"""What only a CUDA card can show: that it computes what a CPU does, memory, waiting, float16, resume. Else skipped.
+"""What only a CUDA card can show: the results of a CPU, memory, waiting, float16, resume there. Skipped without one.
 
 python -m pytest -m gpu          # about five minutes; the limits are those of a card of 12 GB
 """
